@@ -1,0 +1,47 @@
+"""Every error that the library raises for its user's sake.
+
+    SpectralDiffusionError
+    ├── InputError         the user's input is wrong: a photo, a token, a setting, a file that is not what it claims to be
+    │   ├── PhotoError     no usable photos
+    │   ├── BaseError      the base cannot be found, read or used
+    │   └── AdapterError   an adapter file is damaged or does not fit
+    │       └── BandError  bands overlap, lie outside a layer, or none is left
+    ├── StorageError       a file could not be written; what stood there before is untouched
+    └── TrainingError      the training cannot go on (the loss is not a number); the last good state is kept
+
+Each message is one sentence or two: what is wrong, where, and what to do.
+"""
+
+from __future__ import annotations
+
+
+class SpectralDiffusionError(Exception):
+    """Base of all errors with a message meant for the user."""
+
+
+class InputError(SpectralDiffusionError):
+    """The user's input is wrong; the message names the file or field and the remedy."""
+
+
+class PhotoError(InputError):
+    """A concept has no usable photos."""
+
+
+class BaseError(InputError):
+    """The base cannot be found, read or used."""
+
+
+class AdapterError(InputError):
+    """An adapter is damaged, hostile, or does not fit what it is put on."""
+
+
+class BandError(AdapterError):
+    """Bands overlap, lie outside a layer, or none is left."""
+
+
+class StorageError(SpectralDiffusionError):
+    """A file could not be written; what stood there before is untouched."""
+
+
+class TrainingError(SpectralDiffusionError):
+    """The training cannot go on; the last good state is kept."""

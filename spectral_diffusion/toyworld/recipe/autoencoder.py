@@ -1,0 +1,124 @@
+"""Stage 1: the autoencoder, 64 pixels to 8 x 8 latents of 12 channels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL
+from PIL import Image
+from tqdm import tqdm
+
+from spectral_diffusion.toyworld.recipe.pictures import PictureSet
+from spectral_diffusion.toyworld.recipe.stage import train_stage
+
+LATENT_CHANNELS = 12
+
+
+def build_autoencoder() -> AutoencoderKL:
+    """Return an untrained autoencoder: 64 x 64 x 3 pixels in [-1, 1] to 8 x 8 x 12 latents."""
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(16, 48, 96, 128),
+        layers_per_block=1,
+        latent_channels=LATENT_CHANNELS,
+        norm_num_groups=16,
+        mid_block_add_attention=False,
+        sample_size=64,
+    )
+
+
+def to_tensor(pixels: np.ndarray, device: torch.device) -> torch.Tensor:
+    """`(n, side, side, 3)` uint8 to `(n, 3, side, side)` in [-1, 1], channels last."""
+    tensor = torch.from_numpy(np.array(pixels)).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return tensor.contiguous(memory_format=torch.channels_last)
+
+
+def train_autoencoder(folder: Path, pictures: PictureSet, steps: int, batch: int, device: torch.device) -> AutoencoderKL:
+    """Train the whole autoencoder for `steps`, then return it with the latents' scale measured into its configuration."""
+    torch.manual_seed(1)
+    autoencoder = build_autoencoder().to(device, memory_format=torch.channels_last)
+
+    def loss_of_step(step: int, generator: torch.Generator) -> torch.Tensor:
+        chosen = torch.randint(len(pictures.pixels), (batch,), generator=generator).sort().values.numpy()
+        pixels = to_tensor(pictures.pixels[chosen], device)
+        posterior = autoencoder.encode(pixels).latent_dist
+        noise = torch.randn(posterior.mean.shape, generator=generator).to(device)
+        decoded = autoencoder.decode(posterior.mean + posterior.std * noise).sample
+        return reconstruction_loss(decoded, pixels) + 1e-5 * posterior.kl().mean() / posterior.mean[0].numel()
+
+    def sheet(step: int) -> None:
+        save_reconstructions(autoencoder, pictures.pixels[:12], folder / "sheets" / f"autoencoder-{step:06d}.png", device)
+
+    train_stage(
+        folder, "autoencoder", {"autoencoder": autoencoder}, loss_of_step, steps=steps, peak_rate=2e-3, every=sheet
+    )
+    autoencoder.register_to_config(scaling_factor=_latent_scale(autoencoder, pictures, device))
+    return autoencoder.eval().requires_grad_(False)
+
+
+def refine_decoder(
+    folder: Path, autoencoder: AutoencoderKL, pictures: PictureSet, steps: int, batch: int, device: torch.device
+) -> AutoencoderKL:
+    """Train the decoder on with the encoder frozen: the latents, and so the denoiser, stay as they are."""
+    autoencoder.decoder.requires_grad_(True)
+    autoencoder.post_quant_conv.requires_grad_(True)
+
+    def loss_of_step(step: int, generator: torch.Generator) -> torch.Tensor:
+        chosen = torch.randint(len(pictures.pixels), (batch,), generator=generator).sort().values.numpy()
+        pixels = to_tensor(pictures.pixels[chosen], device)
+        with torch.no_grad():
+            posterior = autoencoder.encode(pixels).latent_dist
+            noise = torch.randn(posterior.mean.shape, generator=generator).to(device)
+            latents = posterior.mean + posterior.std * noise
+        return reconstruction_loss(autoencoder.decode(latents).sample, pixels)
+
+    def sheet(step: int) -> None:
+        save_reconstructions(autoencoder, pictures.pixels[:12], folder / "sheets" / f"decoder-{step:06d}.png", device)
+
+    models = {"decoder": autoencoder.decoder, "post_quant_conv": autoencoder.post_quant_conv}
+    train_stage(folder, "decoder", models, loss_of_step, steps=steps, peak_rate=1e-3, every=sheet)
+    return autoencoder.eval().requires_grad_(False)
+
+
+def reconstruction_loss(decoded: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
+    """Mean absolute plus twice the mean squared difference: sharp edges without losing sight of PSNR."""
+    return F.l1_loss(decoded, pixels) + 2 * F.mse_loss(decoded, pixels)
+
+
+@torch.no_grad()
+def encode_all(autoencoder: AutoencoderKL, pictures: PictureSet, file: Path, device: torch.device) -> np.ndarray:
+    """Return the scaled latents of all pictures, `(count, 12, 8, 8)` float16, kept in `file`."""
+    if not file.exists():
+        scale = autoencoder.config.scaling_factor
+        parts = []
+        for start in tqdm(range(0, len(pictures.pixels), 64), desc="encoding", mininterval=5):
+            mean = autoencoder.encode(to_tensor(pictures.pixels[start : start + 64], device)).latent_dist.mean
+            parts.append((mean * scale).half().cpu().numpy())
+        np.save(file, np.concatenate(parts))
+    return np.load(file)
+
+
+@torch.no_grad()
+def _latent_scale(autoencoder: AutoencoderKL, pictures: PictureSet, device: torch.device) -> float:
+    mean = autoencoder.encode(to_tensor(pictures.pixels[:256], device)).latent_dist.mean
+    return round(1.0 / mean.std().item(), 5)
+
+
+@torch.no_grad()
+def save_reconstructions(autoencoder: AutoencoderKL, pixels: np.ndarray, file: Path, device: torch.device) -> None:
+    """Save the pictures above what the autoencoder makes of them."""
+    decoded = autoencoder.decode(autoencoder.encode(to_tensor(pixels, device)).latent_dist.mean).sample
+    rows = [np.concatenate(list(pixels), axis=1), np.concatenate(list(to_pixels(decoded)), axis=1)]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    sheet = Image.fromarray(np.concatenate(rows))
+    sheet.resize((sheet.width * 2, sheet.height * 2), Image.Resampling.NEAREST).save(file)
+
+
+def to_pixels(decoded: torch.Tensor) -> np.ndarray:
+    """`(n, 3, side, side)` in [-1, 1] to `(n, side, side, 3)` uint8."""
+    scaled = ((decoded.float().clamp(-1, 1) + 1) * 127.5).round().byte()
+    return scaled.permute(0, 2, 3, 1).cpu().numpy()

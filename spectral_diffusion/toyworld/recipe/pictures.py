@@ -1,0 +1,121 @@
+"""The recipe's training pictures: rendered once, kept on disk, described by what stands in them."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from spectral_diffusion.toyworld.characters import BASE_CHARACTERS, CHARACTERS, Character
+from spectral_diffusion.toyworld.render import PICTURE_SIZE, TINTS, Thing, render
+from spectral_diffusion.toyworld.scenes import SCENES
+
+COUNT_SHARES = {1: 0.5, 2: 0.4, 3: 0.1}
+TINT_SHARE = 0.12
+
+
+def is_reserved(characters: Sequence[str], scene: str) -> bool:
+    """Tell whether a combination is kept out of the base's training, so that a benchmark can ask for something new.
+
+    One in eight combinations of a scene and the characters on it (in any order) is reserved.
+    """
+    return zlib.crc32(" ".join([*sorted(characters), scene]).encode()) % 8 == 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scene:
+    """What one training picture shows: things from left to right, the scene, each thing's box in fractions."""
+
+    things: tuple[Thing, ...]
+    scene: str
+    boxes: tuple[tuple[float, float, float, float], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PictureSet:
+    """`pixels` is `(count, side, side, 3)` uint8, memory-mapped; `scenes` describes each picture."""
+
+    pixels: np.ndarray
+    scenes: list[Scene]
+
+
+def load_or_render(
+    folder: Path,
+    name: str,
+    count: int,
+    sprites: dict[str, Image.Image],
+    *,
+    seed: int,
+    held_out: bool,
+    tints: bool,
+) -> PictureSet:
+    """Return the picture set `name` from `folder`, rendering it first when it is not there.
+
+    Args:
+        held_out: whether held-out characters appear too (for the judge; never for the base).
+        tints: whether some things are washed with a colour.
+    """
+    pixel_file, scene_file = folder / f"{name}.npy", folder / f"{name}.jsonl"
+    if not scene_file.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        characters = CHARACTERS if held_out else BASE_CHARACTERS
+        _render_set(pixel_file, scene_file, count, sprites, seed, characters, reserve=not held_out, tints=tints)
+    scenes = [_scene_from_json(line) for line in scene_file.read_text().splitlines()]
+    return PictureSet(pixels=np.load(pixel_file, mmap_mode="r"), scenes=scenes)
+
+
+def _render_set(
+    pixel_file: Path,
+    scene_file: Path,
+    count: int,
+    sprites: dict[str, Image.Image],
+    seed: int,
+    characters: Sequence[Character],
+    *,
+    reserve: bool,
+    tints: bool,
+) -> None:
+    rng = np.random.default_rng(seed)
+    pixels = np.lib.format.open_memmap(pixel_file, "w+", np.uint8, (count, PICTURE_SIZE, PICTURE_SIZE, 3))
+    lines = []
+    for index in tqdm(range(count), desc=f"rendering {pixel_file.stem}", mininterval=5):
+        things, scene = _draw_combination(rng, characters, reserve=reserve, tints=tints)
+        rendering = render(sprites, things, scene, rng)
+        pixels[index] = np.asarray(rendering.picture)
+        named = [[thing.character, thing.tint] for thing in things]
+        boxes = [[round(edge, 4) for edge in placed.box] for placed in rendering.placed]
+        lines.append(json.dumps({"things": named, "scene": scene, "boxes": boxes}))
+    pixels.flush()
+    scene_file.write_text("\n".join(lines) + "\n")
+
+
+def _draw_combination(
+    rng: np.random.Generator, characters: Sequence[Character], *, reserve: bool, tints: bool
+) -> tuple[tuple[Thing, ...], str]:
+    while True:
+        count = int(rng.choice(list(COUNT_SHARES), p=list(COUNT_SHARES.values())))
+        names = [characters[index].name for index in rng.choice(len(characters), count, replace=False)]
+        scene = list(SCENES)[rng.integers(len(SCENES))]
+        if not (reserve and is_reserved(names, scene)):
+            break
+    tint_names = list(TINTS)
+    things = []
+    for name in names:
+        tint = tint_names[rng.integers(len(tint_names))] if tints and rng.random() < TINT_SHARE else None
+        things.append(Thing(character=name, tint=tint))
+    return tuple(things), scene
+
+
+def _scene_from_json(line: str) -> Scene:
+    record = json.loads(line)
+    return Scene(
+        things=tuple(Thing(character=name, tint=tint) for name, tint in record["things"]),
+        scene=record["scene"],
+        boxes=tuple(tuple(box) for box in record["boxes"]),
+    )
