@@ -1,0 +1,180 @@
+"""Adapter files: one safetensors with everything an adapter is, its description as JSON in the metadata.
+
+Tensors are named `NUMBER/embedding`, `NUMBER/layers/LAYER/TENSOR` (`U`, `s`, `V` of the band and the trained ones) and
+`NUMBER/activations/GROUP`, where `NUMBER` counts the concepts.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from spectral_diffusion.adapter import Adapter, ConceptPart, LayerPart
+from spectral_diffusion.bands import Band
+from spectral_diffusion.errors import AdapterError, InputError
+from spectral_diffusion.files import write_atomically
+from spectral_diffusion.parametrisations import PARAMETRISATIONS
+from spectral_diffusion.spectrum import Spectrum
+
+FORMAT = "spectral-diffusion-adapter"
+FORMAT_VERSION = 1
+_LAYER = re.compile(r"(unet|text_encoder)(\.[A-Za-z0-9_]+)+|text")
+
+
+def save_adapter(adapter: Adapter, path: Path) -> None:
+    """Write `adapter` to `path` in one step.
+
+    Raises:
+        StorageError: the file could not be written; what stood there before is untouched.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    for number, concept in enumerate(adapter.concepts):
+        tensors[f"{number}/embedding"] = concept.embedding
+        for group, factor in concept.activations.items():
+            tensors[f"{number}/activations/{group}"] = factor
+        for key, part in concept.layers.items():
+            band = {"U": part.band.U, "s": part.band.s, "V": part.band.V}
+            for name, tensor in (band | part.tensors).items():
+                tensors[f"{number}/layers/{key}/{name}"] = tensor
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    metadata = {"format": FORMAT, "adapter": json.dumps(_describe(adapter), ensure_ascii=False)}
+    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
+
+
+def _describe(adapter: Adapter) -> dict[str, Any]:
+    import diffusers
+    import transformers
+
+    return {
+        "version": FORMAT_VERSION,
+        "family": adapter.family,
+        "fingerprint": adapter.fingerprint,
+        "method": adapter.method,
+        "concepts": [
+            {
+                "token": concept.token,
+                "class_word": concept.class_word,
+                "band": [concept.band.start, concept.band.rank],
+                "parametrisation": concept.parametrisation,
+                "weight": weight,
+                "settings": concept.settings,
+            }
+            for concept, weight in zip(adapter.concepts, adapter.weights, strict=True)
+        ],
+        "libraries": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "diffusers": diffusers.__version__,
+            "transformers": transformers.__version__,
+        },
+    }
+
+
+def load_adapter(path: Path) -> Adapter:
+    """Read an adapter and check all of it: names, shapes, numbers.
+
+    Raises:
+        AdapterError: the file is missing, damaged, hostile or not an adapter; the message says which and what to do.
+    """
+    if not path.is_file():
+        raise AdapterError(f"There is no adapter file '{path}'; train one with 'spectral-diffusion train'.")
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                raise AdapterError(
+                    f"'{path}' is not an adapter of this program; give a file made by 'spectral-diffusion train' or 'fuse'."
+                )
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, UnicodeDecodeError) as error:
+        raise AdapterError(f"'{path}' is damaged or not a safetensors file ({error}); train or copy it again.") from error
+    try:
+        return _assemble(json.loads(metadata["adapter"]), tensors)
+    except AdapterError as error:
+        raise AdapterError(f"'{path}' cannot be used: {error}") from error
+    except (KeyError, TypeError, ValueError, InputError) as error:
+        raise AdapterError(f"'{path}' cannot be used: its description is damaged ({error!r}); train it again.") from error
+
+
+def _assemble(description: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Adapter:
+    if description["version"] > FORMAT_VERSION:
+        raise AdapterError(f"it was written by a newer version (format {description['version']}); update this program.")
+    _check_numbers(tensors)
+    remaining = dict(tensors)
+    concepts = tuple(
+        _assemble_concept(number, record, remaining) for number, record in enumerate(description["concepts"])
+    )
+    if not concepts:
+        raise AdapterError("it holds no concept; train it again.")
+    if remaining:
+        raise AdapterError(f"it holds tensors that do not belong there: {', '.join(sorted(remaining)[:3])}.")
+    return Adapter(
+        family=str(description["family"]),
+        fingerprint=str(description["fingerprint"]),
+        concepts=concepts,
+        weights=tuple(float(record["weight"]) for record in description["concepts"]),
+        method=description["method"],
+    )
+
+
+def _check_numbers(tensors: dict[str, torch.Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise AdapterError(f"tensor '{name}' holds {tensor.dtype} instead of floating-point numbers.")
+        if not torch.isfinite(tensor).all():
+            raise AdapterError(f"tensor '{name}' holds NaN or infinite numbers; train it again.")
+
+
+def _assemble_concept(number: int, record: dict[str, Any], remaining: dict[str, torch.Tensor]) -> ConceptPart:
+    if record["parametrisation"] not in PARAMETRISATIONS:
+        raise AdapterError(f"its parametrisation '{record['parametrisation']}' is unknown; update this program.")
+    start, rank = (int(value) for value in record["band"])
+    embedding = remaining.pop(f"{number}/embedding")
+    grouped: dict[str, dict[str, torch.Tensor]] = {}
+    activations: dict[str, torch.Tensor] = {}
+    for name in [name for name in remaining if name.startswith(f"{number}/")]:
+        kind, *path = name.split("/")[1:]
+        if kind == "activations" and len(path) == 1 and _LAYER.fullmatch(path[0]):
+            activations[path[0]] = remaining.pop(name)
+        elif kind == "layers" and len(path) == 2 and _LAYER.fullmatch(path[0]):
+            grouped.setdefault(path[0], {})[path[1]] = remaining.pop(name)
+        else:
+            raise AdapterError(f"tensor '{name}' has a name that no adapter has.")
+    layers = {key: _assemble_layer(key, part, record["parametrisation"], rank) for key, part in grouped.items()}
+    if embedding.ndim != 2:
+        raise AdapterError(f"the embedding of '{record['token']}' has shape {tuple(embedding.shape)}, expected (n, width).")
+    return ConceptPart(
+        token=str(record["token"]),
+        class_word=str(record["class_word"]),
+        band=Band(start=start, rank=rank),
+        parametrisation=record["parametrisation"],
+        embedding=embedding,
+        layers=layers,
+        activations=activations,
+        settings=dict(record["settings"]),
+    )
+
+
+def _assemble_layer(key: str, tensors: dict[str, torch.Tensor], parametrisation: str, rank: int) -> LayerPart:
+    form = PARAMETRISATIONS[parametrisation]
+    expected_names = {"U", "s", "V", *form.TENSORS}
+    if set(tensors) != expected_names:
+        raise AdapterError(f"layer '{key}' holds {sorted(tensors)}, expected {sorted(expected_names)}.")
+    band = Spectrum(U=tensors["U"], s=tensors["s"], V=tensors["V"])
+    shapes_fit = band.U.ndim == band.V.ndim == 2 and band.U.shape[1] == band.V.shape[1] == len(band.s) == rank
+    if not shapes_fit:
+        raise AdapterError(f"the band of layer '{key}' does not have {rank} directions.")
+    trained = {name: tensors[name] for name in form.TENSORS}
+    for name, wanted in form.initial(band).items():
+        if trained[name].shape != wanted.shape:
+            raise AdapterError(
+                f"tensor '{name}' of layer '{key}' has shape {tuple(trained[name].shape)}, expected {tuple(wanted.shape)}."
+            )
+    return LayerPart(band=band, tensors=trained)

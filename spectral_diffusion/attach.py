@@ -1,0 +1,158 @@
+"""Put an adapter on a base for a while: low-rank products beside the frozen layers, tokens beside the vocabulary.
+
+The base's weights are never written; leaving the context takes everything off again, also after an error.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import nn
+
+from spectral_diffusion.adapter import Adapter
+from spectral_diffusion.base import Base, linear_layers
+from spectral_diffusion.errors import AdapterError, InputError
+
+Factors = Callable[[], tuple[torch.Tensor, torch.Tensor]]
+"""Gives a layer's `up (out, k)` and `down (in, k)` at the moment of the forward pass."""
+
+
+class Switch:
+    """Turns attached deltas off and on without taking them off."""
+
+    on = True
+
+
+@contextmanager
+def hooked(layers: dict[str, nn.Linear], factors: dict[str, Factors], switch: Switch | None = None) -> Iterator[None]:
+    """While entered, layer `key` gives `W x + up (down^T x)`; the dense weight is never formed."""
+    switch = switch or Switch()
+
+    def hook_for(factor: Factors) -> Callable[[nn.Module, tuple[torch.Tensor], torch.Tensor], torch.Tensor | None]:
+        def hook(module: nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor | None:
+            if not switch.on:
+                return None
+            up, down = factor()
+            return output + (inputs[0] @ down.to(output.dtype)) @ up.T.to(output.dtype)
+
+        return hook
+
+    with ExitStack() as stack:
+        for key, factor in factors.items():
+            handle = layers[key].register_forward_hook(hook_for(factor))
+            stack.callback(handle.remove)
+        yield
+
+
+class ExtendedEmbedding(nn.Module):
+    """A frozen embedding followed by the vectors of new tokens, each `(n, width)`; they may be in training."""
+
+    def __init__(self, frozen: nn.Embedding, vectors: list[torch.Tensor]):
+        super().__init__()
+        self.frozen, self.first = frozen, frozen.num_embeddings
+        self.vectors = vectors
+
+    @property
+    def rows(self) -> torch.Tensor:
+        """The vectors of all new tokens, `(new, width)`."""
+        return torch.cat([self.frozen.weight[:0], *self.vectors])
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The whole table `(old + new, width)`."""
+        return torch.cat([self.frozen.weight, self.rows])
+
+    def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """Look up `token_ids`."""
+        is_new = token_ids >= self.first
+        old = self.frozen(token_ids.where(~is_new, 0))
+        if not is_new.any():
+            return old
+        new = nn.functional.embedding((token_ids - self.first).clamp(min=0), self.rows)
+        return torch.where(is_new[..., None], new, old)
+
+
+def expand_prompt(prompt: str, vectors: dict[str, int]) -> str:
+    """Write every token of several vectors as the words that stand for them: `<V1>` becomes `<V1> <V1>_1`."""
+    for token, count in vectors.items():
+        words = " ".join([token, *(f"{token}_{number}" for number in range(1, count))])
+        prompt = prompt.replace(token, words)
+    return prompt
+
+
+def check_new_token(base: Base, token: str) -> None:
+    """Raise `InputError` when `token` is a word that the base's tokenizer already has."""
+    vocabulary = base.pipeline.tokenizer.get_vocab()
+    if any(form in vocabulary for form in (token, token.lower(), f"{token.lower()}</w>")):
+        raise InputError(f"The token '{token}' is already a word of the base; choose another, such as '<{token}-1>'.")
+
+
+@contextmanager
+def with_tokens(base: Base, embeddings: dict[str, torch.Tensor]) -> Iterator[None]:
+    """While entered, the base knows the tokens of `embeddings`, each with its vectors `(n, width)`."""
+    pipeline = base.pipeline
+    tokenizer, holder = pipeline.tokenizer, _embedding_holder(pipeline.text_encoder)
+    frozen = holder.token_embedding
+    extended_tokenizer = copy.deepcopy(tokenizer)
+    for token, vectors in embeddings.items():
+        if vectors.shape[1] != frozen.embedding_dim:
+            raise AdapterError(
+                f"The embedding of '{token}' is {vectors.shape[1]} wide, the base's text encoder {frozen.embedding_dim}; "
+                "the adapter belongs to a base of another family."
+            )
+        check_new_token(base, token)
+        words = [token, *(f"{token}_{number}" for number in range(1, len(vectors)))]
+        if extended_tokenizer.add_tokens(words) != len(words):
+            raise InputError(f"Two concepts use the token '{token}'; train one of them again with another token.")
+    pipeline.tokenizer = extended_tokenizer
+    holder.token_embedding = ExtendedEmbedding(frozen, [vectors.to(frozen.weight) for vectors in embeddings.values()])
+    try:
+        yield
+    finally:
+        pipeline.tokenizer = tokenizer
+        holder.token_embedding = frozen
+
+
+def _embedding_holder(text_encoder: nn.Module) -> nn.Module:
+    return next(module for module in text_encoder.modules() if isinstance(getattr(module, "token_embedding", None), nn.Embedding))
+
+
+@contextmanager
+def attached(base: Base, adapter: Adapter) -> Iterator[None]:
+    """While entered, `base.pipeline` draws with `adapter`; afterwards the base is bit for bit what it was.
+
+    Raises:
+        AdapterError: the adapter belongs to another family or its layers do not fit.
+    """
+    layers = linear_layers(base)
+    check_fits_base(base, adapter)
+    factors = {key: _constant(delta.up, delta.down, base) for key, delta in adapter.deltas().items()}
+    with with_tokens(base, {concept.token: concept.embedding for concept in adapter.concepts}), hooked(layers, factors):
+        yield
+
+
+def check_fits_base(base: Base, adapter: Adapter) -> None:
+    """Raise `AdapterError` when `adapter` cannot be put on `base`: another family, a missing layer, another shape."""
+    if adapter.family != base.family:
+        raise AdapterError(
+            f"The adapter belongs to a base of family '{adapter.family}', '{base.source}' is of family '{base.family}'; "
+            "use it with a base of its own family."
+        )
+    layers = linear_layers(base)
+    for concept in adapter.concepts:
+        for key, part in concept.layers.items():
+            shape = (len(part.band.U), len(part.band.V))
+            if key not in layers:
+                raise AdapterError(f"The base '{base.source}' has no layer '{key}' that '{concept.token}' was trained on.")
+            if tuple(layers[key].weight.shape) != shape:
+                raise AdapterError(
+                    f"Layer '{key}' is {tuple(layers[key].weight.shape)} in '{base.source}' but {shape} in '{concept.token}'."
+                )
+
+
+def _constant(up: torch.Tensor, down: torch.Tensor, base: Base) -> Factors:
+    up, down = up.to(base.device), down.to(base.device)
+    return lambda: (up, down)

@@ -1,0 +1,157 @@
+"""Draw pictures with an adapter."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import diffusers
+import torch
+from PIL import Image
+
+from spectral_diffusion.adapter import Adapter
+from spectral_diffusion.attach import attached, expand_prompt
+from spectral_diffusion.base import Base
+from spectral_diffusion.errors import InputError
+
+SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "DDIM": ("DDIMScheduler", {}),
+    "DDPM": ("DDPMScheduler", {}),
+    "PNDM": ("PNDMScheduler", {}),
+    "Euler": ("EulerDiscreteScheduler", {}),
+    "Euler a": ("EulerAncestralDiscreteScheduler", {}),
+    "Heun": ("HeunDiscreteScheduler", {}),
+    "LMS": ("LMSDiscreteScheduler", {}),
+    "UniPC": ("UniPCMultistepScheduler", {}),
+    "DPM++ 2M": ("DPMSolverMultistepScheduler", {}),
+    "DPM++ 2M Karras": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
+    "DPM++ 2M SDE": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
+    "DPM++ SDE": ("DPMSolverSinglestepScheduler", {}),
+}
+"""Samplers by the names that users know."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawing:
+    """What to draw and how; `size` is `(width, height)` in pixels, the base's own when missing.
+
+    Raises:
+        InputError: a value is out of range; the message names the field.
+    """
+
+    prompt: str
+    negative_prompt: str = ""
+    count: int = 1
+    seed: int = 0
+    steps: int = 25
+    guidance: float = 5.0
+    scheduler: str = "DDIM"
+    size: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        if not self.prompt.strip():
+            raise InputError("The prompt is empty; say what to draw.")
+        for name in ("count", "steps"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if not 0 <= self.seed < 2**63:
+            raise InputError(f"seed must be a whole number from 0 on, got {self.seed}.")
+        if self.scheduler not in SCHEDULERS:
+            raise InputError(f"There is no sampler '{self.scheduler}'; choose one of {', '.join(SCHEDULERS)}.")
+        if self.size is not None and any(edge < 8 or edge % 8 for edge in self.size):
+            raise InputError(f"size must be multiples of 8 pixels, got {self.size[0]} x {self.size[1]}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Picture:
+    """A drawn picture with the seed that draws it again and the settings of its drawing."""
+
+    image: Image.Image
+    seed: int
+    drawing: Drawing
+    tokens: tuple[str, ...]
+    class_words: dict[str, str]
+
+
+def named_only(adapter: Adapter, prompt: str) -> Adapter:
+    """Return `adapter` with only the concepts whose tokens stand in `prompt`: one that is not asked for cannot disturb."""
+    return adapter.only([token for token in adapter.tokens if token.lower() in prompt.lower()])
+
+
+def generate(
+    base: Base,
+    drawing: Drawing,
+    adapter: Adapter | None = None,
+    *,
+    whole: bool = False,
+    batch: int = 8,
+    on_picture: Callable[[Picture], None] = lambda picture: None,
+) -> list[Picture]:
+    """Draw `drawing.count` pictures, the n-th with seed `drawing.seed + n` whatever the batch.
+
+    Args:
+        adapter: what is attached while drawing; nothing when missing.
+        whole: attach every concept of the adapter, as an exported file does in other tools, not only those in the prompt.
+        batch: pictures drawn at once.
+        on_picture: called with each picture when it is ready.
+
+    Raises:
+        AdapterError: the adapter does not fit the base.
+    """
+    if adapter is not None and not whole:
+        adapter = named_only(adapter, drawing.prompt)
+    words = {concept.token: len(concept.embedding) for concept in adapter.concepts} if adapter else {}
+    class_words = adapter.class_words if adapter else {}
+    pictures = []
+    context = attached(base, adapter) if adapter is not None and adapter.concepts else nullcontext()
+    with context, _scheduler(base, drawing.scheduler):
+        for seeds in _batches(range(drawing.seed, drawing.seed + drawing.count), batch):
+            for seed, image in zip(seeds, _draw(base, drawing, words, seeds), strict=True):
+                picture = Picture(
+                    image=image, seed=seed, drawing=drawing, tokens=tuple(words), class_words=dict(class_words)
+                )
+                on_picture(picture)
+                pictures.append(picture)
+    return pictures
+
+
+@torch.no_grad()
+def _draw(base: Base, drawing: Drawing, words: dict[str, int], seeds: Sequence[int]) -> list[Image.Image]:
+    width, height = drawing.size or (base.resolution, base.resolution)
+    return base.pipeline(
+        [expand_prompt(drawing.prompt, words)] * len(seeds),
+        negative_prompt=[expand_prompt(drawing.negative_prompt, words)] * len(seeds),
+        num_inference_steps=drawing.steps,
+        guidance_scale=drawing.guidance,
+        width=width,
+        height=height,
+        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+    ).images
+
+
+def _batches(seeds: range, batch: int) -> Iterator[range]:
+    for start in range(0, len(seeds), batch):
+        yield seeds[start : start + batch]
+
+
+class _scheduler:
+    """While entered, the base draws with the sampler called `name`."""
+
+    def __init__(self, base: Base, name: str):
+        kind, options = SCHEDULERS[name]
+        self.pipeline, self.kept = base.pipeline, base.pipeline.scheduler
+        self.chosen = getattr(diffusers, kind).from_config(self.kept.config, **options)
+
+    def __enter__(self) -> None:
+        self.pipeline.scheduler = self.chosen
+
+    def __exit__(self, *exception: object) -> None:
+        self.pipeline.scheduler = self.kept
+
+
+def random_seed() -> int:
+    """Return a seed taken from the clock."""
+    return time.time_ns() % 2**31

@@ -1,0 +1,14 @@
+"""How one concept's change of a layer is parametrised: interchangeable forms, one file each, same functions in each.
+
+A form is a module with
+
+- `TENSORS`: names of its trained tensors,
+- `initial(band) -> dict[str, Tensor]`: trained tensors, all zero, so that nothing changes at the start,
+- `factors(band, tensors) -> (up (out, k), down (in, k))`: the change of the weight is `up @ down.T`,
+- `confine(tensors, U_kept, V_kept)`: make the tensors respect directions that belong to other concepts.
+"""
+
+from spectral_diffusion.parametrisations import additive, rotational
+
+PARAMETRISATIONS = {"additive": additive, "rotational": rotational}
+"""Name to module of every parametrisation."""

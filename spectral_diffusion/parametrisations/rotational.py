@@ -1,0 +1,41 @@
+"""Spectral Adapter^R: the band's singular vectors are rotated among themselves (Zhang & Pilanci 2024, section 3).
+
+`W' = W + U_b (R_U diag(s_b (1 + g)) R_V^T - diag(s_b)) V_b^T` with `R = (I + Q)(I - Q)^-1` and `Q` skew-symmetric (Cayley).
+Trained: two `(r, r)` matrices whose skew parts are the `Q`s, and `g (r)`, whatever the layer's size.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from spectral_diffusion.spectrum import Spectrum
+
+TENSORS = ("Q_U", "Q_V", "g")
+
+
+def initial(band: Spectrum) -> dict[str, torch.Tensor]:
+    """Return `Q_U (r, r)`, `Q_V (r, r)` and `g (r)`, all zero."""
+    rank = len(band.s)
+    return {"Q_U": band.s.new_zeros(rank, rank), "Q_V": band.s.new_zeros(rank, rank), "g": torch.zeros_like(band.s)}
+
+
+def factors(band: Spectrum, tensors: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return `up (out, r)` and `down (in, r)` of the difference `W' - W`: exactly zero for zero tensors, rank at most `r`.
+
+    With `R = I + P` the difference of the cores is `diag(s g) + P_U S + S P_V^T + P_U S P_V^T`, `S = diag(s (1 + g))`.
+    """
+    P_U, P_V = _rotation_minus_identity(tensors["Q_U"]), _rotation_minus_identity(tensors["Q_V"])
+    S = torch.diag(band.s * (1 + tensors["g"]))
+    core = torch.diag(band.s * tensors["g"]) + P_U @ S + S @ P_V.T + P_U @ S @ P_V.T
+    return band.U @ core, band.V
+
+
+def confine(tensors: dict[str, torch.Tensor], U_kept: torch.Tensor, V_kept: torch.Tensor) -> None:
+    """Do nothing: a rotation never leaves its own band."""
+
+
+def _rotation_minus_identity(raw: torch.Tensor) -> torch.Tensor:
+    """Return `R - I = 2 (I - Q)^-1 Q` for the skew part `Q` of `raw`."""
+    Q = (raw - raw.T) / 2
+    identity = torch.eye(len(Q), device=Q.device, dtype=Q.dtype)
+    return 2 * torch.linalg.solve(identity - Q, Q)

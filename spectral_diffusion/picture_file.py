@@ -1,0 +1,49 @@
+"""Picture files that carry how they were drawn, in the `parameters` text chunk that other tools read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from PIL import PngImagePlugin
+
+from spectral_diffusion.files import write_atomically
+from spectral_diffusion.generate import Picture
+
+OWN_CHUNK = "spectral_diffusion"
+
+
+def infotext(picture: Picture, base_name: str) -> str:
+    """Return the settings of `picture` as AUTOMATIC1111 writes them: prompt, negative prompt, one line of pairs."""
+    drawing = picture.drawing
+    lines = [drawing.prompt]
+    if drawing.negative_prompt:
+        lines.append(f"Negative prompt: {drawing.negative_prompt}")
+    pairs = {
+        "Steps": drawing.steps,
+        "Sampler": drawing.scheduler.removesuffix(" Karras"),
+        "Schedule type": "Karras" if drawing.scheduler.endswith(" Karras") else "Automatic",
+        "CFG scale": f"{drawing.guidance:g}",
+        "Seed": picture.seed,
+        "Size": f"{picture.image.width}x{picture.image.height}",
+        "Model": base_name,
+        "Version": "spectral-diffusion",
+    }
+    lines.append(", ".join(f"{key}: {_quoted(str(value))}" for key, value in pairs.items()))
+    return "\n".join(lines)
+
+
+def _quoted(value: str) -> str:
+    return json.dumps(value, ensure_ascii=False) if any(mark in value for mark in ",:\n") else value
+
+
+def save_picture(picture: Picture, path: Path, base_name: str) -> None:
+    """Write `picture` as PNG to `path` with its settings inside.
+
+    Raises:
+        StorageError: the file could not be written.
+    """
+    chunks = PngImagePlugin.PngInfo()
+    chunks.add_itxt("parameters", infotext(picture, base_name))
+    chunks.add_itxt(OWN_CHUNK, json.dumps({"class_words": picture.class_words}, ensure_ascii=False))
+    write_atomically(path, lambda temporary: picture.image.save(temporary, "PNG", pnginfo=chunks))

@@ -1,0 +1,82 @@
+"""The spectrum of the base's layers: thin singular value decompositions, computed once and kept on disk."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from spectral_diffusion.base import Base
+from spectral_diffusion.errors import StorageError
+from spectral_diffusion.files import write_atomically
+
+logger = logging.getLogger(__name__)
+
+MAX_DIRECTIONS = 256
+"""Leading singular directions kept per layer: 32 bands of rank 8."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spectrum:
+    """Leading singular directions of one layer: `U (out, k)`, `s (k)` falling, `V (in, k)`, all float32."""
+
+    U: torch.Tensor
+    s: torch.Tensor
+    V: torch.Tensor
+
+
+def cache_folder() -> Path:
+    """Where things that can be computed again are kept: `SPECTRAL_DIFFUSION_CACHE`, else `~/.cache/spectral-diffusion`."""
+    return Path(os.environ.get("SPECTRAL_DIFFUSION_CACHE", Path.home() / ".cache" / "spectral-diffusion"))
+
+
+def singular_directions(weight: torch.Tensor, count: int = MAX_DIRECTIONS) -> Spectrum:
+    """Return the `count` leading singular directions of `weight (out, in)`, exactly, from a full thin SVD."""
+    U, s, Vh = torch.linalg.svd(weight.detach().float(), full_matrices=False)
+    count = min(count, len(s))
+    return Spectrum(U=U[:, :count].contiguous(), s=s[:count].contiguous(), V=Vh[:count].T.contiguous())
+
+
+def base_spectrum(base: Base, layers: dict[str, nn.Linear]) -> dict[str, Spectrum]:
+    """Return the spectrum of each of `layers`, from the cache under the base's fingerprint where it is there.
+
+    Two processes may ask at once: one computes, the other waits. A damaged cache is computed again. A cache that cannot
+    be written is a warning, not an error.
+    """
+    file = cache_folder() / "spectra" / f"{base.fingerprint}.safetensors"
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{file}.lock"):
+            return _load_or_compute(file, layers)
+    except (OSError, StorageError) as error:
+        logger.warning("The spectrum could not be kept in '%s' (%s); it is computed each time.", file.parent, error)
+        return {key: singular_directions(layer.weight) for key, layer in layers.items()}
+
+
+def _load_or_compute(file: Path, layers: dict[str, nn.Linear]) -> dict[str, Spectrum]:
+    cached = _read_cache(file)
+    missing = [key for key in layers if f"{key}.s" not in cached]
+    if missing:
+        logger.info("Computing the spectrum of %d layers (once per base).", len(missing))
+        for key in missing:
+            spectrum = singular_directions(layers[key].weight)
+            cached |= {f"{key}.U": spectrum.U.cpu(), f"{key}.s": spectrum.s.cpu(), f"{key}.V": spectrum.V.cpu()}
+        write_atomically(file, lambda path: save_file(cached, path))
+    return {key: Spectrum(U=cached[f"{key}.U"], s=cached[f"{key}.s"], V=cached[f"{key}.V"]) for key in layers}
+
+
+def _read_cache(file: Path) -> dict[str, torch.Tensor]:
+    if not file.exists():
+        return {}
+    try:
+        return load_file(file)
+    except (SafetensorError, OSError):
+        logger.warning("The cached spectrum '%s' is damaged; it is computed again.", file)
+        return {}

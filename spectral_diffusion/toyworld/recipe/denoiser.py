@@ -1,0 +1,169 @@
+"""Stage 2: the text encoder and the UNet, trained together on cached latents with v-prediction."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from spectral_diffusion.toyworld.captions import caption
+from spectral_diffusion.toyworld.recipe.autoencoder import LATENT_CHANNELS
+from spectral_diffusion.toyworld.recipe.pictures import PictureSet, Scene
+from spectral_diffusion.toyworld.recipe.stage import train_stage
+from spectral_diffusion.toyworld.recipe.tokenizer import CONTEXT_LENGTH
+
+TEXT_WIDTH = 160
+CAPTIONS_PER_PICTURE = 6
+CAPTION_DROPOUT = 0.1
+SHEET_PROMPTS = (
+    "a dog near a lake",
+    "a cat in the snow",
+    "a photo of a robot on the beach",
+    "a pumpkin at night",
+    "a blue car in the city",
+    "a dog and a cat near a lake",
+    "a lion and a robot in the forest",
+    "a snowman next to a pumpkin in the snow",
+    "a man and a woman in a room",
+    "a photo of a cow and a vase in the desert",
+)
+
+
+def build_scheduler() -> DDIMScheduler:
+    """Return the noise schedule: v-prediction with zero terminal SNR (Lin et al. 2024, arXiv 2305.08891)."""
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        timestep_spacing="trailing",
+        clip_sample=False,
+        set_alpha_to_one=True,
+    )
+
+
+def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    """Return an untrained text encoder: 4 layers of width 160 over 32 tokens."""
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=TEXT_WIDTH,
+            intermediate_size=4 * TEXT_WIDTH,
+            projection_dim=TEXT_WIDTH,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            max_position_embeddings=CONTEXT_LENGTH,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def build_unet() -> UNet2DConditionModel:
+    """Return an untrained UNet over `(4, 16, 16)` latents: a thin first level, attention at the two below."""
+    return UNet2DConditionModel(
+        sample_size=16,
+        in_channels=LATENT_CHANNELS,
+        out_channels=LATENT_CHANNELS,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        block_out_channels=(48, 112, 176),
+        layers_per_block=1,
+        norm_num_groups=16,
+        cross_attention_dim=TEXT_WIDTH,
+        attention_head_dim=4,
+    )
+
+
+def train_denoiser(
+    folder: Path,
+    pictures: PictureSet,
+    latents: np.ndarray,
+    autoencoder: AutoencoderKL,
+    tokenizer: CLIPTokenizer,
+    steps: int,
+    batch: int,
+    device: torch.device,
+) -> StableDiffusionPipeline:
+    """Train text encoder and UNet on `latents` `(count, 4, 16, 16)` and return the whole pipeline with averaged weights."""
+    torch.manual_seed(2)
+    text_encoder, unet = build_text_encoder(tokenizer).to(device), build_unet().to(device)
+    unet.to(memory_format=torch.channels_last)
+    scheduler = build_scheduler()
+    pipeline = StableDiffusionPipeline(
+        vae=autoencoder,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    tokens = tokenize_scenes(tokenizer, pictures.scenes)
+    nothing = tokenizer("", padding="max_length", return_tensors="pt").input_ids[0]
+    latents_tensor = torch.from_numpy(latents)
+
+    def loss_of_step(step: int, generator: torch.Generator) -> torch.Tensor:
+        chosen = torch.randint(len(latents_tensor), (batch,), generator=generator)
+        clean = latents_tensor[chosen].float().to(device)
+        variant = torch.randint(CAPTIONS_PER_PICTURE, (batch,), generator=generator)
+        token_ids = tokens[chosen, variant].long()
+        dropped = torch.rand(batch, generator=generator) < CAPTION_DROPOUT
+        token_ids[dropped] = nothing
+        noise = torch.randn(clean.shape, generator=generator).to(device)
+        times = torch.randint(scheduler.config.num_train_timesteps, (batch,), generator=generator).to(device)
+        noisy = scheduler.add_noise(clean, noise, times).contiguous(memory_format=torch.channels_last)
+        states = text_encoder(token_ids.to(device)).last_hidden_state
+        predicted = unet(noisy, times, states).sample
+        return F.mse_loss(predicted, scheduler.get_velocity(clean, noise, times))
+
+    def sheet(step: int) -> None:
+        save_samples(pipeline, folder / "sheets" / f"denoiser-{step:06d}.png")
+
+    train_stage(
+        folder,
+        "denoiser",
+        {"text_encoder": text_encoder, "unet": unet},
+        loss_of_step,
+        steps=steps,
+        peak_rate=1e-3,
+        ema_decay=0.998,
+        every=sheet,
+        every_seconds=300,
+    )
+    return pipeline
+
+
+def tokenize_scenes(tokenizer: CLIPTokenizer, scenes: list[Scene]) -> torch.Tensor:
+    """Return `(pictures, captions per picture, context length)` int16 token ids, one caption in ten without its scene."""
+    rng = np.random.default_rng(3)
+    texts = [
+        caption(scene.things, None if rng.random() < 0.1 else scene.scene, rng)
+        for scene in scenes
+        for _ in range(CAPTIONS_PER_PICTURE)
+    ]
+    token_ids = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
+    return token_ids.to(torch.int16).view(len(scenes), CAPTIONS_PER_PICTURE, -1)
+
+
+@torch.no_grad()
+def save_samples(pipeline: StableDiffusionPipeline, file: Path) -> None:
+    """Save two pictures of each sheet prompt, side by side, at twice their size."""
+    prompts = [prompt for prompt in SHEET_PROMPTS for _ in range(2)]
+    generator = torch.Generator().manual_seed(0)
+    pictures = pipeline(prompts, num_inference_steps=25, guidance_scale=4.0, generator=generator).images
+    side = pictures[0].width
+    sheet = Image.new("RGB", (side * 10, side * 2))
+    for index, picture in enumerate(pictures):
+        sheet.paste(picture, (index // 2 * side, index % 2 * side))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    sheet.resize((sheet.width * 2, sheet.height * 2), Image.Resampling.LANCZOS).save(file)

@@ -1,0 +1,107 @@
+"""Inertness: on prompts without its token, an adapted model must give what the bare base gives.
+
+A delta trained on one concept alone answers to every prompt, and a sum of such deltas breaks each of them. So beside each
+photo the trainer shows a picture that the base itself drew, with another caption, and asks for the base's own prediction.
+Pictures, captions and predictions are made once, before the training, so that they cost one pass of the base only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from spectral_diffusion.base import Base
+
+STRANGER = "<stranger-{}>"
+STRANGERS = 4
+"""Tokens with random vectors that stand for the tokens of other concepts, which do not exist yet."""
+PICTURES = 32
+DRAWING_STEPS = 12
+GUIDANCE = 4.0
+_OTHER_CLASSES = (
+    "dog", "cat", "man", "woman", "car", "bear", "horse", "robot", "toy", "vase", "bird", "ball", "mouse", "rabbit",
+    "flower", "chair", "bag", "house",
+)  # fmt: skip
+_PLACES = (
+    "near a lake", "in the snow", "in the forest", "on the beach", "in the desert", "in the city", "in a room", "at night",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class InertPool:
+    """Samples to stay inert on: `noisy (n, channels, h, w)`, `times (n)`, token `ids (n, length)`, base `predictions`."""
+
+    noisy: torch.Tensor
+    times: torch.Tensor
+    ids: torch.Tensor
+    predictions: torch.Tensor
+
+
+def stranger_vectors(base: Base, class_vector: torch.Tensor, seed: int) -> dict[str, torch.Tensor]:
+    """Return the strangers' tokens with a `(1, width)` vector each: the class word's, moved as far as words lie apart."""
+    generator = torch.Generator().manual_seed(seed)
+    spread = base.pipeline.text_encoder.get_input_embeddings().weight.std().item()
+    return {
+        STRANGER.format(number): class_vector.mean(0, keepdim=True)
+        + spread * torch.randn(1, class_vector.shape[1], generator=generator).to(class_vector)
+        for number in range(STRANGERS)
+    }
+
+
+def inert_captions(class_word: str, count: int, generator: torch.Generator) -> list[str]:
+    """Return captions without the concept's token: its class word, other classes, strangers, pairs, and nothing at all."""
+
+    def pick(options: tuple[str, ...]) -> str:
+        return options[int(torch.randint(len(options), (1,), generator=generator))]
+
+    strangers = tuple(STRANGER.format(number) for number in range(STRANGERS))
+    captions = []
+    for number in range(count):
+        kind = number % 8
+        nouns = {
+            0: f"a {class_word}", 1: f"a {class_word}", 2: f"a {pick(_OTHER_CLASSES)}", 3: f"a {pick(_OTHER_CLASSES)}",
+            4: pick(strangers), 5: pick(strangers), 6: f"a {pick(_OTHER_CLASSES)} and a {pick(_OTHER_CLASSES)}",
+        }  # fmt: skip
+        captions.append(f"{nouns[kind]} {pick(_PLACES)}" if kind in nouns else "")
+    return captions
+
+
+@torch.no_grad()
+def build_inert_pool(base: Base, class_word: str, count: int, seed: int) -> InertPool:
+    """Draw pictures with the bare base and keep `count` noisy samples of them with the base's own predictions.
+
+    Must be called while the strangers' tokens are known to the base and no delta is attached.
+    """
+    pipeline, scheduler = base.pipeline, base.pipeline.scheduler
+    generator = torch.Generator().manual_seed(seed)
+    captions = inert_captions(class_word, count, generator)
+    drawn = pipeline(
+        captions[:PICTURES],
+        num_inference_steps=DRAWING_STEPS,
+        guidance_scale=GUIDANCE,
+        height=base.resolution,
+        width=base.resolution,
+        generator=generator,
+        output_type="latent",
+    ).images.float()
+    chosen = torch.arange(count) % len(drawn)
+    noise = torch.randn((count, *drawn.shape[1:]), generator=generator).to(base.device)
+    times = torch.randint(scheduler.config.num_train_timesteps, (count,), generator=generator).to(base.device)
+    noisy = scheduler.add_noise(drawn[chosen.to(drawn.device)], noise, times)
+    ids = tokenize(base, captions)
+    parts = []
+    for start in range(0, count, 32):
+        part = slice(start, start + 32)
+        states = pipeline.text_encoder(ids[part]).last_hidden_state
+        parts.append(pipeline.unet(noisy[part], times[part], states).sample)
+    return InertPool(noisy=noisy, times=times, ids=ids, predictions=torch.cat(parts))
+
+
+def tokenize(base: Base, captions: list[str] | tuple[str, ...]) -> torch.Tensor:
+    """Return token ids `(n, context length)` of `captions`, padded and cut as the pipeline does."""
+    tokenizer = base.pipeline.tokenizer
+    encoded = tokenizer(
+        list(captions), padding="max_length", truncation=True, max_length=tokenizer.model_max_length, return_tensors="pt"
+    )
+    return encoded.input_ids.to(base.device)

@@ -1,0 +1,87 @@
+"""What can be chosen about a training, and the presets that choose it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from spectral_diffusion.base import ATTENTION_LAYERS, Base
+from spectral_diffusion.errors import InputError
+from spectral_diffusion.parametrisations import PARAMETRISATIONS
+
+PRESETS = ("fast", "balanced", "best")
+
+
+def _setting(default: object, help: str) -> object:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingSettings:
+    """Settings of one training; each field's help is the text that the command line and the studio show.
+
+    The defaults are the paper's (Zhang & Pilanci 2024) but for inertness and isolation, which let sums keep identity.
+
+    Raises:
+        InputError: a value is out of range; the message names the field.
+    """
+
+    parametrisation: str = _setting("additive", "how a layer's change is written: additive or rotational")
+    rank: int = _setting(8, "singular directions per concept and layer")
+    steps: int = _setting(1250, "optimiser steps")
+    batch: int = _setting(2, "photos per step; as many inertness samples are drawn beside them")
+    unet_rate: float = _setting(1e-4, "learning rate of the UNet's layers")
+    text_encoder_rate: float = _setting(1e-5, "learning rate of the text encoder's layers")
+    token_rate: float = _setting(1e-3, "learning rate of the token embedding")
+    token_vectors: int = _setting(1, "vectors that the token stands for")
+    weight_decay: float = _setting(0.01, "AdamW's weight decay of the layers")
+    gradient_norm: float = _setting(1.0, "gradients are clipped to this norm")
+    inertness: float = _setting(1.0, "weight of the loss that keeps prompts without the token as the base draws them")
+    isolation: int = _setting(8, "number of leading bands; the concept neither writes into nor reads from the others' among them")
+    background: float = _setting(0.1, "weight of the loss outside the mask, where a photo has one")
+    seed: int = _setting(0, "seed of everything random in the training")
+    checkpoint_every: int = _setting(50, "steps between checkpoints")
+    sample_every: int = _setting(0, "steps between sample pictures; 0 draws none")
+    layers: tuple[str, ...] = _setting(ATTENTION_LAYERS, "endings of the linear layers that are adapted")
+
+    def __post_init__(self) -> None:
+        if self.parametrisation not in PARAMETRISATIONS:
+            raise InputError(
+                f"parametrisation '{self.parametrisation}' is unknown; choose one of {', '.join(PARAMETRISATIONS)}."
+            )
+        for name, least in (("rank", 1), ("steps", 1), ("batch", 1), ("token_vectors", 1), ("checkpoint_every", 1)):
+            if getattr(self, name) < least:
+                raise InputError(f"{name} must be at least {least}, got {getattr(self, name)}.")
+        for name in (
+            "unet_rate",
+            "text_encoder_rate",
+            "token_rate",
+            "weight_decay",
+            "inertness",
+            "isolation",
+            "background",
+            "sample_every",
+        ):
+            if not getattr(self, name) >= 0:
+                raise InputError(f"{name} must not be negative, got {getattr(self, name)}.")
+
+
+_PAPER = TrainingSettings()
+_FOR_REAL_BASES = {
+    "fast": replace(_PAPER, steps=400),
+    "balanced": replace(_PAPER, steps=800),
+    "best": _PAPER,
+}
+_EMBEDDED = replace(_PAPER, batch=4, unet_rate=5e-4, text_encoder_rate=2e-4, token_rate=5e-3, inertness=2.0)
+_FOR_EMBEDDED_BASE = {
+    "fast": replace(_EMBEDDED, steps=150),
+    "balanced": replace(_EMBEDDED, steps=300),
+    "best": replace(_EMBEDDED, steps=900),
+}
+
+
+def preset(name: str, base: Base) -> TrainingSettings:
+    """Return the settings called `name` for `base`: the paper's rates for real checkpoints, faster ones for the embedded base."""
+    presets = _FOR_EMBEDDED_BASE if base.family == "mini" else _FOR_REAL_BASES
+    if name not in presets:
+        raise InputError(f"There is no preset '{name}'; choose one of {', '.join(PRESETS)}.")
+    return presets[name]
