@@ -15,6 +15,7 @@ from PIL import Image
 from spectral_diffusion.clip_scorer import DEFAULT_CLIP, ClipScorer, load_scorer
 from spectral_diffusion.errors import InputError, PhotoError
 from spectral_diffusion.photos import list_pictures, read_photo, read_photos, require_photos
+from spectral_diffusion.picture_file import OWN_CHUNK
 from spectral_diffusion.toyworld.judge import Judge, Sighting
 
 __all__ = [
@@ -27,9 +28,6 @@ __all__ = [
     "score_pictures",
     "with_class_words",
 ]
-
-SETTINGS_CHUNK = "spectral_diffusion"
-"""Name of the PNG text chunk in which the library keeps a picture's settings as JSON."""
 
 _logger = logging.getLogger(__name__)
 
@@ -195,14 +193,14 @@ def _text_chunks(path: Path) -> dict[str, str]:
 
 
 def _own_class_words(path: Path, chunks: Mapping[str, str]) -> dict[str, str]:
-    if SETTINGS_CHUNK not in chunks:
+    if OWN_CHUNK not in chunks:
         return {}
     try:
-        own = json.loads(chunks[SETTINGS_CHUNK]).get("class_words", {})
+        own = json.loads(chunks[OWN_CHUNK]).get("class_words", {})
         return {str(token): str(word) for token, word in own.items()}
     except (ValueError, AttributeError) as error:
         raise InputError(
-            f"The '{SETTINGS_CHUNK}' text of '{path}' is damaged ({error}); draw the picture again or remove the text."
+            f"The '{OWN_CHUNK}' text of '{path}' is damaged ({error}); draw the picture again or remove the text."
         ) from error
 
 

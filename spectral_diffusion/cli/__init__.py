@@ -1,0 +1,106 @@
+"""The command line, `spectral-diffusion COMMAND ...`.
+
+Each command is a module with `SUMMARY`, `add_arguments(parser)` and `run(arguments, console) -> int`. What takes long
+to import is imported inside these functions, and only the chosen command's arguments are added, so that help is quick.
+
+Exit codes: 0, 1 (it failed; one sentence on stderr says why), 2 (wrong use).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import traceback
+import warnings
+from collections.abc import Sequence
+from importlib.metadata import version
+from types import ModuleType
+
+from spectral_diffusion.cli import demo, export, fuse, generate, info, score, train
+from spectral_diffusion.cli.console import Console, log_lines_on_stderr, survive_any_encoding
+from spectral_diffusion.cli.options import Parser
+from spectral_diffusion.errors import SpectralDiffusionError
+
+__all__ = ["COMMANDS", "main"]
+
+FAILED, WRONG_USE = 1, 2
+
+COMMANDS: dict[str, ModuleType] = {
+    "train": train,
+    "fuse": fuse,
+    "generate": generate,
+    "score": score,
+    "export": export,
+    "info": info,
+    "demo": demo,
+}
+"""Name to module of every command."""
+
+_DESCRIPTION = "Put your own dog, cat and friends into one Stable Diffusion picture."
+_EXAMPLE = """a first picture of two concepts:
+  spectral-diffusion train photos/dog --token "<V1>" --class-word dog --preset fast --out out/dog.safetensors
+  spectral-diffusion train photos/cat --token "<V2>" --class-word cat --preset fast --avoid out/dog.safetensors \\
+      --out out/cat.safetensors
+  spectral-diffusion fuse out/dog.safetensors out/cat.safetensors --out out/pair.safetensors
+  spectral-diffusion generate --adapter out/pair.safetensors --prompt "<V1> and <V2> near a lake" --out out/pictures
+
+'spectral-diffusion COMMAND --help' explains one command."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line and return its exit code.
+
+    Args:
+        argv: the words after the program's name; those of this process when missing.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    survive_any_encoding()
+    with warnings.catch_warnings(), log_lines_on_stderr():
+        if "--debug" not in words:
+            warnings.simplefilter("ignore")
+        try:
+            arguments = _build_parser(words).parse_args(words)
+        except SystemExit as leaving:
+            return leaving.code if isinstance(leaving.code, int) else 0
+        return _run(arguments)
+
+
+def _build_parser(words: Sequence[str]) -> argparse.ArgumentParser:
+    parser = Parser(
+        prog="spectral-diffusion",
+        description=_DESCRIPTION,
+        epilog=_EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {version('spectral-diffusion')}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands", required=True)
+    chosen = next((word for word in words if word in COMMANDS), None)
+    for name, module in COMMANDS.items():
+        summary = module.SUMMARY
+        command = commands.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
+        if name == chosen:
+            module.add_arguments(command)
+            command.add_argument("--debug", action="store_true", help="show where in the program an error happened")
+    return parser
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    console = Console(json_target=arguments.json)
+    try:
+        console.check()
+        return COMMANDS[arguments.command].run(arguments, console)
+    except SpectralDiffusionError as error:
+        return _fail(str(error), arguments)
+    except KeyboardInterrupt:
+        return _fail("Stopped by Ctrl-C.", arguments)
+    except Exception as error:  # whatever happens, the user gets a sentence
+        what = " ".join(f"{type(error).__name__}: {error}".split())[:300].rstrip(".: ")
+        hint = "" if arguments.debug else "; run it again with --debug to see where"
+        return _fail(f"Something unexpected went wrong ({what}){hint}.", arguments)
+
+
+def _fail(sentence: str, arguments: argparse.Namespace) -> int:
+    if arguments.debug:
+        traceback.print_exc()
+    print(f"Error: {sentence}", file=sys.stderr)
+    return FAILED

@@ -1,0 +1,57 @@
+"""An adapter in words and as data, the same for every command that shows one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from spectral_diffusion.adapter import Adapter
+
+
+def adapter_data(adapter: Adapter, path: Path) -> dict[str, Any]:
+    """Return what the adapter in file `path` is, as plain data; bands as first and last direction."""
+    return {
+        "path": str(path),
+        "bytes": path.stat().st_size,
+        "family": adapter.family,
+        "fingerprint": adapter.fingerprint,
+        "method": adapter.method,
+        "parameters": sum(concept.parameters() for concept in adapter.concepts),
+        "concepts": [
+            {
+                "token": concept.token,
+                "class_word": concept.class_word,
+                "band": [concept.band.start, concept.band.stop - 1],
+                "parametrisation": concept.parametrisation,
+                "strength": strength,
+                "parameters": concept.parameters(),
+                "layers": len(concept.layers),
+                "token_vectors": len(concept.embedding),
+                "settings": concept.settings,
+            }
+            for concept, strength in zip(adapter.concepts, adapter.weights, strict=True)
+        ],
+    }
+
+
+def adapter_lines(data: dict[str, Any]) -> Iterator[str]:
+    """Yield the lines that show what `adapter_data` returned."""
+    yield f"{data['path']} ({size_in_words(data['bytes'])})"
+    yield f"  base        family {data['family']}, fingerprint {data['fingerprint']}"
+    if len(data["concepts"]) > 1:
+        yield f"  joined by   {'the aligned sum' if data['method'] == 'aligned' else 'the plain sum'}"
+    yield f"  parameters  {data['parameters']:,}"
+    for concept in data["concepts"]:
+        first, last = concept["band"]
+        yield (
+            f"  {concept['token']}  a {concept['class_word']}, strength {concept['strength']:g}, "
+            f"{concept['parametrisation']}, directions {first}-{last} of {concept['layers']} layers, "
+            f"{concept['parameters']:,} parameters"
+        )
+
+
+def size_in_words(size: int) -> str:
+    """Return a number of bytes as people write it: `1.4 MB`."""
+    return f"{size / 1e6:.1f} MB" if size >= 1e5 else f"{size / 1e3:.1f} kB"

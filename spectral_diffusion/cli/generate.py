@@ -1,0 +1,148 @@
+"""`spectral-diffusion generate`: draw pictures."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import re
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from spectral_diffusion.cli.console import Console, bar_style, progress_bar, quiet_libraries
+from spectral_diffusion.cli.options import add_base_options, add_json_option, load_chosen_base, picture_size
+from spectral_diffusion.cli.outputs import check_writable
+from spectral_diffusion.errors import InputError
+
+if TYPE_CHECKING:
+    from spectral_diffusion.adapter import Adapter
+    from spectral_diffusion.base import Base
+    from spectral_diffusion.generate import Drawing, Picture
+
+SUMMARY = "draw pictures, with an adapter or without"
+
+logger = logging.getLogger(__name__)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    parser.add_argument("--adapter", type=Path, metavar="FILE", help="an adapter file (default: the bare base draws)")
+    parser.add_argument("--prompt", required=True, metavar="TEXT", help='what to draw, such as "<V1> near a lake"')
+    parser.add_argument("--negative-prompt", metavar="TEXT", help="what not to draw")
+    _add_drawing_options(parser)
+    parser.add_argument("--batch", type=int, default=8, metavar="N", help="pictures at once (default: %(default)s)")
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where the pictures are added")
+    parser.add_argument(
+        "--whole",
+        action="store_true",
+        help="use every concept of the adapter, as other tools do, not only those that the prompt names",
+    )
+    add_base_options(parser)
+    add_json_option(parser, "the list of pictures")
+
+
+def _add_drawing_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options whose defaults are those of `Drawing`."""
+    from spectral_diffusion.generate import SCHEDULERS, Drawing
+
+    default = {field.name: field.default for field in fields(Drawing)}
+    options: dict[str, dict[str, Any]] = {
+        "count": {"type": int, "metavar": "N", "help": f"how many pictures (default: {default['count']})"},
+        "seed": {
+            "type": int,
+            "metavar": "N",
+            "help": "seed of the first picture; each next has one more (default: any)",
+        },
+        "steps": {"type": int, "metavar": "N", "help": f"denoising steps (default: {default['steps']})"},
+        "guidance": {
+            "type": float,
+            "metavar": "X",
+            "help": f"how strictly the prompt is followed (default: {default['guidance']:g})",
+        },
+        "sampler": {
+            "dest": "scheduler",
+            "choices": tuple(SCHEDULERS),
+            "metavar": "NAME",
+            "help": f"one of {', '.join(SCHEDULERS)} (default: {default['scheduler']})",
+        },
+        "size": {"type": picture_size, "metavar": "WxH", "help": "in pixels (default: the base's own)"},
+    }
+    for name, option in options.items():
+        parser.add_argument(f"--{name}", **option)
+
+
+def run(arguments: argparse.Namespace, console: Console) -> int:
+    """Draw the pictures and save each as soon as it is ready."""
+    quiet_libraries()
+    from spectral_diffusion.adapter_file import load_adapter
+    from spectral_diffusion.attach import check_fits_base
+    from spectral_diffusion.generate import generate
+
+    drawing = _drawing(arguments)
+    adapter = load_adapter(arguments.adapter) if arguments.adapter else None
+    check_writable(arguments.out)
+    base = load_chosen_base(arguments)
+    if adapter is not None:
+        check_fits_base(base, adapter)
+        _warn_if_unnamed(adapter, drawing)
+    _show_steps(base)
+    album = _Album(folder=arguments.out, base_name=Path(base.source).name, last=_last_number(arguments.out))
+    with progress_bar("pictures", drawing.count, "picture") as bar:
+
+        def keep(picture: Picture) -> None:
+            console.say(str(album.add(picture)))
+            bar.update()
+
+        generate(base, drawing, adapter, whole=arguments.whole, batch=arguments.batch, on_picture=keep)
+    console.give({"pictures": album.records})
+    return 0
+
+
+def _drawing(arguments: argparse.Namespace) -> Drawing:
+    """Return what to draw: what was given goes before the defaults of `Drawing`."""
+    from spectral_diffusion.generate import Drawing, random_seed
+
+    if arguments.batch < 1:
+        raise InputError(f"batch must be at least 1, got {arguments.batch}.")
+    given = {field.name: getattr(arguments, field.name) for field in fields(Drawing)}
+    given = {"seed": random_seed()} | {name: value for name, value in given.items() if value is not None}
+    return Drawing(**given)
+
+
+def _warn_if_unnamed(adapter: Adapter, drawing: Drawing) -> None:
+    from spectral_diffusion.generate import named_only
+
+    if not named_only(adapter, drawing.prompt).concepts:
+        logger.warning("The prompt names none of the adapter's concepts (%s).", ", ".join(adapter.tokens))
+
+
+def _show_steps(base: Base) -> None:
+    """Let the pipeline show a bar over the steps of each batch."""
+    base.pipeline.set_progress_bar_config(desc="drawing", unit="step", leave=False, disable=False, **bar_style())
+
+
+def _last_number(folder: Path) -> int:
+    """Return the highest number that a picture in `folder` has, as in `0007-1234.png`."""
+    matches = (re.match(r"(\d+)-", path.name) for path in folder.glob("*.png"))
+    return max((int(match[1]) for match in matches if match), default=0)
+
+
+@dataclass(kw_only=True)
+class _Album:
+    """Saves pictures in `folder` under running numbers, the first being `last + 1`, and records what was saved."""
+
+    folder: Path
+    base_name: str
+    last: int
+    records: list[dict[str, Any]] = field(default_factory=list)
+
+    def add(self, picture: Picture) -> Path:
+        """Save `picture` and return its path."""
+        from spectral_diffusion.picture_file import save_picture
+
+        self.last += 1
+        path = self.folder / f"{self.last:04d}-{picture.seed}.png"
+        save_picture(picture, path, self.base_name)
+        prompt = picture.drawing.prompt
+        self.records.append({"path": str(path), "seed": picture.seed, "prompt": prompt, "tokens": list(picture.tokens)})
+        return path

@@ -1,0 +1,61 @@
+"""`spectral-diffusion info`: what an adapter file holds."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from spectral_diffusion.cli.console import Console, quiet_libraries
+from spectral_diffusion.cli.describe import adapter_data, adapter_lines
+from spectral_diffusion.cli.options import add_base_options, add_json_option, load_chosen_base
+from spectral_diffusion.errors import AdapterError
+
+if TYPE_CHECKING:
+    from spectral_diffusion.adapter import Adapter
+    from spectral_diffusion.base import Base
+
+SUMMARY = "show what an adapter file holds"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    parser.add_argument("adapter", type=Path, metavar="FILE", help="an adapter file")
+    add_base_options(parser)
+    add_json_option(parser, "it")
+
+
+def run(arguments: argparse.Namespace, console: Console) -> int:
+    """Show the adapter, and whether it fits the base when one is given."""
+    quiet_libraries()
+    from spectral_diffusion.adapter_file import load_adapter
+
+    adapter = load_adapter(arguments.adapter)
+    data = adapter_data(adapter, arguments.adapter)
+    lines = list(adapter_lines(data))
+    if arguments.base is not None:
+        data["base"] = _compare(adapter, load_chosen_base(arguments))
+        lines.append(_verdict(data["base"]))
+    for line in lines:
+        console.say(line)
+    console.give(data)
+    return 0
+
+
+def _compare(adapter: Adapter, base: Base) -> dict[str, Any]:
+    from spectral_diffusion.attach import check_fits_base
+
+    reason = None
+    try:
+        check_fits_base(base, adapter)
+    except AdapterError as error:
+        reason = str(error)
+    same = adapter.fingerprint == base.fingerprint
+    return {"source": base.source, "fits": reason is None, "reason": reason, "trained_on_it": same}
+
+
+def _verdict(base: dict[str, Any]) -> str:
+    if not base["fits"]:
+        return f"  does not fit  {base['reason']}"
+    origin = "it was trained on it" if base["trained_on_it"] else "though it was trained on another base of the family"
+    return f"  fits        {base['source']}; {origin}"

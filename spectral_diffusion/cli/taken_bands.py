@@ -1,0 +1,96 @@
+"""Which bands the adapters given to `--avoid` have taken, and which one a new concept gets."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from spectral_diffusion.adapter_file import FORMAT, load_adapter
+from spectral_diffusion.bands import Band, next_free_band
+from spectral_diffusion.base import Base
+from spectral_diffusion.errors import AdapterError, BandError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TakenBand:
+    """The band of the concept called `token` in the file `path`."""
+
+    token: str
+    band: Band
+    path: Path
+
+
+def taken_bands(places: Sequence[Path], base: Base, except_for: Path) -> list[TakenBand]:
+    """Return the bands of all adapters in `places` that belong to `base`'s family.
+
+    Args:
+        places: adapter files, or folders of which every adapter counts.
+        except_for: the file that is about to be written; what stands there now does not count.
+
+    Raises:
+        AdapterError: a file that was named is no adapter, or a folder does not exist.
+    """
+    taken = []
+    for path in _adapter_files(places):
+        if path.resolve() == except_for.resolve():
+            continue
+        adapter = load_adapter(path)
+        if adapter.family != base.family:
+            logger.warning("'%s' belongs to bases of family '%s' and is not avoided.", path, adapter.family)
+            continue
+        taken += [TakenBand(token=concept.token, band=concept.band, path=path) for concept in adapter.concepts]
+    return taken
+
+
+def choose_band(
+    start: int | None, rank: int, directions: int, taken: Sequence[TakenBand], *, allow_overlap: bool
+) -> Band:
+    """Return the band that begins at `start`, or the next free one when missing.
+
+    Args:
+        directions: singular directions of the base's smallest adapted layer.
+
+    Raises:
+        BandError: the band is taken, or none is left.
+    """
+    if start is None:
+        return next_free_band([other.band for other in taken], rank, directions)
+    band = Band(start=start, rank=rank)
+    clash = next((other for other in taken if band.overlaps(other.band)), None)
+    if clash is not None and not allow_overlap:
+        raise BandError(
+            f"Directions {band} overlap with those of '{clash.token}' ({clash.band}, '{clash.path}'); "
+            "leave --band out for the next free ones, or give --allow-overlap."
+        )
+    return band
+
+
+def is_adapter_file(path: Path) -> bool:
+    """Tell whether `path` says that it is an adapter of this program; other tools' safetensors files do not.
+
+    Raises:
+        AdapterError: it cannot be read as safetensors.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            return (file.metadata() or {}).get("format") == FORMAT
+    except (SafetensorError, OSError, UnicodeDecodeError) as error:
+        raise AdapterError(
+            f"'{path}' is damaged or not a safetensors file ({error}); remove it or copy it again."
+        ) from error
+
+
+def _adapter_files(places: Sequence[Path]) -> Iterator[Path]:
+    for place in places:
+        if place.is_dir():
+            yield from (
+                path for path in sorted(place.glob("*.safetensors")) if path.is_file() and is_adapter_file(path)
+            )
+        else:
+            yield place

@@ -1,0 +1,95 @@
+"""Small models and photos that the tests share."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image, ImageDraw
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from spectral_diffusion.base import EMBEDDED_BASE, Base, load_base
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Keep the tests' cache apart from the user's."""
+    folder = tmp_path_factory.mktemp("cache")
+    os.environ["SPECTRAL_DIFFUSION_CACHE"] = str(folder)
+    yield folder
+    del os.environ["SPECTRAL_DIFFUSION_CACHE"]
+
+
+@pytest.fixture(scope="session")
+def tiny_base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A diffusers folder of a tiny random Stable Diffusion that draws 32-pixel pictures and predicts noise."""
+    torch.manual_seed(0)
+    tokenizer = CLIPTokenizer.from_pretrained(EMBEDDED_BASE / "tokenizer")
+    text_config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=48,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=tokenizer.model_max_length,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        norm_num_groups=8,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=48,
+        attention_head_dim=4,
+    )
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(8, 8, 8),
+        layers_per_block=1,
+        norm_num_groups=8,
+        mid_block_add_attention=False,
+    )
+    pipeline = StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=CLIPTextModel(text_config),
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False, steps_offset=1),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    folder = tmp_path_factory.mktemp("tiny-base")
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def tiny_base(tiny_base_folder: Path) -> Base:
+    """The tiny random Stable Diffusion, freshly loaded."""
+    return load_base(tiny_base_folder, device="cpu")
+
+
+@pytest.fixture(scope="session")
+def photo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Five photos that differ, with captions."""
+    folder = tmp_path_factory.mktemp("photos")
+    rng = np.random.default_rng(5)
+    for number in range(5):
+        picture = Image.fromarray(rng.integers(0, 255, (6, 6, 3), dtype=np.uint8)).resize((96, 80), Image.Resampling.BICUBIC)
+        ImageDraw.Draw(picture).ellipse([20 + 4 * number, 20, 60, 60], fill=(200, 40 * number, 30))
+        picture.save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text("<TOK> near a lake", encoding="utf-8")
+    return folder
