@@ -29,7 +29,7 @@ from spectral_diffusion.toyworld.render import PICTURE_SIZE
 
 PICTURE_COUNT = 16_000
 SOFT_COUNT = 3_000
-STEPS = 900
+STEPS = 600
 BATCH = 128
 EMBED_DIM = 64
 MAX_LOGIT_SCALE = math.log(100.0)

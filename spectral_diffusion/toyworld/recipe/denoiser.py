@@ -17,7 +17,7 @@ from spectral_diffusion.toyworld.recipe.pictures import PictureSet, Scene
 from spectral_diffusion.toyworld.recipe.stage import train_stage
 from spectral_diffusion.toyworld.recipe.tokenizer import CONTEXT_LENGTH
 
-TEXT_WIDTH = 160
+TEXT_WIDTH = 128
 CAPTIONS_PER_PICTURE = 6
 CAPTION_DROPOUT = 0.1
 SHEET_PROMPTS = (
@@ -49,7 +49,7 @@ def build_scheduler() -> DDIMScheduler:
 
 
 def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    """Return an untrained text encoder: 4 layers of width 160 over 32 tokens."""
+    """Return an untrained text encoder: 4 layers of width 128 over 32 tokens."""
     return CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
@@ -74,7 +74,7 @@ def build_unet() -> UNet2DConditionModel:
         out_channels=LATENT_CHANNELS,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        block_out_channels=(48, 112, 176),
+        block_out_channels=(32, 80, 128),
         layers_per_block=1,
         norm_num_groups=16,
         cross_attention_dim=TEXT_WIDTH,

@@ -17,7 +17,9 @@ from spectral_diffusion.toyworld.render import PICTURE_SIZE, TINTS, Thing, rende
 from spectral_diffusion.toyworld.scenes import SCENES
 
 COUNT_SHARES = {1: 0.5, 2: 0.4, 3: 0.1}
+"""How many things stand in a picture, and how often."""
 TINT_SHARE = 0.12
+"""How often a thing is washed with a colour, where tints are asked for."""
 
 
 def is_reserved(characters: Sequence[str], scene: str) -> bool:
@@ -54,18 +56,24 @@ def load_or_render(
     seed: int,
     held_out: bool,
     tints: bool,
+    most_things: int = 3,
 ) -> PictureSet:
     """Return the picture set `name` from `folder`, rendering it first when it is not there.
 
     Args:
         held_out: whether held-out characters appear too (for the judge; never for the base).
         tints: whether some things are washed with a colour.
+        most_things: the most things in one picture.
     """
     pixel_file, scene_file = folder / f"{name}.npy", folder / f"{name}.jsonl"
     if not scene_file.exists():
         folder.mkdir(parents=True, exist_ok=True)
         characters = CHARACTERS if held_out else BASE_CHARACTERS
-        _render_set(pixel_file, scene_file, count, sprites, seed, characters, reserve=not held_out, tints=tints)
+        rng = np.random.default_rng(seed)
+        combinations = [
+            _draw_combination(rng, characters, most_things, reserve=not held_out, tints=tints) for _ in range(count)
+        ]
+        _render_set(pixel_file, scene_file, combinations, sprites, rng)
     scenes = [_scene_from_json(line) for line in scene_file.read_text().splitlines()]
     return PictureSet(pixels=np.load(pixel_file, mmap_mode="r"), scenes=scenes)
 
@@ -73,19 +81,14 @@ def load_or_render(
 def _render_set(
     pixel_file: Path,
     scene_file: Path,
-    count: int,
+    combinations: Sequence[tuple[tuple[Thing, ...], str]],
     sprites: dict[str, Image.Image],
-    seed: int,
-    characters: Sequence[Character],
-    *,
-    reserve: bool,
-    tints: bool,
+    rng: np.random.Generator,
 ) -> None:
-    rng = np.random.default_rng(seed)
-    pixels = np.lib.format.open_memmap(pixel_file, "w+", np.uint8, (count, PICTURE_SIZE, PICTURE_SIZE, 3))
+    shape = (len(combinations), PICTURE_SIZE, PICTURE_SIZE, 3)
+    pixels = np.lib.format.open_memmap(pixel_file, "w+", np.uint8, shape)
     lines = []
-    for index in tqdm(range(count), desc=f"rendering {pixel_file.stem}", mininterval=5):
-        things, scene = _draw_combination(rng, characters, reserve=reserve, tints=tints)
+    for index, (things, scene) in enumerate(tqdm(combinations, desc=f"rendering {pixel_file.stem}", mininterval=5)):
         rendering = render(sprites, things, scene, rng)
         pixels[index] = np.asarray(rendering.picture)
         named = [[thing.character, thing.tint] for thing in things]
@@ -96,10 +99,11 @@ def _render_set(
 
 
 def _draw_combination(
-    rng: np.random.Generator, characters: Sequence[Character], *, reserve: bool, tints: bool
+    rng: np.random.Generator, characters: Sequence[Character], most_things: int, *, reserve: bool, tints: bool
 ) -> tuple[tuple[Thing, ...], str]:
+    shares = np.array([COUNT_SHARES[count] for count in range(1, most_things + 1)])
     while True:
-        count = int(rng.choice(list(COUNT_SHARES), p=list(COUNT_SHARES.values())))
+        count = 1 + int(rng.choice(most_things, p=shares / shares.sum()))
         names = [characters[index].name for index in rng.choice(len(characters), count, replace=False)]
         scene = list(SCENES)[rng.integers(len(SCENES))]
         if not (reserve and is_reserved(names, scene)):

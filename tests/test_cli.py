@@ -1,0 +1,379 @@
+"""The command line: whole sequences of commands, what they leave behind, exit codes and error sentences."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+
+import open_clip
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from spectral_diffusion.adapter_file import load_adapter
+from spectral_diffusion.cli import COMMANDS, main
+from spectral_diffusion.cli.console import stop_on_interrupt
+from spectral_diffusion.training import TrainingSettings
+
+
+class Commands:
+    """Runs commands on the tiny base and keeps what the last one wrote."""
+
+    def __init__(self, base: Path, capture: pytest.CaptureFixture[str]):
+        self.base, self.capture = base, capture
+        self.out = self.err = ""
+
+    def __call__(self, *words: object, expect: int = 0) -> str:
+        """Run one command line, check its exit code and that there is no traceback, and return its stdout."""
+        code = main([str(word) for word in words])
+        self.out, self.err = self.capture.readouterr()
+        assert code == expect, self.err
+        assert "Traceback" not in self.out + self.err
+        return self.out
+
+    def train(self, photos: Path, out: Path, *words: object, expect: int = 0) -> str:
+        """Train for two steps on the tiny base."""
+        quick = ("--base", self.base, "--device", "cpu", "--steps", 2, "--batch", 1, "--rank", 2)
+        named = ("--class-word", "dog", *quick)
+        return self("train", photos, "--out", out, *named, *words, expect=expect)
+
+    @property
+    def error(self) -> str:
+        """The one line on stderr that says what is wrong."""
+        lines = [line for line in self.err.splitlines() if line.startswith("Error: ")]
+        assert len(lines) == 1, self.err
+        return lines[0]
+
+
+@pytest.fixture
+def run(tiny_base_folder: Path, capsys: pytest.CaptureFixture[str]) -> Commands:
+    return Commands(tiny_base_folder, capsys)
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_base_folder: Path, photo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Two adapters on bands of their own."""
+    folder = tmp_path_factory.mktemp("trained")
+    files = folder / "one.safetensors", folder / "two.safetensors"
+    for token, file in zip(("<V1>", "<V2>"), files, strict=True):
+        words = ["train", photo_folder, "--token", token, "--class-word", "dog", "--out", file, "--avoid", folder]
+        words += ["--base", tiny_base_folder, "--device", "cpu", "--steps", 2, "--batch", 1, "--rank", 2]
+        assert main([str(word) for word in words]) == 0
+    return files
+
+
+@pytest.fixture
+def adapters(trained: tuple[Path, Path], tmp_path: Path) -> tuple[Path, Path]:
+    """Copies of the trained adapters that a test may do anything with."""
+    return tuple(Path(shutil.copy(file, tmp_path)) for file in trained)
+
+
+def test_from_photos_to_pictures_and_exported_files(run: Commands, photo_folder: Path, tmp_path: Path) -> None:
+    one, two, pair = (tmp_path / f"{name}.safetensors" for name in ("one", "two", "pair"))
+    run.train(photo_folder, one, "--token", "<V1>", "--preset", "fast")
+    assert "room for" in run.out and "directions 0-1" in run.out
+    run.train(photo_folder, two, "--token", "<V2>", "--preset", "fast", "--avoid", one)
+    assert "directions 2-3" in run.out
+    run("fuse", one, two, "--out", pair)
+    assert load_adapter(pair).tokens == ("<V1>", "<V2>")
+    base = ("--base", run.base, "--device", "cpu")
+    pictures = tmp_path / "pictures"
+    draw = (
+        "generate",
+        "--adapter",
+        pair,
+        "--prompt",
+        "<V1> and <V2> near a lake",
+        "--steps",
+        2,
+        "--out",
+        pictures,
+        *base,
+    )
+    run(*draw, "--count", 3, "--seed", 1, "--batch", 2)
+    assert sorted(path.name for path in pictures.iterdir()) == ["0001-1.png", "0002-2.png", "0003-3.png"]
+    run("export", pair, "--format", "kohya", "--out", tmp_path / "lora" / "pair-lora.safetensors")
+    assert "models/Lora" in run.out and "models/loras" in run.out and "embedding:V1" in run.out
+    exported = sorted(path.name for path in (tmp_path / "lora").iterdir())
+    assert exported == ["V1.safetensors", "V2.safetensors", "pair-lora.json", "pair-lora.safetensors"]
+    run("info", pair, *base)
+    assert "<V1>" in run.out and "directions 2-3" in run.out and "fits" in run.out
+
+
+def test_progress_and_text_do_not_mix_with_data(run: Commands, photo_folder: Path, tmp_path: Path) -> None:
+    adapter = tmp_path / "one.safetensors"
+    trained = json.loads(run.train(photo_folder, adapter, "--token", "<V1>", "--json", "-"))
+    assert trained["steps"] == 2 and trained["concepts"][0]["band"] == [0, 1]
+    assert "training" in run.err and "room for" in run.err
+    info = json.loads(run("info", adapter, "--json", "-", "--base", run.base, "--device", "cpu"))
+    assert info["base"]["fits"] and info["base"]["trained_on_it"]
+    assert info["bytes"] == adapter.stat().st_size
+    assert info["parameters"] == sum(concept["parameters"] for concept in info["concepts"]) > 0
+
+
+def test_data_goes_to_files(run: Commands, adapters: tuple[Path, Path], tmp_path: Path) -> None:
+    one, two = adapters
+    pair, data = tmp_path / "pair.safetensors", tmp_path / "new" / "data.json"
+    run("fuse", one, two, "--out", pair, "--strength", 1, 0.5, "--method", "sum", "--json", data)
+    fused = json.loads(data.read_text(encoding="utf-8"))
+    assert fused["method"] == "sum" and [concept["strength"] for concept in fused["concepts"]] == [1.0, 0.5]
+    run("export", pair, "--out", tmp_path / "lora" / "pair.safetensors", "--json", data)
+    assert json.loads(data.read_text(encoding="utf-8"))["words"] == {"<V1>": "V1", "<V2>": "V2"}
+    draw = ("generate", "--prompt", "a dog", "--steps", 1, "--out", tmp_path / "pictures")
+    run(*draw, "--base", run.base, "--device", "cpu", "--json", data)
+    (picture,) = json.loads(data.read_text(encoding="utf-8"))["pictures"]
+    assert Path(picture["path"]).is_file() and picture["prompt"] == "a dog"
+
+
+def test_pictures_are_numbered_on_and_never_overwritten(
+    run: Commands, adapters: tuple[Path, Path], tmp_path: Path
+) -> None:
+    draw = ("generate", "--prompt", "a dog", "--steps", 1, "--seed", 5, "--out", tmp_path / "p", "--base", run.base)
+    run(*draw, "--sampler", "Euler a", "--size", "40x32")
+    run(*draw, "--adapter", adapters[0])
+    assert "names none of the adapter's concepts (<V1>)" in run.err
+    assert sorted(path.name for path in (tmp_path / "p").iterdir()) == ["0001-5.png", "0002-5.png"]
+    with Image.open(tmp_path / "p" / "0001-5.png") as picture:
+        assert picture.size == (40, 32)
+
+
+def test_scores_come_from_the_chosen_clip(run: Commands, photo_folder: Path, tmp_path: Path) -> None:
+    clip, data = make_clip(tmp_path / "clip"), tmp_path / "scores.json"
+    run("score", photo_folder, "--references", f"<V1>={photo_folder}", "--clip", clip, "--json", data)
+    scores = json.loads(data.read_text(encoding="utf-8"))
+    assert len(scores["pictures"]) == 5 and set(scores["clip_image"]) == {"<V1>"}
+    assert "mean of 5" in run.out
+    twice = ("--references", f"<V1>={photo_folder}", "--references", f"<V1>={photo_folder}")
+    run("score", photo_folder, *twice, "--clip", clip, expect=1)
+    assert "names '<V1>' twice" in run.error
+
+
+def make_clip(folder: Path) -> Path:
+    """Save a tiny random CLIP in open_clip's form."""
+    config = {
+        "embed_dim": 16,
+        "vision_cfg": {"image_size": 32, "layers": 1, "width": 64, "patch_size": 16},
+        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
+    }
+    folder.mkdir()
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {}}))
+    torch.manual_seed(0)
+    save_file(open_clip.CLIP(**config).state_dict(), folder / "open_clip_model.safetensors")
+    return folder
+
+
+def test_a_folder_is_avoided_with_every_adapter_in_it(
+    run: Commands, adapters: tuple[Path, Path], photo_folder: Path, tmp_path: Path
+) -> None:
+    run("export", adapters[0], "--out", tmp_path / "lora.safetensors")
+    run.train(photo_folder, tmp_path / "three.safetensors", "--token", "<V3>", "--avoid", tmp_path)
+    assert "directions 4-5" in run.out
+    run.train(photo_folder, tmp_path / "four.safetensors", "--token", "<V1>", "--avoid", adapters[0])
+    assert "can never be fused" in run.err
+
+
+def test_a_taken_band_is_refused_unless_allowed(
+    run: Commands, adapters: tuple[Path, Path], photo_folder: Path, tmp_path: Path
+) -> None:
+    words = ("--token", "<V3>", "--avoid", adapters[0], "--band", 1)
+    run.train(photo_folder, tmp_path / "three.safetensors", *words, expect=1)
+    assert "Directions 1-2 overlap with those of '<V1>' (0-1" in run.error
+    run.train(photo_folder, tmp_path / "three.safetensors", *words, "--allow-overlap")
+    run("fuse", adapters[0], tmp_path / "three.safetensors", "--out", tmp_path / "pair.safetensors", expect=1)
+    assert "share singular directions" in run.error
+    run("fuse", adapters[0], tmp_path / "three.safetensors", "--out", tmp_path / "pair.safetensors", "--allow-overlap")
+
+
+def test_a_band_beyond_the_base_is_refused(run: Commands, photo_folder: Path, tmp_path: Path) -> None:
+    run.train(photo_folder, tmp_path / "a.safetensors", "--token", "<V1>", "--band", 1000, expect=1)
+    assert "lies beyond layer" in run.error
+    run.train(photo_folder, tmp_path / "a.safetensors", "--token", "<V1>", "--rank", 1000, expect=1)
+    assert "smaller rank" in run.error
+
+
+def test_an_existing_adapter_is_overwritten_by_force_only(
+    run: Commands, adapters: tuple[Path, Path], photo_folder: Path
+) -> None:
+    before = adapters[0].read_bytes()
+    run.train(photo_folder, adapters[0], "--token", "<V9>", expect=1)
+    assert "exists already; give --force" in run.error
+    assert adapters[0].read_bytes() == before
+    run.train(photo_folder, adapters[0], "--token", "<V9>", "--force")
+    assert load_adapter(adapters[0]).tokens == ("<V9>",)
+
+
+def test_a_stopped_training_goes_on_where_it_was(
+    run: Commands, photo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    undisturbed, stopped = tmp_path / "undisturbed.safetensors", tmp_path / "stopped.safetensors"
+    run.train(photo_folder, undisturbed, "--token", "<V1>")
+    with monkeypatch.context() as patch:
+        patch.setattr("spectral_diffusion.cli.train._Display.show", press_ctrl_c)
+        run.train(photo_folder, stopped, "--token", "<V1>", expect=1)
+    assert "Stopped after step 1 of 2" in run.err and "run the same command again" in run.err
+    checkpoint = tmp_path / "stopped.safetensors.checkpoint"
+    assert checkpoint.is_file() and not stopped.exists()
+    run.train(photo_folder, stopped, "--token", "<V1>")
+    assert "goes on from step 1" in run.err
+    assert not checkpoint.exists()
+    assert all(torch.equal(a, b) for a, b in zip(tensors(undisturbed), tensors(stopped), strict=True))
+
+
+def press_ctrl_c(*anything: object) -> None:
+    signal.raise_signal(signal.SIGINT)
+
+
+def tensors(path: Path) -> list[torch.Tensor]:
+    with safe_open(path, "pt") as file:
+        return [file.get_tensor(name) for name in sorted(file.keys())]
+
+
+def test_the_second_ctrl_c_ends_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), stop_on_interrupt("stopping") as should_stop:
+        assert not should_stop()
+        press_ctrl_c()
+        assert should_stop() and "stopping" in capsys.readouterr().err
+        press_ctrl_c()
+    assert signal.getsignal(signal.SIGINT) == before
+
+
+def test_sample_pictures_are_kept_beside_the_adapter(run: Commands, photo_folder: Path, tmp_path: Path) -> None:
+    run.train(photo_folder, tmp_path / "one.safetensors", "--token", "<V1>", "--sample-every", 2)
+    names = sorted(path.name for path in (tmp_path / "one-samples").iterdir())
+    assert names == ["step-000002-1.png", "step-000002-2.png"]
+
+
+def test_damaged_and_missing_adapters_are_named(run: Commands, adapters: tuple[Path, Path], tmp_path: Path) -> None:
+    damaged = tmp_path / "damaged.safetensors"
+    damaged.write_bytes(adapters[0].read_bytes()[:2000])
+    for command in (
+        ("info",),
+        ("export", "--out", tmp_path / "x.safetensors"),
+        ("fuse", "--out", tmp_path / "x.safetensors"),
+    ):
+        run(command[0], damaged, *command[1:], expect=1)
+        assert "damaged.safetensors' is damaged" in run.error
+        run(command[0], tmp_path / "missing.safetensors", *command[1:], expect=1)
+        assert "There is no adapter file" in run.error
+    run("generate", "--adapter", damaged, "--prompt", "<V1>", "--out", tmp_path / "p", "--base", run.base, expect=1)
+    assert "is damaged" in run.error
+
+
+def test_two_concepts_with_one_token_are_not_fused(run: Commands, adapters: tuple[Path, Path], tmp_path: Path) -> None:
+    run("fuse", adapters[0], adapters[0], "--out", tmp_path / "pair.safetensors", expect=1)
+    assert "Two concepts use the token '<V1>'" in run.error
+
+
+def test_inputs_and_other_adapters_are_never_overwritten(
+    run: Commands, adapters: tuple[Path, Path], tmp_path: Path
+) -> None:
+    run("fuse", *adapters, "--out", adapters[0], "--force", expect=1)
+    assert "would be overwritten" in run.error
+    run("export", adapters[0], "--out", adapters[0], "--force", expect=1)
+    assert "would be overwritten" in run.error
+    shutil.copy(adapters[1], tmp_path / "V1.safetensors")
+    run("export", adapters[0], "--out", tmp_path / "lora.safetensors", expect=1)
+    assert "would overwrite the adapter" in run.error and load_adapter(tmp_path / "V1.safetensors")
+
+
+def test_places_that_cannot_be_written_are_found_before_the_work(
+    run: Commands, adapters: tuple[Path, Path], photo_folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    blocked = tmp_path / "file" / "a.safetensors"
+    run.train(photo_folder, blocked, "--token", "<V1>", expect=1)
+    assert "could not be written" in run.error and "training" not in run.err
+    run("fuse", *adapters, "--out", blocked, expect=1)
+    run("generate", "--prompt", "a dog", "--out", tmp_path / "file", "--base", run.base, expect=1)
+    run("info", adapters[0], "--json", tmp_path, expect=1)
+    assert "is a folder" in run.error
+
+
+def test_missing_photos_tokens_and_bases_are_said(run: Commands, photo_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "a.safetensors"
+    run.train(tmp_path / "nothing", out, "--token", "<V1>", expect=1)
+    assert "does not exist" in run.error
+    run.train(photo_folder, out, expect=1)
+    assert "says no token" in run.error
+    run.train(photo_folder, out, "--token", "<V1>", "--base", tmp_path, expect=1)
+    assert "is not a diffusers folder" in run.error
+    run.train(photo_folder, out, "--token", "<V1>", "--device", "abacus", expect=1)
+    assert "There is no device 'abacus'" in run.error
+    run.train(photo_folder, out, "--token", "<V1>", "--steps", 0, expect=1)
+    assert "steps must be at least 1" in run.error
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ([], "COMMAND"),
+        (["paint"], "invalid choice: 'paint'"),
+        (["train", "photos"], "--out"),
+        (["train", "photos", "--out", "a.safetensors", "--preset", "quick"], "invalid choice: 'quick'"),
+        (["train", "photos", "--out", "a.ckpt"], "'a.ckpt' does not end in .safetensors"),
+        (["train", "photos", "--out", "a.safetensors", "--steps", "many"], "invalid int value: 'many'"),
+        (["generate", "--prompt", "x", "--out", "p", "--size", "large"], "'large' is not a size such as 512x768"),
+        (["score", "p", "--references", "photos"], "'photos' is not of the form"),
+        (["export", "a", "--format", "ckpt", "--out", "b.safetensors"], "invalid choice: 'ckpt'"),
+    ],
+)
+def test_wrong_use_is_one_sentence_and_code_2(run: Commands, words: list[str], sentence: str) -> None:
+    run(*words, expect=2)
+    assert sentence in run.error and run.error == run.err.strip()
+    assert "--help" in run.error
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(run: Commands, command: str) -> None:
+    assert command in run("--help")
+    text = run(command, "--help")
+    assert f"spectral-diffusion {command}" in text and "--json" in text
+
+
+def test_settings_are_explained_in_their_own_words(run: Commands, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "400")
+    text = run("train", "--help")
+    for field in fields(TrainingSettings):
+        assert f"--{field.name.replace('_', '-')} " in text and field.metadata["help"] in text
+
+
+def test_the_unexpected_is_one_sentence_too(
+    run: Commands, adapters: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("spectral_diffusion.adapter_file.load_adapter", raiser(ZeroDivisionError("oh")))
+    run("info", adapters[0], expect=1)
+    assert "Something unexpected went wrong (ZeroDivisionError: oh)" in run.error and "--debug" in run.error
+    assert main(["info", str(adapters[0]), "--debug"]) == 1
+    assert "Traceback" in capsys.readouterr().err
+    monkeypatch.setattr("spectral_diffusion.adapter_file.load_adapter", raiser(KeyboardInterrupt()))
+    run("info", adapters[0], expect=1)
+    assert "Stopped by Ctrl-C" in run.error
+
+
+def raiser(error: BaseException) -> Callable[..., None]:
+    def raise_it(*anything: object) -> None:
+        raise error
+
+    return raise_it
+
+
+def test_no_handler_stays_behind(run: Commands) -> None:
+    before = list(logging.getLogger("spectral_diffusion").handlers)
+    run("--version")
+    assert logging.getLogger("spectral_diffusion").handlers == before
+
+
+def test_help_does_not_import_torch() -> None:
+    code = "import sys; from spectral_diffusion.cli import main; main(['--help']); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL, env=os.environ).returncode == 0
