@@ -26,7 +26,7 @@ def measure_activations(base: Base, token: str, layer_keys: tuple[str, ...], see
     The base must have the concept's adapter and token attached. `DRAWINGS` short drawings of prompts with `token` are
     made; only the conditional half of each guidance pair counts. The Gram matrices are scaled to trace `in`.
     """
-    layers = linear_layers(base)
+    layers = linear_layers(base, None)
     watched = {input_group(key): layers[key] for key in reversed(layer_keys)}
     grams = {group: torch.zeros(layer.in_features, layer.in_features) for group, layer in watched.items()}
     prompts = [PROMPTS[number % len(PROMPTS)].format(token) for number in range(DRAWINGS)]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import math
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import combinations
 from typing import Any
 
 import torch
@@ -78,6 +80,11 @@ class Adapter:
             raise AdapterError(f"'{self.method}' is not a way to join concepts; choose one of {', '.join(METHODS)}.")
         if len(self.weights) != len(self.concepts):
             raise AdapterError(f"{len(self.concepts)} concepts need as many strengths, got {len(self.weights)}.")
+        if not all(math.isfinite(weight) for weight in self.weights):
+            raise AdapterError(f"Strengths must be numbers, got {', '.join(map(str, self.weights))}.")
+        _check_tokens(self.concepts)
+        if self.method == "aligned" and len(self.concepts) > 1:
+            _check_measured(self.concepts)
 
     @property
     def tokens(self) -> tuple[str, ...]:
@@ -119,6 +126,23 @@ class Adapter:
     def deltas(self) -> dict[str, LowRank]:
         """Return the joined change of every layer, by layer key."""
         return {key: self.delta(key) for key in self.layer_keys()}
+
+
+def _check_tokens(concepts: Sequence[ConceptPart]) -> None:
+    for one, other in combinations(concepts, 2):
+        if one.token.lower() == other.token.lower():
+            raise AdapterError(
+                f"Two concepts use the token '{one.token}'; a prompt could not tell them apart. Train one again with another "
+                "token, or give each adapter once."
+            )
+
+
+def _check_measured(concepts: Sequence[ConceptPart]) -> None:
+    for concept in concepts:
+        if not all(input_group(key) in concept.activations for key in concept.layers):
+            raise AdapterError(
+                f"'{concept.token}' carries no measured activations, which the aligned sum needs; fuse with the method 'sum'."
+            )
 
 
 def input_group(key: str) -> str:

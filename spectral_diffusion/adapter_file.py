@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from spectral_diffusion.adapter import Adapter, ConceptPart, LayerPart
+from spectral_diffusion.adapter import Adapter, ConceptPart, LayerPart, input_group
 from spectral_diffusion.bands import Band
 from spectral_diffusion.errors import AdapterError, InputError
 from spectral_diffusion.files import write_atomically
@@ -92,22 +92,25 @@ def load_adapter(path: Path) -> Adapter:
                 raise AdapterError(
                     f"'{path}' is not an adapter of this program; give a file made by 'spectral-diffusion train' or 'fuse'."
                 )
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (SafetensorError, OSError, UnicodeDecodeError) as error:
-        raise AdapterError(f"'{path}' is damaged or not a safetensors file ({error}); train or copy it again.") from error
+        raise AdapterError(
+            f"'{path}' is damaged or not a safetensors file ({error}); train or copy it again."
+        ) from error
     try:
         return _assemble(json.loads(metadata["adapter"]), tensors)
     except AdapterError as error:
         raise AdapterError(f"'{path}' cannot be used: {error}") from error
-    except (KeyError, TypeError, ValueError, InputError) as error:
-        raise AdapterError(f"'{path}' cannot be used: its description is damaged ({error!r}); train it again.") from error
+    except (KeyError, TypeError, ValueError, RecursionError, InputError) as error:
+        raise AdapterError(
+            f"'{path}' cannot be used: its description is damaged ({error!r}); train it again."
+        ) from error
 
 
 def _assemble(description: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Adapter:
     if description["version"] > FORMAT_VERSION:
         raise AdapterError(f"it was written by a newer version (format {description['version']}); update this program.")
-    _check_numbers(tensors)
-    remaining = dict(tensors)
+    remaining = _checked_numbers(tensors)
     concepts = tuple(
         _assemble_concept(number, record, remaining) for number, record in enumerate(description["concepts"])
     )
@@ -124,12 +127,16 @@ def _assemble(description: dict[str, Any], tensors: dict[str, torch.Tensor]) -> 
     )
 
 
-def _check_numbers(tensors: dict[str, torch.Tensor]) -> None:
+def _checked_numbers(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return `tensors` as float32, all of them finite."""
+    checked = {}
     for name, tensor in tensors.items():
         if not tensor.is_floating_point():
             raise AdapterError(f"tensor '{name}' holds {tensor.dtype} instead of floating-point numbers.")
-        if not torch.isfinite(tensor).all():
+        checked[name] = tensor.float()
+        if not torch.isfinite(checked[name]).all():
             raise AdapterError(f"tensor '{name}' holds NaN or infinite numbers; train it again.")
+    return checked
 
 
 def _assemble_concept(number: int, record: dict[str, Any], remaining: dict[str, torch.Tensor]) -> ConceptPart:
@@ -148,8 +155,14 @@ def _assemble_concept(number: int, record: dict[str, Any], remaining: dict[str, 
         else:
             raise AdapterError(f"tensor '{name}' has a name that no adapter has.")
     layers = {key: _assemble_layer(key, part, record["parametrisation"], rank) for key, part in grouped.items()}
-    if embedding.ndim != 2:
-        raise AdapterError(f"the embedding of '{record['token']}' has shape {tuple(embedding.shape)}, expected (n, width).")
+    if embedding.ndim != 2 or not len(embedding):
+        raise AdapterError(
+            f"the embedding of '{record['token']}' has shape {tuple(embedding.shape)}, expected (n, width)."
+        )
+    if not layers:
+        raise AdapterError(f"the concept '{record['token']}' changes no layer.")
+    for key, layer in layers.items():
+        _check_measurement(key, layer, activations.get(input_group(key)))
     return ConceptPart(
         token=str(record["token"]),
         class_word=str(record["class_word"]),
@@ -162,13 +175,22 @@ def _assemble_concept(number: int, record: dict[str, Any], remaining: dict[str, 
     )
 
 
+def _check_measurement(key: str, layer: LayerPart, factor: torch.Tensor | None) -> None:
+    if factor is not None and (factor.ndim != 2 or len(factor) != len(layer.band.V)):
+        raise AdapterError(
+            f"the activations of layer '{key}' have shape {tuple(factor.shape)}, expected ({len(layer.band.V)}, k)."
+        )
+
+
 def _assemble_layer(key: str, tensors: dict[str, torch.Tensor], parametrisation: str, rank: int) -> LayerPart:
     form = PARAMETRISATIONS[parametrisation]
     expected_names = {"U", "s", "V", *form.TENSORS}
     if set(tensors) != expected_names:
         raise AdapterError(f"layer '{key}' holds {sorted(tensors)}, expected {sorted(expected_names)}.")
     band = Spectrum(U=tensors["U"], s=tensors["s"], V=tensors["V"])
-    shapes_fit = band.U.ndim == band.V.ndim == 2 and band.U.shape[1] == band.V.shape[1] == len(band.s) == rank
+    shapes_fit = (band.U.ndim, band.s.ndim, band.V.ndim) == (2, 1, 2) and band.U.shape[1] == band.V.shape[1] == len(
+        band.s
+    ) == rank
     if not shapes_fit:
         raise AdapterError(f"the band of layer '{key}' does not have {rank} directions.")
     trained = {name: tensors[name] for name in form.TENSORS}

@@ -6,7 +6,8 @@ The base's weights are never written; leaving the context takes everything off a
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -75,12 +76,25 @@ class ExtendedEmbedding(nn.Module):
         return torch.where(is_new[..., None], new, old)
 
 
+def tokens_in(prompt: str, tokens: Collection[str]) -> set[str]:
+    """Return which of `tokens` the tokenizer finds in `prompt`: in any case, and the longest where one begins another."""
+    found = {match.group().lower() for match in _any_of(tokens).finditer(prompt)} if tokens else set()
+    return {token for token in tokens if token.lower() in found}
+
+
 def expand_prompt(prompt: str, vectors: dict[str, int]) -> str:
     """Write every token of several vectors as the words that stand for them: `<V1>` becomes `<V1> <V1>_1`."""
-    for token, count in vectors.items():
-        words = " ".join([token, *(f"{token}_{number}" for number in range(1, count))])
-        prompt = prompt.replace(token, words)
-    return prompt
+    if not vectors:
+        return prompt
+    words = {
+        token.lower(): " ".join([token, *(f"{token}_{number}" for number in range(1, count))])
+        for token, count in vectors.items()
+    }
+    return _any_of(vectors).sub(lambda match: words.get(match.group().lower(), match.group()), prompt)
+
+
+def _any_of(tokens: Collection[str]) -> re.Pattern[str]:
+    return re.compile("|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True)), re.IGNORECASE)
 
 
 def check_new_token(base: Base, token: str) -> None:
@@ -117,7 +131,11 @@ def with_tokens(base: Base, embeddings: dict[str, torch.Tensor]) -> Iterator[Non
 
 
 def _embedding_holder(text_encoder: nn.Module) -> nn.Module:
-    return next(module for module in text_encoder.modules() if isinstance(getattr(module, "token_embedding", None), nn.Embedding))
+    return next(
+        module
+        for module in text_encoder.modules()
+        if isinstance(getattr(module, "token_embedding", None), nn.Embedding)
+    )
 
 
 @contextmanager
@@ -127,7 +145,7 @@ def attached(base: Base, adapter: Adapter) -> Iterator[None]:
     Raises:
         AdapterError: the adapter belongs to another family or its layers do not fit.
     """
-    layers = linear_layers(base)
+    layers = linear_layers(base, None)
     check_fits_base(base, adapter)
     factors = {key: _constant(delta.up, delta.down, base) for key, delta in adapter.deltas().items()}
     with with_tokens(base, {concept.token: concept.embedding for concept in adapter.concepts}), hooked(layers, factors):
@@ -141,12 +159,14 @@ def check_fits_base(base: Base, adapter: Adapter) -> None:
             f"The adapter belongs to a base of family '{adapter.family}', '{base.source}' is of family '{base.family}'; "
             "use it with a base of its own family."
         )
-    layers = linear_layers(base)
+    layers = linear_layers(base, None)
     for concept in adapter.concepts:
         for key, part in concept.layers.items():
             shape = (len(part.band.U), len(part.band.V))
             if key not in layers:
-                raise AdapterError(f"The base '{base.source}' has no layer '{key}' that '{concept.token}' was trained on.")
+                raise AdapterError(
+                    f"The base '{base.source}' has no layer '{key}' that '{concept.token}' was trained on."
+                )
             if tuple(layers[key].weight.shape) != shape:
                 raise AdapterError(
                     f"Layer '{key}' is {tuple(layers[key].weight.shape)} in '{base.source}' but {shape} in '{concept.token}'."

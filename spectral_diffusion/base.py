@@ -90,7 +90,9 @@ def _load_pipeline(place: str, *, embedded: bool) -> StableDiffusionPipeline:
             f"'{place}' is a single file; give a diffusers folder (one with a 'model_index.json') or a hub id as --base."
         )
     if path.is_dir() and not (path / "model_index.json").exists():
-        raise BaseError(f"'{place}' is not a diffusers folder: it has no 'model_index.json'; give one that has as --base.")
+        raise BaseError(
+            f"'{place}' is not a diffusers folder: it has no 'model_index.json'; give one that has as --base."
+        )
     try:
         pipeline = StableDiffusionPipeline.from_pretrained(
             place,
@@ -118,15 +120,18 @@ def layer_key(part: str, module_path: str) -> str:
     return f"{part}.{module_path.removeprefix('text_model.')}"
 
 
-def linear_layers(base: Base, endings: tuple[str, ...] = ATTENTION_LAYERS) -> dict[str, nn.Linear]:
-    """Return the linear layers whose module path ends in one of `endings`, by stable layer key, in model order."""
+def linear_layers(base: Base, endings: tuple[str, ...] | None = ATTENTION_LAYERS) -> dict[str, nn.Linear]:
+    """Return the linear layers whose path ends in one of `endings` (all for None), by stable layer key, in model order."""
     return dict(_linear_layers(base.pipeline, endings))
 
 
-def _linear_layers(pipeline: StableDiffusionPipeline, endings: tuple[str, ...]) -> Iterator[tuple[str, nn.Linear]]:
+def _linear_layers(
+    pipeline: StableDiffusionPipeline, endings: tuple[str, ...] | None
+) -> Iterator[tuple[str, nn.Linear]]:
     for part, model in (("text_encoder", pipeline.text_encoder), ("unet", pipeline.unet)):
         for path, module in model.named_modules():
-            if isinstance(module, nn.Linear) and any(f".{path}".endswith(f".{ending}") for ending in endings):
+            chosen = endings is None or any(f".{path}".endswith(f".{ending}") for ending in endings)
+            if chosen and isinstance(module, nn.Linear):
                 yield layer_key(part, path), module
 
 

@@ -39,22 +39,20 @@ def fuse(
     strengths = [1.0] * len(adapters) if strengths is None else list(strengths)
     if len(strengths) != len(adapters):
         raise AdapterError(f"{len(adapters)} adapters need as many strengths, got {len(strengths)}.")
-    first = adapters[0]
-    concepts = tuple(concept for adapter in adapters for concept in adapter.concepts)
     _check_one_base(adapters)
-    _check_tokens(concepts)
-    if not allow_overlap:
-        _check_bands(concepts)
-    if method == "aligned":
-        _check_measured(concepts)
     weights = tuple(
-        weight * strength
-        for adapter, strength in zip(adapters, strengths, strict=True)
-        for weight in adapter.weights
+        weight * strength for adapter, strength in zip(adapters, strengths, strict=True) for weight in adapter.weights
     )
-    return Adapter(
-        family=first.family, fingerprint=first.fingerprint, concepts=concepts, weights=weights, method=method
+    fused = Adapter(
+        family=adapters[0].family,
+        fingerprint=adapters[0].fingerprint,
+        concepts=tuple(concept for adapter in adapters for concept in adapter.concepts),
+        weights=weights,
+        method=method,
     )
+    if not allow_overlap:
+        _check_bands(fused.concepts)
+    return fused
 
 
 def _check_one_base(adapters: Sequence[Adapter]) -> None:
@@ -73,27 +71,10 @@ def _check_one_base(adapters: Sequence[Adapter]) -> None:
             )
 
 
-def _check_tokens(concepts: Sequence[ConceptPart]) -> None:
-    for one, other in combinations(concepts, 2):
-        if one.token.lower() == other.token.lower():
-            raise AdapterError(
-                f"Two concepts use the token '{one.token}'; a prompt could not tell them apart. Train one again with another "
-                "token, or give each adapter once."
-            )
-
-
 def _check_bands(concepts: Sequence[ConceptPart]) -> None:
     for one, other in combinations(concepts, 2):
         if one.band.overlaps(other.band):
             raise BandError(
                 f"'{one.token}' (directions {one.band}) and '{other.token}' (directions {other.band}) share singular "
                 "directions; train one again with --avoid and the other's file, or allow the overlap explicitly."
-            )
-
-
-def _check_measured(concepts: Sequence[ConceptPart]) -> None:
-    for concept in concepts:
-        if not concept.activations:
-            raise AdapterError(
-                f"'{concept.token}' carries no measured activations, which the aligned sum needs; fuse with the method 'sum'."
             )

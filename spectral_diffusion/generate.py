@@ -13,23 +13,22 @@ import torch
 from PIL import Image
 
 from spectral_diffusion.adapter import Adapter
-from spectral_diffusion.attach import attached, expand_prompt
+from spectral_diffusion.attach import attached, expand_prompt, tokens_in
 from spectral_diffusion.base import Base
 from spectral_diffusion.errors import InputError
 
 SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "DDIM": ("DDIMScheduler", {}),
     "DDPM": ("DDPMScheduler", {}),
-    "PNDM": ("PNDMScheduler", {}),
+    "PNDM": ("PNDMScheduler", {"skip_prk_steps": True}),
     "Euler": ("EulerDiscreteScheduler", {}),
     "Euler a": ("EulerAncestralDiscreteScheduler", {}),
     "Heun": ("HeunDiscreteScheduler", {}),
-    "LMS": ("LMSDiscreteScheduler", {}),
     "UniPC": ("UniPCMultistepScheduler", {}),
     "DPM++ 2M": ("DPMSolverMultistepScheduler", {}),
     "DPM++ 2M Karras": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
     "DPM++ 2M SDE": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
-    "DPM++ SDE": ("DPMSolverSinglestepScheduler", {}),
+    "DPM++ SDE": ("DPMSolverSinglestepScheduler", {"lower_order_final": True}),
 }
 """Samplers by the names that users know."""
 
@@ -78,7 +77,7 @@ class Picture:
 
 def named_only(adapter: Adapter, prompt: str) -> Adapter:
     """Return `adapter` with only the concepts whose tokens stand in `prompt`: one that is not asked for cannot disturb."""
-    return adapter.only([token for token in adapter.tokens if token.lower() in prompt.lower()])
+    return adapter.only(tokens_in(prompt, adapter.tokens))
 
 
 def generate(

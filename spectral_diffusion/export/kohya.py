@@ -70,7 +70,7 @@ def export_kohya(adapter: Adapter, path: Path, *, dtype: torch.dtype = torch.flo
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise AdapterError(f"'{name}' holds numbers too large for {dtype}; lower the strengths.")
-    embeddings = _export_embeddings(adapter, path.parent, dtype)
+    embeddings = _export_embeddings(adapter, path, dtype)
     words = {token: file.stem for token, file in embeddings.items()}
     metadata = _metadata(adapter, path, rank, words, tensors)
     write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
@@ -89,7 +89,9 @@ def _padded(factor: torch.Tensor, rank: int) -> torch.Tensor:
 def _balanced(up: torch.Tensor, down: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Give each pair of columns the same length on both sides, so that neither over- nor underflows in half precision."""
     up_length, down_length = up.norm(dim=0), down.norm(dim=0)
-    scale = torch.where((up_length > 0) & (down_length > 0), (down_length / up_length).sqrt(), torch.ones_like(up_length))
+    scale = torch.where(
+        (up_length > 0) & (down_length > 0), (down_length / up_length).sqrt(), torch.ones_like(up_length)
+    )
     return up * scale, down / scale
 
 
@@ -99,13 +101,13 @@ def embedding_file_name(token: str) -> str:
     return plain or f"token-{hashlib.sha256(token.encode()).hexdigest()[:8]}"
 
 
-def _export_embeddings(adapter: Adapter, folder: Path, dtype: torch.dtype) -> dict[str, Path]:
+def _export_embeddings(adapter: Adapter, lora: Path, dtype: torch.dtype) -> dict[str, Path]:
     files: dict[str, Path] = {}
-    for concept in adapter.concepts:
+    for number, concept in enumerate(adapter.concepts, start=1):
         stem = embedding_file_name(concept.token)
-        if stem.lower() in {other.stem.lower() for other in files.values()}:
-            stem = f"{stem}-{len(files) + 1}"
-        file = folder / f"{stem}.safetensors"
+        if stem.lower() in {lora.stem.lower(), *(other.stem.lower() for other in files.values())}:
+            stem = f"{stem}-{number}"
+        file = lora.parent / f"{stem}.safetensors"
         tensors = {"emb_params": concept.embedding.to(dtype).contiguous()}
         write_atomically(file, lambda temporary, tensors=tensors: save_file(tensors, temporary))
         files[concept.token] = file

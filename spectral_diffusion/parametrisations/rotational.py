@@ -35,7 +35,7 @@ def confine(tensors: dict[str, torch.Tensor], U_kept: torch.Tensor, V_kept: torc
 
 
 def _rotation_minus_identity(raw: torch.Tensor) -> torch.Tensor:
-    """Return `R - I = 2 (I - Q)^-1 Q` for the skew part `Q` of `raw`."""
-    Q = (raw - raw.T) / 2
+    """Return `R - I = 2 (I - Q)^-1 Q` for the skew part `Q` of `raw`, solved in float32 at least: LAPACK has no half."""
+    Q = ((raw - raw.T) / 2).to(torch.promote_types(raw.dtype, torch.float32))
     identity = torch.eye(len(Q), device=Q.device, dtype=Q.dtype)
-    return 2 * torch.linalg.solve(identity - Q, Q)
+    return (2 * torch.linalg.solve(identity - Q, Q)).to(raw.dtype)

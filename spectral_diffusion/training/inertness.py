@@ -102,6 +102,10 @@ def tokenize(base: Base, captions: list[str] | tuple[str, ...]) -> torch.Tensor:
     """Return token ids `(n, context length)` of `captions`, padded and cut as the pipeline does."""
     tokenizer = base.pipeline.tokenizer
     encoded = tokenizer(
-        list(captions), padding="max_length", truncation=True, max_length=tokenizer.model_max_length, return_tensors="pt"
+        list(captions),
+        padding="max_length",
+        truncation=True,
+        max_length=tokenizer.model_max_length,
+        return_tensors="pt",
     )
     return encoded.input_ids.to(base.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import logging
@@ -70,7 +71,7 @@ def train(
 
     Args:
         checkpoint: where the state is kept every `settings.checkpoint_every` steps; a run of the same photos, base and
-            settings goes on from it and ends as an undisturbed run does. Removed when the training ends.
+            settings goes on from it and ends as an undisturbed run does. It stays; remove it once the adapter is saved.
         on_progress: called after every step.
         should_stop: asked before every step; when it says true the state is kept and what was trained so far returned.
 
@@ -86,7 +87,7 @@ def train(
     with with_tokens(base, {concept.token: trainable.token} | strangers):
         pool = build_inert_pool(base, concept.class_word, INERT_SAMPLES, settings.seed)
         run = _Run(base, concept, trainable, settings, examples, pool, checkpoint)
-        with hooked(linear_layers(base), trainable.factors()):
+        with hooked(linear_layers(base, settings.layers), trainable.factors()):
             run.loop(on_progress, should_stop)
             keys = tuple(trainable.layers)
             activations = measure_activations(base, _words(concept.token, settings), keys, settings.seed)
@@ -140,6 +141,7 @@ class _Run:
         self.words = _words(concept.token, settings)
         self.caption_ids = tokenize(base, [text.replace(concept.token, self.words) for text in examples.captions])
         self.step, self.seconds = 0, 0.0
+        self.good: dict[str, Any] | None = None
         self.name = self._digest(concept)
         self._resume()
 
@@ -148,7 +150,9 @@ class _Run:
         outcome = asdict(self.settings) | {"checkpoint_every": None, "sample_every": None}
         first_layer = next(iter(self.trainable.layers.values()))
         digest.update(json.dumps([outcome, concept.token, concept.class_word, self.base.fingerprint]).encode())
+        digest.update(json.dumps(self.examples.captions).encode())
         digest.update(self.examples.latents.cpu().numpy().tobytes())
+        digest.update(self.examples.masks.cpu().numpy().tobytes())
         digest.update(first_layer.band.U.cpu().numpy().tobytes())
         return digest.hexdigest()
 
@@ -161,15 +165,17 @@ class _Run:
         self.step, self.seconds = state["step"], state["seconds"]
         logger.info("The training goes on from step %d.", self.step)
 
+    def _state(self) -> dict[str, Any]:
+        return {
+            "trainable": self.trainable.state(),
+            "optimizer": copy.deepcopy(self.optimizer.state_dict()),
+            "step": self.step,
+            "seconds": self.seconds,
+        }
+
     def _save(self) -> None:
         if self.checkpoint is not None:
-            state: dict[str, Any] = {
-                "trainable": self.trainable.state(),
-                "optimizer": self.optimizer.state_dict(),
-                "step": self.step,
-                "seconds": self.seconds,
-            }
-            save_checkpoint(self.checkpoint, self.name, state)
+            save_checkpoint(self.checkpoint, self.name, self._state())
 
     def loop(self, on_progress: Callable[[TrainingProgress], None], should_stop: Callable[[], bool]) -> None:
         """Run all steps that remain."""
@@ -209,6 +215,7 @@ class _Run:
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         if not torch.isfinite(self.accelerator.clip_grad_norm_(parameters, self.settings.gradient_norm)):
             self._fail("the gradient is not a number")
+        self.good = self._state()
         self.optimizer.step()
         self.trainable.confine()
         self.step += 1
@@ -251,8 +258,10 @@ class _Run:
         return tuple(drawn.images)
 
     def _fail(self, what: str) -> None:
-        self._save()
-        kept = f" The state before it is kept in '{self.checkpoint}'." if self.checkpoint else ""
+        kept = ""
+        if self.checkpoint is not None and self.good is not None:
+            save_checkpoint(self.checkpoint, self.name, self.good)
+            kept = f" The last good state, of step {self.good['step']}, is kept in '{self.checkpoint}'."
         raise TrainingError(
             f"The training stopped at step {self.step}: {what}.{kept} Lower the learning rates, or look for a damaged photo."
         )

@@ -60,7 +60,9 @@ class Trainable:
 
     def state(self) -> dict[str, torch.Tensor]:
         """Return a copy of every trained tensor by name."""
-        named = {f"{key}/{name}": tensor for key, layer in self.layers.items() for name, tensor in layer.tensors.items()}
+        named = {
+            f"{key}/{name}": tensor for key, layer in self.layers.items() for name, tensor in layer.tensors.items()
+        }
         return {name: tensor.detach().clone() for name, tensor in (named | {"token": self.token}).items()}
 
     @torch.no_grad()
@@ -123,6 +125,8 @@ def class_word_vector(base: Base, class_word: str) -> torch.Tensor:
     tokenizer = base.pipeline.tokenizer
     ids = tokenizer(class_word, add_special_tokens=False).input_ids
     if not ids:
-        raise InputError(f"The class word '{class_word}' is empty to the base's tokenizer; choose a word such as 'dog'.")
+        raise InputError(
+            f"The class word '{class_word}' is empty to the base's tokenizer; choose a word such as 'dog'."
+        )
     weight = base.pipeline.text_encoder.get_input_embeddings().weight
     return weight[torch.tensor(ids, device=weight.device)].mean(0, keepdim=True).detach()

@@ -45,6 +45,7 @@ def build_scheduler() -> DDIMScheduler:
         timestep_spacing="trailing",
         clip_sample=False,
         set_alpha_to_one=True,
+        steps_offset=1,
     )
 
 
@@ -140,6 +141,8 @@ def train_denoiser(
         every=sheet,
         every_seconds=300,
     )
+    text_encoder.eval()
+    unet.eval()
     return pipeline
 
 

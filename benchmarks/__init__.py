@@ -1,0 +1,1 @@
+"""Experiments: data in, one JSON per run out."""

@@ -1,0 +1,262 @@
+"""The main job on the embedded base, start to end: photos, training, fusing, drawing, scoring, export, one report."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from PIL import Image
+
+from spectral_diffusion.adapter import Adapter
+from spectral_diffusion.adapter_file import save_adapter
+from spectral_diffusion.bands import Band, next_free_band
+from spectral_diffusion.base import Base, linear_layers, load_base
+from spectral_diffusion.clip_scorer import ClipScorer, load_scorer
+from spectral_diffusion.concept import Concept, load_concept
+from spectral_diffusion.contact_sheet import Cell, Row, contact_sheet
+from spectral_diffusion.exactness import export_error, fusion_error
+from spectral_diffusion.export import export_kohya
+from spectral_diffusion.files import write_atomically
+from spectral_diffusion.fuse import DEFAULT_METHOD, fuse
+from spectral_diffusion.generate import Drawing, Picture, generate
+from spectral_diffusion.picture_file import save_picture
+from spectral_diffusion.score import with_class_words
+from spectral_diffusion.spectrum import base_spectrum
+from spectral_diffusion.toyworld.judge import Judge, load_judge
+from spectral_diffusion.training import TrainingProgress, TrainingSettings, preset, train
+
+CONCEPTS_FOLDER = Path(__file__).resolve().parents[1] / "concepts"
+DEMO_CONCEPTS = ("poodle", "black-cat")
+PROMPTS = (
+    "{} near a lake",
+    "a photo of {} in the snow",
+    "{} on the beach",
+    "{} in the city",
+    "a picture of {} in the forest",
+)
+TOGETHER = "{} and {} near a lake"
+PICTURES_PER_PROMPT = 4
+PICTURES_TOGETHER = 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgedPicture:
+    """A drawn picture, its scores, and the characters that the judge saw, most confident first."""
+
+    picture: Picture
+    clip_text: float
+    clip_image: float
+    seen: tuple[str, ...]
+
+
+class Assessor:
+    """Draws the fixed prompts and has the pictures scored and judged."""
+
+    def __init__(self, base: Base, concepts: dict[str, Concept], scorer: ClipScorer, judge: Judge):
+        self.base, self.concepts, self.scorer, self.judge = base, concepts, scorer, judge
+
+    def alone(
+        self, adapter: Adapter, token: str, *, whole: bool, per_prompt: int = PICTURES_PER_PROMPT
+    ) -> list[JudgedPicture]:
+        """Draw every prompt of `PROMPTS` with `token`."""
+        pictures: list[Picture] = []
+        for number, prompt in enumerate(PROMPTS):
+            drawing = Drawing(prompt=prompt.format(token), count=per_prompt, seed=1000 * number)
+            pictures += generate(self.base, drawing, adapter, whole=whole)
+        return self.assess(pictures, [token])
+
+    def together(self, adapter: Adapter, tokens: Sequence[str], count: int = PICTURES_TOGETHER) -> list[JudgedPicture]:
+        """Draw `TOGETHER` with both tokens."""
+        drawing = Drawing(prompt=TOGETHER.format(*tokens), count=count, seed=77_000)
+        return self.assess(generate(self.base, drawing, adapter), tokens)
+
+    def assess(self, pictures: Sequence[Picture], tokens: Sequence[str]) -> list[JudgedPicture]:
+        """Score `pictures` against their prompts and the photos of `tokens`, and have them judged."""
+        images = [picture.image for picture in pictures]
+        class_words = {token: concept.class_word for token, concept in self.concepts.items()}
+        texts = self.scorer.text_alignment(
+            images, [with_class_words(picture.drawing.prompt, class_words) for picture in pictures]
+        )
+        references = [example.photo.image for token in tokens for example in self.concepts[token].examples]
+        alignments = self.scorer.image_alignment(images, references)
+        sightings = self.judge.look(images)
+        return [
+            JudgedPicture(picture=picture, clip_text=text, clip_image=alignment, seen=tuple(s.character for s in seen))
+            for picture, text, alignment, seen in zip(pictures, texts, alignments, sightings, strict=True)
+        ]
+
+
+def share_right(pictures: Sequence[JudgedPicture], character: str) -> float:
+    """Return the share of pictures in which the judge's first answer is `character`."""
+    return mean(picture.seen[:1] == (character,) for picture in pictures)
+
+
+def share_both(pictures: Sequence[JudgedPicture], characters: Sequence[str]) -> float:
+    """Return the share of pictures whose strongest places, as many as `characters`, show exactly these."""
+    return mean(set(picture.seen[: len(characters)]) == set(characters) for picture in pictures)
+
+
+def run_demo(
+    out: Path,
+    *,
+    names: Sequence[str] = DEMO_CONCEPTS,
+    settings: TrainingSettings | None = None,
+    on_line: Callable[[str], None] = lambda line: None,
+    on_progress: Callable[[TrainingProgress], None] = lambda progress: None,
+) -> dict[str, Any]:
+    """Run the main job and leave adapters, pictures, contact sheet, exported file and `report.json` in `out`.
+
+    Args:
+        names: folders below `concepts/`, one sample concept each.
+        settings: how to train; the preset `balanced` when missing.
+        on_line: called with a line for the user at each stage.
+        on_progress: called after every training step.
+
+    Returns:
+        What stands in `report.json`.
+    """
+    started = time.monotonic()
+    base = load_base()
+    settings = settings or preset("balanced", base)
+    concepts = {concept.token: concept for concept in (load_concept(CONCEPTS_FOLDER / name) for name in names)}
+    characters = dict(zip(concepts, names, strict=True))
+    trained, training_seconds = _train_all(base, concepts, settings, out, on_line, on_progress)
+    fused = fuse(list(trained.values()))
+    save_adapter(fused, out / "fused.safetensors")
+    export = export_kohya(fused, out / "fused-lora.safetensors")
+    on_line("Drawing and judging ...")
+    drawing_started = time.monotonic()
+    assessor = Assessor(base, concepts, load_scorer(), load_judge())
+    alone = {token: assessor.alone(adapter, token, whole=True) for token, adapter in trained.items()}
+    whole = {token: assessor.alone(fused, token, whole=True) for token in trained}
+    named = {token: assessor.alone(fused, token, whole=False) for token in trained}
+    together = assessor.together(fused, list(concepts))
+    drawing_seconds = time.monotonic() - drawing_started
+    _save_pictures(out / "pictures", {"alone": alone, "fused": whole}, together)
+    _sheet(concepts, alone, whole, together).save(out / "contact_sheet.png")
+    report = {
+        "concepts": characters,
+        "method": DEFAULT_METHOD,
+        "identity": {
+            kind: {token: share_right(pictures, characters[token]) for token, pictures in group.items()}
+            for kind, group in (("alone", alone), ("fused", whole), ("fused_named", named))
+        },
+        "joint": share_both(together, list(characters.values())),
+        "pictures": {"alone": len(PROMPTS) * PICTURES_PER_PROMPT, "together": PICTURES_TOGETHER},
+        "clip_text": {kind: _by_prompt(group, "clip_text") for kind, group in (("alone", alone), ("fused", whole))},
+        "clip_image": {kind: _by_prompt(group, "clip_image") for kind, group in (("alone", alone), ("fused", whole))},
+        "together": {
+            "clip_text": mean(p.clip_text for p in together),
+            "clip_image": mean(p.clip_image for p in together),
+        },
+        "seconds": {
+            "training": training_seconds,
+            "drawing_and_judging": round(drawing_seconds, 1),
+            "all": round(time.monotonic() - started, 1),
+        },
+        "parameters": {token: adapter.concepts[0].parameters() for token, adapter in trained.items()},
+        "file_bytes": {path.name: path.stat().st_size for path in sorted(out.glob("*.safetensors"))},
+        "exactness": {
+            "fusion": fusion_error(base, fused),
+            "export": export_error(base, fused, export.lora),
+        },
+    }
+    text = json.dumps(report, indent=2, ensure_ascii=False)
+    write_atomically(out / "report.json", lambda path: path.write_text(text, encoding="utf-8"))
+    for line in _table(report):
+        on_line(line)
+    return report
+
+
+def _train_all(
+    base: Base,
+    concepts: dict[str, Concept],
+    settings: TrainingSettings,
+    out: Path,
+    on_line: Callable[[str], None],
+    on_progress: Callable[[TrainingProgress], None],
+) -> tuple[dict[str, Adapter], dict[str, float]]:
+    trained: dict[str, Adapter] = {}
+    seconds: dict[str, float] = {}
+    spectrum = base_spectrum(base, linear_layers(base, settings.layers))
+    directions = min(len(layer.s) for layer in spectrum.values())
+    taken: list[Band] = []
+    for token, concept in concepts.items():
+        band = next_free_band(taken, settings.rank, directions)
+        taken.append(band)
+        on_line(f"Training {token} ({concept.class_word}) on singular directions {band} ...")
+        file = out / f"{concept.source.name}.safetensors"
+        result = train(
+            base, concept, band, settings, checkpoint=file.with_suffix(".checkpoint"), on_progress=on_progress
+        )
+        save_adapter(result.adapter, file)
+        file.with_suffix(".checkpoint").unlink(missing_ok=True)
+        trained[token], seconds[token] = result.adapter, round(result.seconds, 1)
+    return trained, seconds
+
+
+def _by_prompt(group: dict[str, list[JudgedPicture]], score: str) -> dict[str, float]:
+    prompts: dict[str, list[float]] = {}
+    for pictures in group.values():
+        for judged in pictures:
+            prompts.setdefault(judged.picture.drawing.prompt, []).append(getattr(judged, score))
+    return {prompt: round(mean(values), 4) for prompt, values in prompts.items()}
+
+
+def _save_pictures(
+    folder: Path, groups: dict[str, dict[str, list[JudgedPicture]]], together: list[JudgedPicture]
+) -> None:
+    for kind, group in groups.items():
+        for number, pictures in enumerate(group.values()):
+            for index, judged in enumerate(pictures):
+                save_picture(judged.picture, folder / f"{kind}-{number + 1}-{index:02d}.png", "mini-sd")
+    for index, judged in enumerate(together):
+        save_picture(judged.picture, folder / f"together-{index:02d}.png", "mini-sd")
+
+
+def _sheet(
+    concepts: dict[str, Concept],
+    alone: dict[str, list[JudgedPicture]],
+    whole: dict[str, list[JudgedPicture]],
+    together: list[JudgedPicture],
+) -> Image.Image:
+    rows = []
+    for token, concept in concepts.items():
+        photos = tuple(Cell(image=example.photo.image) for example in concept.examples[: len(PROMPTS)])
+        rows.append(Row(label=f"{token}\nphotos", cells=photos))
+        rows.append(Row(label=f"{token}\nalone", cells=_cells(alone[token][::PICTURES_PER_PROMPT])))
+        rows.append(Row(label=f"{token}\nafter fusing", cells=_cells(whole[token][::PICTURES_PER_PROMPT])))
+    rows.append(Row(label="both together", cells=_cells(together[: len(PROMPTS)])))
+    rows.append(Row(label="", cells=_cells(together[len(PROMPTS) : 2 * len(PROMPTS)])))
+    return contact_sheet(rows)
+
+
+def _cells(pictures: Sequence[JudgedPicture]) -> tuple[Cell, ...]:
+    return tuple(
+        Cell(
+            image=judged.picture.image,
+            lines=(
+                judged.picture.drawing.prompt[:30],
+                f"text {judged.clip_text:.2f}  image {judged.clip_image:.2f}",
+                "judge: " + ", ".join(judged.seen[: max(1, len(judged.picture.tokens))])[:26],
+            ),
+        )
+        for judged in pictures
+    )
+
+
+def _table(report: dict[str, Any]) -> list[str]:
+    lines = ["", f"{'concept':<16}{'alone':>8}{'fused':>8}{'named':>8}   share of pictures with the right identity"]
+    identity = report["identity"]
+    for token in identity["alone"]:
+        shares = "".join(f"{identity[kind][token]:>8.2f}" for kind in ("alone", "fused", "fused_named"))
+        lines.append(f"{token:<16}{shares}")
+    lines.append(f"both in one picture: {report['joint']:.2f}")
+    exactness = report["exactness"]
+    lines.append(f"largest relative error: fusing {exactness['fusion']:.1e}, export {exactness['export']:.1e}")
+    return lines
