@@ -135,9 +135,7 @@ def test_data_goes_to_files(run: Commands, adapters: tuple[Path, Path], tmp_path
     assert Path(picture["path"]).is_file() and picture["prompt"] == "a dog"
 
 
-def test_pictures_are_numbered_on_and_never_overwritten(
-    run: Commands, adapters: tuple[Path, Path], tmp_path: Path
-) -> None:
+def test_pictures_are_numbered_on_and_never_overwritten(run: Commands, adapters: tuple[Path, Path], tmp_path: Path) -> None:
     draw = ("generate", "--prompt", "a dog", "--steps", 1, "--seed", 5, "--out", tmp_path / "p", "--base", run.base)
     run(*draw, "--sampler", "Euler a", "--size", "40x32")
     run(*draw, "--adapter", adapters[0])
@@ -201,9 +199,7 @@ def test_a_band_beyond_the_base_is_refused(run: Commands, photo_folder: Path, tm
     assert "smaller rank" in run.error
 
 
-def test_an_existing_adapter_is_overwritten_by_force_only(
-    run: Commands, adapters: tuple[Path, Path], photo_folder: Path
-) -> None:
+def test_an_existing_adapter_is_overwritten_by_force_only(run: Commands, adapters: tuple[Path, Path], photo_folder: Path) -> None:
     before = adapters[0].read_bytes()
     run.train(photo_folder, adapters[0], "--token", "<V9>", expect=1)
     assert "exists already; give --force" in run.error
@@ -218,7 +214,7 @@ def test_a_stopped_training_goes_on_where_it_was(
     undisturbed, stopped = tmp_path / "undisturbed.safetensors", tmp_path / "stopped.safetensors"
     run.train(photo_folder, undisturbed, "--token", "<V1>")
     with monkeypatch.context() as patch:
-        patch.setattr("spectral_diffusion.cli.train._Display.show", press_ctrl_c)
+        patch.setattr("spectral_diffusion.cli.training_display.TrainingDisplay.show", press_ctrl_c)
         run.train(photo_folder, stopped, "--token", "<V1>", expect=1)
     assert "Stopped after step 1 of 2" in run.err and "run the same command again" in run.err
     checkpoint = tmp_path / "stopped.safetensors.checkpoint"
@@ -275,9 +271,7 @@ def test_two_concepts_with_one_token_are_not_fused(run: Commands, adapters: tupl
     assert "Two concepts use the token '<V1>'" in run.error
 
 
-def test_inputs_and_other_adapters_are_never_overwritten(
-    run: Commands, adapters: tuple[Path, Path], tmp_path: Path
-) -> None:
+def test_inputs_and_other_adapters_are_never_overwritten(run: Commands, adapters: tuple[Path, Path], tmp_path: Path) -> None:
     run("fuse", *adapters, "--out", adapters[0], "--force", expect=1)
     assert "would be overwritten" in run.error
     run("export", adapters[0], "--out", adapters[0], "--force", expect=1)

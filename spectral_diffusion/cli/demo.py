@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import closing
 from pathlib import Path
 
 from spectral_diffusion.cli.console import Console, quiet_libraries
 from spectral_diffusion.cli.options import add_json_option
 from spectral_diffusion.cli.outputs import check_writable
+from spectral_diffusion.cli.training_display import TrainingDisplay
 
 SUMMARY = "run the main job on the embedded base and two sample concepts"
 
@@ -26,5 +28,6 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
     quiet_libraries()
     from spectral_diffusion.demo import run_demo
 
-    console.give(run_demo(arguments.out, on_line=console.say))
+    with closing(TrainingDisplay(arguments.out)) as display:
+        console.give(run_demo(arguments.out, on_line=console.say, on_progress=display.show))
     return 0

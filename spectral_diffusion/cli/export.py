@@ -22,9 +22,7 @@ SUMMARY = "write an adapter as a LoRA that AUTOMATIC1111, ComfyUI and diffusers 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.add_argument("adapter", type=Path, metavar="FILE", help="an adapter file")
-    parser.add_argument(
-        "--format", choices=("kohya",), default="kohya", help="naming of the layers (default: %(default)s)"
-    )
+    parser.add_argument("--format", choices=("kohya",), default="kohya", help="naming of the layers (default: %(default)s)")
     add_out_options(parser, "the LoRA; each token's embedding is written beside it")
     add_json_option(parser, "the names of the files and words")
 
@@ -55,15 +53,13 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
 
 def _spare_adapters(adapter: Adapter, folder: Path) -> None:
     """Raise `InputError` when an embedding would be written over an adapter of the same name."""
-    from spectral_diffusion.cli.taken_bands import is_adapter_file
+    from spectral_diffusion.band_plan import is_adapter_file
     from spectral_diffusion.export.kohya import embedding_file_name
 
     for token in adapter.tokens:
         path = folder / f"{embedding_file_name(token)}.safetensors"
         if path.is_file() and is_adapter_file(path):
-            raise InputError(
-                f"The embedding of '{token}' would overwrite the adapter '{path}'; choose another folder as --out."
-            )
+            raise InputError(f"The embedding of '{token}' would overwrite the adapter '{path}'; choose another folder as --out.")
 
 
 def _instructions(export: Export, family: str) -> Iterator[str]:

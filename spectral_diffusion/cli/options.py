@@ -44,9 +44,7 @@ def add_json_option(parser: argparse.ArgumentParser, what: str) -> None:
 
 def add_out_options(parser: argparse.ArgumentParser, what: str) -> None:
     """Add `--out` for a safetensors file and `--force` to overwrite it."""
-    parser.add_argument(
-        "--out", type=safetensors_file, required=True, metavar="FILE", help=f"{what}, a .safetensors file"
-    )
+    parser.add_argument("--out", type=safetensors_file, required=True, metavar="FILE", help=f"{what}, a .safetensors file")
     parser.add_argument("--force", action="store_true", help="overwrite --out if it exists")
 
 

@@ -18,9 +18,7 @@ SUMMARY = "score pictures with CLIP, and toy-world characters with the judge"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    parser.add_argument(
-        "pictures", nargs="+", type=Path, metavar="PICTURES", help="folders of pictures, or picture files"
-    )
+    parser.add_argument("pictures", nargs="+", type=Path, metavar="PICTURES", help="folders of pictures, or picture files")
     parser.add_argument(
         "--references",
         action="append",

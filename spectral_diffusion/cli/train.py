@@ -9,20 +9,18 @@ from dataclasses import Field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
-
-from spectral_diffusion.cli.console import Console, progress_bar, quiet_libraries, stop_on_interrupt
+from spectral_diffusion.cli.console import Console, quiet_libraries, stop_on_interrupt
 from spectral_diffusion.cli.describe import adapter_data, adapter_lines
 from spectral_diffusion.cli.options import add_base_options, add_json_option, add_out_options, load_chosen_base
 from spectral_diffusion.cli.outputs import check_output, check_writable
+from spectral_diffusion.cli.training_display import TrainingDisplay
 from spectral_diffusion.errors import InputError
-from spectral_diffusion.files import write_atomically
 
 if TYPE_CHECKING:
     from spectral_diffusion.bands import Band
     from spectral_diffusion.base import Base
     from spectral_diffusion.concept import Concept
-    from spectral_diffusion.training import TrainingProgress, TrainingResult, TrainingSettings
+    from spectral_diffusion.training import TrainingResult, TrainingSettings
 
 SUMMARY = "train one concept from a folder of photos"
 
@@ -41,9 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--token", metavar="WORD", help='the word that calls the concept in prompts, such as "<V1>"')
     parser.add_argument("--class-word", metavar="WORD", help="what it is, in a word that the base knows, such as dog")
-    parser.add_argument(
-        "--preset", choices=PRESETS, default="balanced", help="how long to train (default: %(default)s)"
-    )
+    parser.add_argument("--preset", choices=PRESETS, default="balanced", help="how long to train (default: %(default)s)")
     add_out_options(parser, "the adapter")
     parser.add_argument(
         "--avoid",
@@ -53,12 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PLACE",
         help="an adapter, or a folder of adapters, whose bands are taken; repeatable",
     )
-    parser.add_argument(
-        "--band", type=int, metavar="START", help="first singular direction (default: the next free band)"
-    )
-    parser.add_argument(
-        "--allow-overlap", action="store_true", help="accept a --band that an avoided adapter has taken"
-    )
+    parser.add_argument("--band", type=int, metavar="START", help="first singular direction (default: the next free band)")
+    parser.add_argument("--allow-overlap", action="store_true", help="accept a --band that an avoided adapter has taken")
     add_base_options(parser)
     add_json_option(parser, "what was trained")
     _add_settings(parser)
@@ -114,12 +106,10 @@ def _chosen_settings(arguments: argparse.Namespace, base: Base) -> TrainingSetti
     return replace(preset(arguments.preset, base), **changes)
 
 
-def _chosen_band(
-    arguments: argparse.Namespace, base: Base, settings: TrainingSettings, token: str, console: Console
-) -> Band:
+def _chosen_band(arguments: argparse.Namespace, base: Base, settings: TrainingSettings, token: str, console: Console) -> Band:
     """Return the concept's band and say how many concepts the base has room for."""
     from spectral_diffusion.bands import slots
-    from spectral_diffusion.cli.taken_bands import choose_band, taken_bands
+    from spectral_diffusion.band_plan import choose_band, taken_bands
 
     taken = taken_bands(arguments.avoid, base, except_for=arguments.out)
     for other in taken:
@@ -146,9 +136,7 @@ def _fewest_directions(base: Base, settings: TrainingSettings) -> int:
     return min(len(spectrum.s) for spectrum in base_spectrum(base, layers).values())
 
 
-def _train(
-    base: Base, concept: Concept, band: Band, settings: TrainingSettings, checkpoint: Path, out: Path
-) -> TrainingResult:
+def _train(base: Base, concept: Concept, band: Band, settings: TrainingSettings, checkpoint: Path, out: Path) -> TrainingResult:
     """Train with a progress bar until the end or Ctrl-C."""
     from spectral_diffusion.training import train
 
@@ -156,34 +144,8 @@ def _train(
     if settings.sample_every:
         check_writable(samples)
     notice = "Stopping after this step; press Ctrl-C again to leave at once."
-    with stop_on_interrupt(notice) as should_stop, closing(_Display(samples)) as display:
-        return train(
-            base, concept, band, settings, checkpoint=checkpoint, on_progress=display.show, should_stop=should_stop
-        )
-
-
-class _Display:
-    """Shows a training as a bar that begins where the training does, and keeps its sample pictures in a folder."""
-
-    def __init__(self, samples: Path):
-        self.samples = samples
-        self.bar: tqdm | None = None
-
-    def show(self, progress: TrainingProgress) -> None:
-        """Show one step."""
-        if self.bar is None:
-            self.bar = progress_bar("training", progress.steps, "step", done=progress.step - 1)
-        losses = {"loss": f"{progress.concept_loss:.3f}", "inertness": f"{progress.inertness_loss:.3f}"}
-        self.bar.set_postfix(losses, refresh=False)
-        self.bar.update(progress.step - self.bar.n)
-        for number, picture in enumerate(progress.samples, start=1):
-            path = self.samples / f"step-{progress.step:06d}-{number}.png"
-            write_atomically(path, lambda temporary, picture=picture: picture.save(temporary, "PNG"))
-
-    def close(self) -> None:
-        """Leave the bar as it is."""
-        if self.bar is not None:
-            self.bar.close()
+    with stop_on_interrupt(notice) as should_stop, closing(TrainingDisplay(samples)) as display:
+        return train(base, concept, band, settings, checkpoint=checkpoint, on_progress=display.show, should_stop=should_stop)
 
 
 def _say_how_to_resume(result: TrainingResult, settings: TrainingSettings, checkpoint: Path) -> int:

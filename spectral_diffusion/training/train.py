@@ -238,7 +238,8 @@ class _Run:
         predicted = self.base.pipeline.unet(noisy, times, states).sample.float()
         target = _target(scheduler, clean, noise, times[:batch])
         weights = masks + (1 - masks) * self.settings.background
-        concept_loss = ((predicted[:batch] - target) ** 2 * weights).mean() / weights.mean()
+        masked = ((predicted[:batch] - target) ** 2 * weights).mean()
+        concept_loss = masked / weights.mean().clamp(min=1e-6)  # a crop beside the mask weighs nothing
         if not self.settings.inertness:
             return concept_loss, concept_loss.new_zeros(())
         return concept_loss, ((predicted[batch:] - pool.predictions[inert]) ** 2).mean()

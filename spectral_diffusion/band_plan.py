@@ -1,4 +1,4 @@
-"""Which bands the adapters given to `--avoid` have taken, and which one a new concept gets."""
+"""The band plan: which bands the adapters of a library have taken, and which one a new concept gets."""
 
 from __future__ import annotations
 
@@ -48,9 +48,7 @@ def taken_bands(places: Sequence[Path], base: Base, except_for: Path) -> list[Ta
     return taken
 
 
-def choose_band(
-    start: int | None, rank: int, directions: int, taken: Sequence[TakenBand], *, allow_overlap: bool
-) -> Band:
+def choose_band(start: int | None, rank: int, directions: int, taken: Sequence[TakenBand], *, allow_overlap: bool) -> Band:
     """Return the band that begins at `start`, or the next free one when missing.
 
     Args:
@@ -81,16 +79,12 @@ def is_adapter_file(path: Path) -> bool:
         with safe_open(path, "pt") as file:
             return (file.metadata() or {}).get("format") == FORMAT
     except (SafetensorError, OSError, UnicodeDecodeError) as error:
-        raise AdapterError(
-            f"'{path}' is damaged or not a safetensors file ({error}); remove it or copy it again."
-        ) from error
+        raise AdapterError(f"'{path}' is damaged or not a safetensors file ({error}); remove it or copy it again.") from error
 
 
 def _adapter_files(places: Sequence[Path]) -> Iterator[Path]:
     for place in places:
         if place.is_dir():
-            yield from (
-                path for path in sorted(place.glob("*.safetensors")) if path.is_file() and is_adapter_file(path)
-            )
+            yield from (path for path in sorted(place.glob("*.safetensors")) if path.is_file() and is_adapter_file(path))
         else:
             yield place

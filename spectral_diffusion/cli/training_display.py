@@ -1,0 +1,41 @@
+"""How a training looks while it runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tqdm import tqdm
+
+from spectral_diffusion.cli.console import progress_bar
+from spectral_diffusion.files import write_atomically
+
+if TYPE_CHECKING:
+    from spectral_diffusion.training import TrainingProgress
+
+
+class TrainingDisplay:
+    """Shows each training as a bar that begins where the training does, and keeps sample pictures in a folder."""
+
+    def __init__(self, samples: Path):
+        self.samples = samples
+        self.bar: tqdm | None = None
+
+    def show(self, progress: TrainingProgress) -> None:
+        """Show one step."""
+        if self.bar is None:
+            self.bar = progress_bar("training", progress.steps, "step", done=progress.step - 1)
+        losses = {"loss": f"{progress.concept_loss:.3f}", "inertness": f"{progress.inertness_loss:.3f}"}
+        self.bar.set_postfix(losses, refresh=False)
+        self.bar.update(progress.step - self.bar.n)
+        for number, picture in enumerate(progress.samples, start=1):
+            path = self.samples / f"step-{progress.step:06d}-{number}.png"
+            write_atomically(path, lambda temporary, picture=picture: picture.save(temporary, "PNG"))
+        if progress.step == progress.steps:
+            self.close()
+
+    def close(self) -> None:
+        """Leave the bar as it is; the next step begins another."""
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None

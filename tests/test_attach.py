@@ -1,0 +1,165 @@
+"""Attaching: exact while it lasts, and gone without a trace."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from test_parametrisations import BASES, FORMS, random_adapter, shared_base
+
+from spectral_diffusion.adapter import Adapter
+from spectral_diffusion.attach import Switch, attached, check_new_token, expand_prompt, hooked, tokens_in, with_tokens
+from spectral_diffusion.base import Base, linear_layers
+from spectral_diffusion.errors import AdapterError, InputError
+from spectral_diffusion.fuse import fuse
+
+
+@pytest.fixture
+def base(tiny_base_folder: Path) -> Base:
+    return shared_base("tiny", tiny_base_folder)
+
+
+def without_tokens(adapter: Adapter, size: int) -> Adapter:
+    """Return `adapter` with its vectors replaced by zeros."""
+    concepts = tuple(replace(concept, embedding=torch.zeros(1, size)) for concept in adapter.concepts)
+    return replace(adapter, concepts=concepts)
+
+
+@torch.no_grad()
+def outputs(base: Base, prompt: str = "a dog near a lake") -> list[torch.Tensor]:
+    """Return what the text encoder and the UNet give for fixed inputs."""
+    pipeline = base.pipeline
+    ids = pipeline.tokenizer(prompt, padding="max_length", truncation=True, return_tensors="pt").input_ids
+    states = pipeline.text_encoder(ids).last_hidden_state
+    config = pipeline.unet.config
+    shape = (1, config.in_channels, config.sample_size, config.sample_size)
+    latents = torch.randn(shape, generator=torch.Generator().manual_seed(3))
+    return [states, pipeline.unet(latents, 500, states).sample]
+
+
+def same(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("which", BASES)
+def test_an_untrained_adapter_changes_no_output_bit(which: str, form: str, tiny_base_folder: Path) -> None:
+    base = shared_base(which, tiny_base_folder)
+    before = outputs(base)
+    with attached(base, random_adapter(base, form, size=0.0)):
+        assert same(outputs(base), before)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_an_attached_adapter_is_the_dense_weight_plus_its_delta(form: str, base: Base, tiny_base: Base) -> None:
+    adapter = random_adapter(base, form)
+    bare = outputs(base)
+    with attached(base, adapter):
+        low_rank = outputs(base)
+    layers = linear_layers(tiny_base)
+    for key, delta in adapter.deltas().items():
+        layers[key].weight.data += delta.dense()
+    dense = outputs(tiny_base)
+    for one, other, before in zip(low_rank, dense, bare, strict=True):
+        assert (other - before).norm() > 0.01 * before.norm()
+        assert (one - other).norm() / other.norm() < 1e-5  # float32 round-off through all layers
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_afterwards_the_base_is_bit_for_bit_what_it_was(fails: bool, tiny_base: Base) -> None:
+    pipeline = tiny_base.pipeline
+    models = (pipeline.unet, pipeline.text_encoder, pipeline.vae)
+    weights = [{name: tensor.clone() for name, tensor in model.state_dict().items()} for model in models]
+    modules = [set(model.modules()) for model in models]
+    tokenizer, words, before = pipeline.tokenizer, len(pipeline.tokenizer), outputs(tiny_base, "a <V1>")
+    try:
+        with attached(tiny_base, random_adapter(tiny_base)):
+            assert not same(outputs(tiny_base, "a <V1>"), before)
+            if fails:
+                raise ZeroDivisionError
+    except ZeroDivisionError:
+        assert fails
+    for model, kept, parts in zip(models, weights, modules, strict=True):
+        state = model.state_dict()
+        assert state.keys() == kept.keys() and all(torch.equal(state[name], kept[name]) for name in kept)
+        assert set(model.modules()) == parts and not any(part._forward_hooks for part in parts)
+    assert pipeline.tokenizer is tokenizer and len(tokenizer) == words
+    assert same(outputs(tiny_base, "a <V1>"), before)
+
+
+def test_a_token_stands_for_its_vectors(base: Base) -> None:
+    dog = base.pipeline.tokenizer("dog", add_special_tokens=False).input_ids
+    vectors = base.pipeline.text_encoder.get_input_embeddings().weight[dog]
+    before = outputs(base, "a dog near a lake")
+    with with_tokens(base, {"<V1>": vectors}):
+        for prompt in ("a <V1> near a lake", "a <v1> near a lake"):
+            assert same(outputs(base, prompt), before)
+
+
+def test_a_token_of_several_vectors_is_written_as_that_many_words(base: Base) -> None:
+    with with_tokens(base, {"<V1>": torch.randn(3, 48), "<V1>x": torch.randn(1, 48)}):
+        tokenizer = base.pipeline.tokenizer
+        first = tokenizer.convert_tokens_to_ids("<V1>")
+        ids = tokenizer(expand_prompt("<v1> <V1>x", {"<V1>": 3, "<V1>x": 1}), add_special_tokens=False).input_ids
+        assert ids == [first, first + 1, first + 2, first + 3]
+
+
+def test_a_token_that_begins_another_is_not_taken_for_it() -> None:
+    assert tokens_in("a sks2 and a <v1>", ["sks", "sks2", "<V1>", "<V2>"]) == {"sks2", "<V1>"}
+    assert tokens_in("a dog", []) == set()
+
+
+def test_deltas_can_be_switched_off_for_a_while(base: Base) -> None:
+    (layer,) = list(linear_layers(base).items())[:1]
+    inputs, switch = torch.ones(1, layer[1].in_features), Switch()
+    factors = {layer[0]: lambda: (torch.ones(layer[1].out_features, 1), torch.ones(layer[1].in_features, 1))}
+    bare = layer[1](inputs)
+    with hooked(dict([layer]), factors, switch):
+        torch.testing.assert_close(layer[1](inputs), bare + layer[1].in_features, rtol=1e-6, atol=0)
+        switch.on = False
+        assert torch.equal(layer[1](inputs), bare)
+
+
+def test_an_adapter_of_another_family_is_refused(base: Base) -> None:
+    stranger = replace(random_adapter(base), family="sd1")
+    with pytest.raises(AdapterError, match=r"belongs to a base of family 'sd1', .* is of family 'mini'"), attached(
+        base, stranger
+    ):
+        pass
+
+
+def test_layers_that_do_not_fit_are_named(base: Base) -> None:
+    adapter = random_adapter(base)
+    (concept,) = adapter.concepts
+    key, other = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q", "text_encoder.encoder.layers.0"
+    unknown = replace(concept, layers={"unet.nowhere.to_q": concept.layers[key]})
+    with pytest.raises(AdapterError, match=r"has no layer 'unet\.nowhere\.to_q' that '<V1>'"), attached(
+        base, replace(adapter, concepts=(unknown,))
+    ):
+        pass
+    misshapen = replace(concept, layers={key: concept.layers[f"{other}.self_attn.q_proj"]})
+    with pytest.raises(AdapterError, match=r"to_q' is \(64, 64\) in .* but \(48, 48\) in '<V1>'"), attached(
+        base, replace(adapter, concepts=(misshapen,))
+    ):
+        pass
+    with pytest.raises(AdapterError, match="embedding of '<V1>' is 7 wide, the base's text encoder 48"), attached(
+        base, without_tokens(adapter, 7)
+    ):
+        pass
+    assert len(base.pipeline.tokenizer) == base.pipeline.text_encoder.config.vocab_size
+
+
+@pytest.mark.parametrize("token", ["dog", "DOG", "<|endoftext|>"])
+def test_a_word_of_the_base_is_no_token(token: str, base: Base) -> None:
+    with pytest.raises(InputError, match="is already a word of the base; choose another"):
+        check_new_token(base, token)
+
+
+def test_two_concepts_cannot_share_a_token_or_one_of_its_words(base: Base) -> None:
+    one, two = random_adapter(base, vectors=2), random_adapter(base, token="<V1>_1", start=2)
+    with pytest.raises(InputError, match="Two concepts use the token '<V1>_1'"), attached(
+        base, fuse([one, two], method="sum")
+    ):
+        pass

@@ -1,0 +1,144 @@
+"""Fusing: exact sums, and refusals that say what to do."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import permutations
+from pathlib import Path
+
+import pytest
+import torch
+from test_parametrisations import BASES, FORMS, random_adapter, shared_base
+
+from spectral_diffusion.adapter import Adapter
+from spectral_diffusion.base import Base, linear_layers
+from spectral_diffusion.errors import AdapterError, BandError
+from spectral_diffusion.fuse import DEFAULT_METHOD, fuse
+
+EXACT = 1e-5
+"""Largest relative difference in float32 (issue 2, exactness)."""
+
+
+@pytest.fixture
+def base(tiny_base_folder: Path) -> Base:
+    return shared_base("tiny", tiny_base_folder)
+
+
+def on_bands_of_their_own(base: Base, forms: Sequence[str], *, measured: bool = False) -> list[Adapter]:
+    return [
+        random_adapter(base, form, token=f"<V{number}>", start=2 * number, seed=number, measured=measured)
+        for number, form in enumerate(forms, start=1)
+    ]
+
+
+def relative(one: torch.Tensor, other: torch.Tensor) -> float:
+    return ((one - other).norm() / other.norm()).item()
+
+
+@pytest.mark.parametrize("which", BASES)
+def test_the_fused_delta_is_the_sum_of_the_deltas(which: str, tiny_base_folder: Path) -> None:
+    base = shared_base(which, tiny_base_folder)
+    adapters, strengths = on_bands_of_their_own(base, [*FORMS, "additive"]), (1.0, 0.5, -2.0)
+    fused = fuse(adapters, strengths=strengths, method="sum").deltas()
+    parts = [adapter.deltas() for adapter in adapters]
+    for key, delta in fused.items():
+        exact = sum(w * part[key].up.double() @ part[key].down.double().T for w, part in zip(strengths, parts, strict=True))
+        assert delta.rank == 4 + 2 + 4
+        assert relative(delta.dense(), exact) < EXACT
+
+
+@pytest.mark.parametrize("which", BASES)
+def test_base_plus_fused_is_one_svd_with_all_bands_plugged_in(which: str, tiny_base_folder: Path) -> None:
+    base = shared_base(which, tiny_base_folder)
+    adapters = on_bands_of_their_own(base, ["additive"] * 3)
+    fused, layers = fuse(adapters, method="sum").deltas(), linear_layers(base)
+    for key in list(fused)[:: len(fused) // 8]:
+        weight = layers[key].weight.double()
+        rest, changed = weight.clone(), torch.zeros_like(weight)
+        for adapter in adapters:
+            part = adapter.concepts[0].layers[key]
+            U, s, V = part.band.U.double(), part.band.s.double(), part.band.V.double()
+            A, B, c = (part.tensors[name].double() for name in ("A", "B", "c"))
+            rest -= U @ torch.diag(s) @ V.T
+            changed += (U + A) @ torch.diag(s + c) @ (V + B).T
+        assert relative(weight + fused[key].dense().double(), rest + changed) < EXACT
+
+
+def test_the_order_of_adapters_does_not_matter(base: Base) -> None:
+    adapters = on_bands_of_their_own(base, ["additive", "rotational", "additive"], measured=True)
+    key = adapters[0].layer_keys()[-1]
+    for method in ("sum", "aligned"):
+        dense = [fuse(order, method=method).delta(key).dense() for order in permutations(adapters)]
+        assert max(relative(other, dense[0]) for other in dense[1:]) < EXACT
+
+
+def test_fusing_what_is_fused_is_fusing_all_at_once(base: Base) -> None:
+    one, two, three = on_bands_of_their_own(base, ["additive"] * 3)
+    nested = fuse([fuse([one, two], strengths=[0.5, 1.0], method="sum"), three], strengths=[2.0, 1.0], method="sum")
+    assert nested.tokens == ("<V1>", "<V2>", "<V3>") and nested.weights == (1.0, 2.0, 1.0)
+
+
+def test_strengths_scale_the_deltas(base: Base) -> None:
+    one, two = on_bands_of_their_own(base, ["additive"] * 2)
+    key = one.layer_keys()[0]
+    fused = fuse([one, two], strengths=[3.0, 0.0], method="sum")
+    assert relative(fused.delta(key).dense(), 3 * one.delta(key).dense()) < EXACT
+    assert relative(fused.scaled(0.5).delta(key).dense(), 1.5 * one.delta(key).dense()) < EXACT
+    with pytest.raises(AdapterError, match="2 adapters need as many strengths, got 1"):
+        fuse([one, two], strengths=[1.0])
+    with pytest.raises(AdapterError, match="Strengths must be numbers, got nan"):
+        one.scaled(float("nan"))
+
+
+@pytest.mark.parametrize("method", ["sum", "aligned"])
+def test_only_one_concept_of_a_fused_adapter_is_as_never_fused(method: str, base: Base) -> None:
+    adapters = on_bands_of_their_own(base, ["additive", "rotational"], measured=True)
+    fused = fuse(adapters, method=method)
+    for adapter in adapters:
+        (token,) = adapter.tokens
+        alone = fused.only([token])
+        assert alone.tokens == (token,)
+        assert all(torch.equal(alone.delta(key).dense(), delta.dense()) for key, delta in adapter.deltas().items())
+    assert fused.only(fused.tokens).deltas().keys() == fused.deltas().keys()
+
+
+def test_the_aligned_sum_needs_measured_activations(base: Base) -> None:
+    one, two = on_bands_of_their_own(base, ["additive"] * 2, measured=True)
+    aligned, plain = fuse([one, two]), fuse([one, two], method="sum")
+    assert aligned.method == DEFAULT_METHOD == "aligned"
+    for key, delta in aligned.deltas().items():
+        assert delta.rank == plain.delta(key).rank
+    assert relative(aligned.delta(key).dense(), plain.delta(key).dense()) > 0.01
+    unmeasured = replace(two, concepts=(replace(two.concepts[0], activations={}),))
+    with pytest.raises(AdapterError, match=r"'<V2>' carries no measured activations.*fuse with the method 'sum'"):
+        fuse([one, unmeasured])
+    with pytest.raises(AdapterError, match="'average' is not a way to join concepts; choose one of sum, aligned"):
+        fuse([one, two], method="average")
+
+
+def test_overlapping_bands_are_refused_by_name_unless_allowed(base: Base) -> None:
+    one, two = random_adapter(base, start=2), random_adapter(base, token="<V2>", start=3)
+    with pytest.raises(BandError, match=r"'<V1>' \(directions 2-3\) and '<V2>' \(directions 3-4\) .*--avoid"):
+        fuse([one, two], method="sum")
+    assert fuse([one, two], method="sum", allow_overlap=True).tokens == ("<V1>", "<V2>")
+
+
+def test_one_token_twice_is_refused_in_any_case(base: Base) -> None:
+    one, two = random_adapter(base), random_adapter(base, token="<v1>", start=2)
+    with pytest.raises(AdapterError, match="Two concepts use the token '<V1>'"):
+        fuse([one, two], method="sum")
+    with pytest.raises(AdapterError, match="give each adapter once"):
+        fuse([one, one], method="sum")
+
+
+def test_bases_must_be_of_one_family(base: Base, caplog: pytest.LogCaptureFixture) -> None:
+    one, two = on_bands_of_their_own(base, ["additive"] * 2)
+    with pytest.raises(AdapterError, match=r"'<V1>' was trained on a base of family 'mini', '<V2>' on one .*'sd2'"):
+        fuse([one, replace(two, family="sd2")], method="sum")
+    with caplog.at_level(logging.WARNING):
+        fuse([one, replace(two, fingerprint="0" * 16)], method="sum")
+    assert "'<V1>' and '<V2>' were trained on different bases" in caplog.text
+    with pytest.raises(AdapterError, match="nothing to fuse"):
+        fuse([])

@@ -1,0 +1,94 @@
+"""The sums of low-rank deltas against dense algebra."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from spectral_diffusion.joining import RHO, LowRank, aligned_sum, weighted_sum
+
+OUT, IN, RANKS, WEIGHTS = 9, 12, (2, 3), (1.0, 0.6)
+
+
+@pytest.fixture
+def deltas() -> list[LowRank]:
+    """Two deltas in float64."""
+    return [LowRank(up=normal(OUT, rank, seed=rank), down=normal(IN, rank, seed=10 + rank)) for rank in RANKS]
+
+
+@pytest.fixture
+def activations() -> list[torch.Tensor]:
+    """Thin factors of two Gram matrices of trace `IN`, as the measurement scales them, that share directions."""
+    factors = [normal(IN, 5, seed=20), normal(IN, 4, seed=21)]
+    return [factor * (IN**0.5 / factor.norm()) for factor in factors]
+
+
+def normal(rows: int, columns: int, *, seed: int) -> torch.Tensor:
+    return torch.randn(rows, columns, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def dense_sum(deltas: list[LowRank]) -> torch.Tensor:
+    return sum(weight * delta.up @ delta.down.T for delta, weight in zip(deltas, WEIGHTS, strict=True))
+
+
+def test_the_weighted_sum_is_exact(deltas: list[LowRank]) -> None:
+    joined = weighted_sum(deltas, WEIGHTS)
+    assert joined.rank == sum(RANKS)
+    torch.testing.assert_close(joined.dense(), dense_sum(deltas), rtol=0, atol=1e-14)
+
+
+def test_as_many_weights_as_deltas_are_needed(deltas: list[LowRank]) -> None:
+    with pytest.raises(ValueError, match="shorter"):
+        weighted_sum(deltas, [1.0])
+
+
+@pytest.mark.parametrize("rho", [RHO, 0.5])
+def test_the_aligned_sum_minimises_what_it_says(
+    deltas: list[LowRank], activations: list[torch.Tensor], rho: float
+) -> None:
+    D = aligned_sum(deltas, WEIGHTS, activations, rho).dense().requires_grad_()
+    objective = rho * (D - dense_sum(deltas)).square().sum()
+    for delta, weight, F in zip(deltas, WEIGHTS, activations, strict=True):
+        objective = objective + ((D - weight * delta.dense()) @ F).square().sum()
+    (gradient,) = torch.autograd.grad(objective, D)
+    # the objective is convex, so a zero gradient is the minimum; float64 round-off of terms around 100
+    assert gradient.abs().max() < 1e-12
+
+
+def test_the_aligned_sum_is_the_dense_solution(deltas: list[LowRank], activations: list[torch.Tensor]) -> None:
+    grams = [F @ F.T + RHO * torch.eye(IN, dtype=torch.float64) for F in activations]
+    Q = sum(F @ F.T for F in activations) + RHO * torch.eye(IN, dtype=torch.float64)
+    terms = zip(deltas, WEIGHTS, grams, strict=True)
+    dense = torch.linalg.solve(Q, sum(weight * delta.dense() @ gram for delta, weight, gram in terms), left=False)
+    # float64 round-off times the condition of Q, about 1e4
+    torch.testing.assert_close(aligned_sum(deltas, WEIGHTS, activations).dense(), dense, rtol=0, atol=1e-11)
+
+
+def test_on_inputs_that_no_other_concept_has_a_concept_acts_as_alone(deltas: list[LowRank]) -> None:
+    directions = torch.linalg.qr(normal(IN, IN, seed=3)).Q
+    own = directions[:, :5], directions[:, 5:9]
+    joined = aligned_sum(deltas, WEIGHTS, own, rho=1e-9).dense()
+    for delta, weight, inputs in zip(deltas, WEIGHTS, own, strict=True):
+        # what the other delta writes there is damped by rho
+        torch.testing.assert_close(joined @ inputs, weight * delta.dense() @ inputs, rtol=0, atol=1e-7)
+
+
+def test_on_inputs_that_no_concept_has_it_is_the_plain_sum(deltas: list[LowRank]) -> None:
+    directions = torch.linalg.qr(normal(IN, IN, seed=3)).Q
+    inputs = directions[:, 9:]
+    joined = aligned_sum(deltas, WEIGHTS, (directions[:, :5], directions[:, 5:9])).dense()
+    torch.testing.assert_close(joined @ inputs, dense_sum(deltas) @ inputs, rtol=0, atol=1e-12)
+
+
+def test_alignment_keeps_the_rank_the_ups_and_the_precision(
+    deltas: list[LowRank], activations: list[torch.Tensor]
+) -> None:
+    halves = [LowRank(up=delta.up.float(), down=delta.down.float()) for delta in deltas]
+    plain, aligned = weighted_sum(halves, WEIGHTS), aligned_sum(halves, WEIGHTS, activations)
+    assert aligned.rank == plain.rank and torch.equal(aligned.up, plain.up)
+    assert aligned.down.dtype == torch.float32 and not torch.allclose(aligned.down, plain.down, atol=1e-2)
+
+
+def test_one_concept_is_left_as_it_is(deltas: list[LowRank], activations: list[torch.Tensor]) -> None:
+    aligned = aligned_sum(deltas[:1], WEIGHTS[:1], activations[:1])
+    torch.testing.assert_close(aligned.dense(), deltas[0].dense(), rtol=0, atol=1e-11)

@@ -1,0 +1,158 @@
+"""The spectrum of the base: exact, computed once per content, and never a reason to fail."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from spectral_diffusion.base import Base, linear_layers, load_base
+from spectral_diffusion.spectrum import Spectrum, base_spectrum, singular_directions
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache."""
+    monkeypatch.setenv("SPECTRAL_DIFFUSION_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def computed(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    """The weights whose spectrum was computed and not read."""
+    weights: list[torch.Tensor] = []
+
+    def compute(weight: torch.Tensor) -> Spectrum:
+        weights.append(weight)
+        return singular_directions(weight)
+
+    monkeypatch.setattr("spectral_diffusion.spectrum.singular_directions", compute)
+    return weights
+
+
+def some_layers(base: Base, count: int = 3) -> dict[str, nn.Linear]:
+    return dict(list(linear_layers(base).items())[:count])
+
+
+def assert_spectra(spectra: dict[str, Spectrum], layers: dict[str, nn.Linear]) -> None:
+    """The directions are those of the layers' weights: orthonormal, `W V = U diag(s)`, `s` falling."""
+    assert spectra.keys() == layers.keys()
+    for key, spectrum in spectra.items():
+        identity = torch.eye(len(spectrum.s))
+        # float32 products of a few dozen terms of size 1
+        for factor in (spectrum.U, spectrum.V):
+            torch.testing.assert_close(factor.T @ factor, identity, rtol=0, atol=1e-5)
+        torch.testing.assert_close(layers[key].weight @ spectrum.V, spectrum.U * spectrum.s, rtol=0, atol=1e-5)
+        assert (spectrum.s.diff() <= 0).all() and (spectrum.s >= 0).all()
+
+
+@pytest.mark.parametrize("shape", [(12, 7), (7, 12)])
+def test_the_leading_directions_are_the_strongest(shape: tuple[int, int]) -> None:
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    spectrum = singular_directions(weight, 3)
+    assert (spectrum.U.shape, spectrum.s.shape, spectrum.V.shape) == ((shape[0], 3), (3,), (shape[1], 3))
+    rest = weight - spectrum.U * spectrum.s @ spectrum.V.T
+    strongest = torch.linalg.matrix_norm(weight.double(), ord=2), torch.linalg.matrix_norm(rest.double(), ord=2)
+    fourth = torch.linalg.svdvals(weight.double())[3]
+    torch.testing.assert_close(torch.stack(strongest), torch.stack([spectrum.s[0].double(), fourth]), rtol=1e-5, atol=0)
+
+
+def test_the_spectrum_is_computed_once_per_content_wherever_the_base_lies(
+    tiny_base: Base, tiny_base_folder: Path, tmp_path: Path, cache: Path, computed: list[torch.Tensor]
+) -> None:
+    layers = some_layers(tiny_base)
+    assert_spectra(base_spectrum(tiny_base, layers), layers)
+    assert len(computed) == 3
+    moved = load_base(shutil.copytree(tiny_base_folder, tmp_path / "moved"), device="cpu")
+    assert_spectra(base_spectrum(moved, some_layers(moved)), layers)
+    assert len(computed) == 3
+
+
+def test_another_content_has_another_fingerprint(tiny_base: Base, tiny_base_folder: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_base_folder, tmp_path / "changed")
+    file = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    name = next(name for name in weights if name.endswith("attn2.to_k.weight"))
+    weights[name][0, 0] += 0.1
+    save_file(weights, file, {"format": "pt"})
+    assert load_base(folder, device="cpu").fingerprint != tiny_base.fingerprint
+
+
+def test_only_layers_that_are_not_cached_are_computed(
+    tiny_base: Base, cache: Path, computed: list[torch.Tensor]
+) -> None:
+    base_spectrum(tiny_base, some_layers(tiny_base, 2))
+    layers = some_layers(tiny_base, 5)
+    assert_spectra(base_spectrum(tiny_base, layers), layers)
+    assert len(computed) == 5
+
+
+@pytest.mark.parametrize("kept_bytes", [0, 5, 3000])
+def test_a_damaged_cache_is_said_and_mended(
+    kept_bytes: int, tiny_base: Base, cache: Path, computed: list[torch.Tensor], caplog: pytest.LogCaptureFixture
+) -> None:
+    layers = some_layers(tiny_base)
+    base_spectrum(tiny_base, layers)
+    (file,) = cache.rglob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:kept_bytes])
+    assert_spectra(base_spectrum(tiny_base, layers), layers)
+    assert "is damaged; it is computed again" in caplog.text
+    base_spectrum(tiny_base, layers)
+    assert len(computed) == 6
+
+
+def test_a_cache_that_cannot_be_written_is_a_warning(
+    tiny_base: Base, cache: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    cache.write_text("a file where the folder should be")
+    layers = some_layers(tiny_base)
+    with caplog.at_level(logging.WARNING):
+        assert_spectra(base_spectrum(tiny_base, layers), layers)
+    assert "could not be kept" in caplog.text
+
+
+@pytest.fixture
+def forked() -> Iterator[list[multiprocessing.Process]]:
+    """Processes that are ended with the test."""
+    processes: list[multiprocessing.Process] = []
+    yield processes
+    for process in processes:
+        process.kill()
+        process.join()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes that share the loaded base need fork")
+def test_of_two_processes_at_once_one_computes_and_one_waits(
+    tiny_base: Base,
+    cache: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    forked: list[multiprocessing.Process],
+) -> None:
+    log = tmp_path / "computed"
+
+    def compute_slowly(weight: torch.Tensor) -> Spectrum:
+        with log.open("a") as file:
+            file.write(f"{os.getpid()}\n")
+        time.sleep(0.1)
+        return Spectrum(U=torch.ones(2, 1), s=torch.ones(1), V=torch.ones(2, 1))
+
+    monkeypatch.setattr("spectral_diffusion.spectrum.singular_directions", compute_slowly)
+    layers, context = some_layers(tiny_base), multiprocessing.get_context("fork")
+    forked += [context.Process(target=base_spectrum, args=(tiny_base, layers)) for _ in range(2)]
+    for process in forked:
+        process.start()
+    for process in forked:
+        process.join(30)
+    assert [process.exitcode for process in forked] == [0, 0]
+    pids = log.read_text().split()
+    assert len(pids) == 3 and len(set(pids)) == 1

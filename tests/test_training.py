@@ -1,0 +1,366 @@
+"""Training on a tiny base: what moves, what stays, and that nothing is lost when it is stopped."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from PIL import Image, ImageDraw
+from test_parametrisations import BASES, FORMS, band_of, shared_base
+from torch import nn
+
+from spectral_diffusion.activations import PROMPTS, measure_activations
+from spectral_diffusion.adapter import Adapter, input_group
+from spectral_diffusion.attach import attached
+from spectral_diffusion.bands import Band
+from spectral_diffusion.base import Base, linear_layers, load_base
+from spectral_diffusion.concept import Concept, Example, load_concept
+from spectral_diffusion.errors import BandError, InputError, TrainingError
+from spectral_diffusion.photos import Photo
+from spectral_diffusion.spectrum import base_spectrum
+from spectral_diffusion.training import PRESETS, TrainingProgress, TrainingSettings, preset, train
+from spectral_diffusion.training.checkpoint import load_checkpoint, save_checkpoint
+from spectral_diffusion.training.examples import EncodedExamples, encode_examples
+from spectral_diffusion.training.trainable import class_word_vector
+
+BAND = Band(start=2, rank=2)
+SHORT = TrainingSettings(steps=5, batch=1, rank=2, unet_rate=1e-2, text_encoder_rate=1e-2, isolation=4, checkpoint_every=2)
+FEWER = {
+    ("training.train", "INERT_SAMPLES"): 4,
+    ("training.inertness", "DRAWING_STEPS"): 2,
+    ("training.examples", "CROPS_PER_PHOTO"): 2,
+    ("activations", "DRAWINGS"): 2,
+    ("activations", "DRAWING_STEPS"): 2,
+}
+"""Less preparation than a real training makes, so that the tests are quick."""
+
+
+def prepare_less(patch: pytest.MonkeyPatch) -> None:
+    for (module, name), value in FEWER.items():
+        patch.setattr(import_module(f"spectral_diffusion.{module}"), name, value)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def less_preparation() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        prepare_less(patch)
+        yield
+
+
+@pytest.fixture(scope="module")
+def base(tiny_base_folder: Path) -> Base:
+    return shared_base("tiny", tiny_base_folder)
+
+
+@pytest.fixture(scope="module")
+def concept(photo_folder: Path) -> Concept:
+    return load_concept(photo_folder, token="<V1>", class_word="dog")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(base: Base, concept: Concept) -> Adapter:
+    """What `SHORT` ends with."""
+    torch.manual_seed(1)
+    return train(base, concept, BAND, SHORT).adapter
+
+
+def first_step(base: Base, concept: Concept, settings: TrainingSettings = SHORT) -> TrainingProgress:
+    """Return what the first step of a training reports."""
+    events: list[TrainingProgress] = []
+    train(base, concept, BAND, settings, on_progress=events.append, should_stop=lambda: bool(events))
+    return events[0]
+
+
+def trained_tensors(adapter: Adapter) -> dict[str, torch.Tensor]:
+    (concept,) = adapter.concepts
+    named = {f"{key}/{name}": t for key, part in concept.layers.items() for name, t in part.tensors.items()}
+    return named | {"token": concept.embedding} | concept.activations
+
+
+def assert_bit_equal(one: Adapter, other: Adapter) -> None:
+    first, second = trained_tensors(one), trained_tensors(other)
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("which", BASES)
+def test_only_the_adapter_and_the_token_move(which: str, form: str, concept: Concept, tiny_base_folder: Path) -> None:
+    base = shared_base(which, tiny_base_folder)
+    models = (base.pipeline.unet, base.pipeline.text_encoder, base.pipeline.vae)
+    before = [{name: tensor.clone() for name, tensor in model.state_dict().items()} for model in models]
+    random_state = torch.get_rng_state()
+    adapter = train(base, concept, BAND, replace(SHORT, parametrisation=form, steps=1)).adapter
+    for model, kept in zip(models, before, strict=True):
+        state = model.state_dict()
+        assert state.keys() == kept.keys() and all(torch.equal(state[name], kept[name]) for name in kept)
+        assert all(parameter.grad is None for parameter in model.parameters())
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert all(torch.count_nonzero(tensor) for tensor in trained_tensors(adapter).values())
+    assert not torch.equal(adapter.concepts[0].embedding, class_word_vector(base, "dog"))
+    spectra = base_spectrum(base, linear_layers(base))
+    assert spectra.keys() == adapter.concepts[0].layers.keys()
+    for key, part in adapter.concepts[0].layers.items():
+        own = band_of(spectra[key], BAND.start, BAND.rank)
+        assert torch.equal(part.band.U, own.U) and torch.equal(part.band.s, own.s) and torch.equal(part.band.V, own.V)
+
+
+def test_a_trained_concept_leaves_the_other_leading_bands_alone(base: Base, undisturbed: Adapter) -> None:
+    for key, spectrum in base_spectrum(base, linear_layers(base)).items():
+        others = [column for column in range(8) if not BAND.start <= column < BAND.stop]
+        change = undisturbed.delta(key).dense()
+        written, read = spectrum.U[:, others].T @ change, change @ spectrum.V[:, others]
+        assert change.norm() > 0
+        # float32 round-off of a projection; without confinement it is about 0.3
+        assert max(written.norm(), read.norm()) / change.norm() < 1e-5
+
+
+def test_the_rates_of_the_parts_are_their_own(base: Base, concept: Concept) -> None:
+    frozen = replace(SHORT, steps=1, text_encoder_rate=0.0, token_rate=0.0)
+    (part,) = train(base, concept, BAND, frozen).adapter.concepts
+    assert torch.equal(part.embedding, class_word_vector(base, "dog"))
+    for key, layer in part.layers.items():
+        moved = any(torch.count_nonzero(tensor) for tensor in layer.tensors.values())
+        assert moved == key.startswith("unet.")
+
+
+def test_the_chosen_layers_are_adapted_whichever_they_are(base: Base, concept: Concept) -> None:
+    settings = replace(SHORT, steps=1, layers=("to_v", "net.2", "mlp.fc1"))
+    adapter = train(base, concept, BAND, settings).adapter
+    endings = {key.rpartition("_")[2] if key.endswith("to_v") else ".".join(key.split(".")[-2:]) for key in adapter.layer_keys()}
+    assert endings == {"v", "net.2", "mlp.fc1"}
+    with attached(base, adapter):
+        pass
+    with pytest.raises(InputError, match=r"No layer of .* ends in to_x; choose others"):
+        train(base, concept, BAND, replace(SHORT, layers=("to_x",)))
+
+
+def test_several_vectors_stand_for_one_token(base: Base, concept: Concept) -> None:
+    adapter = train(base, concept, BAND, replace(SHORT, steps=1, token_vectors=3)).adapter
+    start = class_word_vector(base, "dog").expand(3, -1)
+    moved = (adapter.concepts[0].embedding - start).abs().sum(1)
+    assert moved.shape == (3,) and (moved > 0).all()
+
+
+def test_progress_is_told_after_every_step(base: Base, concept: Concept) -> None:
+    events: list[TrainingProgress] = []
+    train(base, concept, BAND, replace(SHORT, steps=3, sample_every=2), on_progress=events.append)
+    assert [(event.step, event.steps) for event in events] == [(1, 3), (2, 3), (3, 3)]
+    assert all(math.isfinite(event.concept_loss) and event.concept_loss > 0 for event in events)
+    assert all(event.steps_per_second > 0 for event in events)
+    assert events[0].remaining_seconds > 0 and events[-1].remaining_seconds == 0
+    assert [len(event.samples) for event in events] == [0, 2, 0]
+    assert {picture.size for picture in events[1].samples} == {(32, 32)}
+
+
+def test_the_inertness_loss_begins_at_zero_and_can_be_left_out(base: Base, concept: Concept) -> None:
+    events: list[TrainingProgress] = []
+    train(base, concept, BAND, SHORT, on_progress=events.append)
+    # squared float32 round-off of another batch size
+    assert events[0].inertness_loss < 1e-10 < 1e-8 < events[-1].inertness_loss
+    without = first_step(base, concept, replace(SHORT, inertness=0.0))
+    assert without.inertness_loss == 0
+    assert without.concept_loss == pytest.approx(events[0].concept_loss, rel=1e-5)
+
+
+def test_the_loss_outside_the_mask_counts_as_background(
+    base: Base, concept: Concept, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = encode_examples(base, concept, seed=0)
+    left = torch.zeros_like(whole.masks)
+    left[..., : left.shape[-1] // 2] = 1
+
+    def loss(masks: torch.Tensor, background: float) -> float:
+        examples = replace(whole, masks=masks)
+        module = import_module("spectral_diffusion.training.train")
+        monkeypatch.setattr(module, "encode_examples", lambda *anything: examples)
+        return first_step(base, concept, replace(SHORT, background=background)).concept_loss
+
+    inside, outside = loss(left, 0.0), loss(1 - left, 0.0)
+    assert inside != pytest.approx(outside, rel=1e-2)
+    # means of a few hundred float32 numbers
+    assert loss(left, 0.25) == pytest.approx((inside + 0.25 * outside) / 1.25, rel=1e-5)
+    assert loss(whole.masks, 0.0) == pytest.approx((inside + outside) / 2, rel=1e-5)
+    assert loss(torch.zeros_like(left), 0.0) == 0
+
+
+class PoolingEncoder:
+    """Stands for an autoencoder: the latents are the mean colours of 4 x 4 pixels."""
+
+    device, dtype, config = torch.device("cpu"), torch.float32, SimpleNamespace(scaling_factor=1.0)
+
+    def encode(self, pixels: torch.Tensor) -> SimpleNamespace:
+        return SimpleNamespace(latent_dist=SimpleNamespace(mean=nn.functional.avg_pool2d(pixels, 4)))
+
+
+def encoded_by_pooling(concept: Concept) -> EncodedExamples:
+    unet = SimpleNamespace(config=SimpleNamespace(sample_size=8))
+    pipeline = SimpleNamespace(vae=PoolingEncoder(), unet=unet, vae_scale_factor=4)
+    base = Base(pipeline=pipeline, family="mini", fingerprint="", source="", embedded=False)
+    return encode_examples(base, concept, seed=0)
+
+
+def test_masks_follow_their_photos_through_crops_and_mirrors(concept: Concept) -> None:
+    mask = Image.new("L", (96, 64))
+    ImageDraw.Draw(mask).ellipse([10, 20, 50, 60], fill=255)
+    photo = Photo(**{**vars(concept.examples[0].photo), "image": mask.convert("RGB")})
+    example = Example(photo=photo, caption="<TOK> in the snow", mask=mask)
+    encoded = encoded_by_pooling(replace(concept, examples=(example,) * 4))
+    assert encoded.captions == ("<V1> in the snow",) * 8
+    # both are rounded to 255 levels
+    torch.testing.assert_close(encoded.latents / 2 + 0.5, encoded.masks.expand(-1, 3, -1, -1), rtol=0, atol=1.01 / 255)
+    assert len({crop.numpy().tobytes() for crop in encoded.masks}) > 1
+
+
+def test_a_photo_without_a_mask_counts_everywhere(concept: Concept) -> None:
+    assert (encoded_by_pooling(concept).masks == 1).all()
+
+
+def train_and_die(photos: Path, base: Path, checkpoint: Path) -> None:
+    """Train as `undisturbed` does, but for a SIGKILL after the last step."""
+
+    def die_at_the_end(progress: TrainingProgress) -> None:
+        if progress.step == SHORT.steps:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    prepare_less(pytest.MonkeyPatch())
+    concept = load_concept(photos, token="<V1>", class_word="dog")
+    train(load_base(base, device="cpu"), concept, BAND, SHORT, checkpoint=checkpoint, on_progress=die_at_the_end)
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="there is no SIGKILL on this system")
+def test_a_killed_training_ends_with_the_same_adapter(
+    base: Base, concept: Concept, photo_folder: Path, tmp_path: Path, undisturbed: Adapter
+) -> None:
+    arguments = f"Path({str(photo_folder)!r}), Path({base.source!r}), Path({str(tmp_path / 'state')!r})"
+    script = f"from pathlib import Path; import test_training; test_training.train_and_die({arguments})"
+    killed = subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parent, capture_output=True, timeout=300)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    assert [file.name for file in tmp_path.iterdir()] == ["state"]
+    events: list[TrainingProgress] = []
+    result = train(base, concept, BAND, SHORT, checkpoint=tmp_path / "state", on_progress=events.append)
+    assert [event.step for event in events] == [5] and result.finished
+    assert_bit_equal(result.adapter, undisturbed)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_stopped_training_goes_on_where_it_was(form: str, base: Base, concept: Concept, tmp_path: Path) -> None:
+    settings = replace(SHORT, parametrisation=form)
+    events: list[TrainingProgress] = []
+    stopped = train(
+        base, concept, BAND, settings, checkpoint=tmp_path / "state", should_stop=lambda: len(events) == 3,
+        on_progress=events.append,
+    )  # fmt: skip
+    assert (stopped.finished, stopped.steps_done) == (False, 3)
+    resumed = train(base, concept, BAND, settings, checkpoint=tmp_path / "state", on_progress=events.append)
+    assert [event.step for event in events] == [1, 2, 3, 4, 5] and resumed.finished
+    torch.manual_seed(12345)
+    assert_bit_equal(resumed.adapter, train(base, concept, BAND, settings).adapter)
+
+
+def test_a_checkpoint_of_other_captions_is_not_gone_on_from(
+    base: Base, concept: Concept, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    one_step = replace(SHORT, steps=2, checkpoint_every=1)
+    train(base, concept, BAND, one_step, checkpoint=tmp_path / "state")
+    retold = replace(concept, examples=tuple(replace(one, caption="<TOK> asleep") for one in concept.examples))
+    events: list[TrainingProgress] = []
+    train(base, retold, BAND, one_step, checkpoint=tmp_path / "state", on_progress=events.append)
+    assert events[0].step == 1
+    assert "belongs to other photos or settings; the training starts anew" in caplog.text
+
+
+@pytest.mark.parametrize("content", [b"", b"nonsense", b"half", b"\x80\x04cos\nsystem\n."])
+def test_a_damaged_checkpoint_is_said(content: bytes, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = tmp_path / "state"
+    save_checkpoint(file, "run", {"step": 3, "token": torch.ones(2)})
+    assert load_checkpoint(file, "run")["step"] == 3
+    file.write_bytes(file.read_bytes()[:500] if content == b"half" else content)
+    assert load_checkpoint(file, "run") is None
+    assert "is damaged; the training starts anew" in caplog.text
+
+
+def test_a_loss_that_is_no_number_keeps_the_last_good_state(base: Base, concept: Concept, tmp_path: Path) -> None:
+    exploding = replace(SHORT, unet_rate=1e30, checkpoint_every=1)
+    state, tokenizer = tmp_path / "state", base.pipeline.tokenizer
+    with pytest.raises(TrainingError, match=r"stopped at step 1: the loss is not a number\. The last good state, of step 0"):
+        train(base, concept, BAND, exploding, checkpoint=state)
+    (record,) = [torch.load(state, weights_only=True)["state"]]
+    assert record["step"] == 0
+    assert not any(torch.count_nonzero(t) for name, t in record["trainable"].items() if name != "token")
+    assert base.pipeline.tokenizer is tokenizer
+    with pytest.raises(TrainingError, match=r"not a number\. Lower the learning rates"):
+        train(base, concept, BAND, exploding)
+
+
+def test_a_band_that_does_not_fit_is_refused(base: Base, concept: Concept) -> None:
+    with pytest.raises(BandError, match=r"Band 47-48 lies beyond layer .*, which has 48 .* start at 46 or earlier"):
+        train(base, concept, Band(start=47, rank=2), SHORT)
+    with pytest.raises(BandError, match=r"Rank 49 is larger than layer .* choose a smaller rank"):
+        train(base, concept, Band(start=0, rank=49), replace(SHORT, rank=49))
+
+
+def test_a_token_that_the_base_knows_is_refused(base: Base, concept: Concept) -> None:
+    with pytest.raises(InputError, match="The token 'dog' is already a word of the base"):
+        train(base, replace(concept, token="dog"), BAND, SHORT)
+
+
+def test_a_class_word_of_several_pieces_starts_at_their_mean(base: Base) -> None:
+    table = base.pipeline.text_encoder.get_input_embeddings().weight
+    ids = base.pipeline.tokenizer("xylophone zebra", add_special_tokens=False).input_ids
+    assert len(ids) > 2
+    torch.testing.assert_close(class_word_vector(base, "xylophone zebra")[0], table[ids].mean(0), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"parametrisation": "lora"}, "'lora' is unknown; choose one of additive, rotational"),
+        ({"rank": 0}, "rank must be at least 1, got 0"),
+        ({"steps": 0}, "steps must be at least 1"),
+        ({"batch": -1}, "batch must be at least 1"),
+        ({"token_vectors": 0}, "token_vectors must be at least 1"),
+        ({"checkpoint_every": 0}, "checkpoint_every must be at least 1"),
+        ({"unet_rate": -1e-4}, "unet_rate must not be negative"),
+        ({"token_rate": math.nan}, "token_rate must not be negative, got nan"),
+        ({"background": -0.1}, "background must not be negative"),
+    ],
+)
+def test_a_setting_out_of_range_is_named(wrong: dict[str, object], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        TrainingSettings(**wrong)
+
+
+def test_presets_are_chosen_by_name_and_take_longer_in_turn(base: Base) -> None:
+    for family in (base, replace(base, family="sd1")):
+        steps = [preset(name, family).steps for name in PRESETS]
+        assert steps == sorted(set(steps))
+    with pytest.raises(InputError, match="no preset 'quick'; choose one of fast, balanced, best"):
+        preset("quick", base)
+
+
+def test_activations_are_those_of_the_layers_while_the_concept_is_drawn(base: Base, undisturbed: Adapter) -> None:
+    keys, pipeline = undisturbed.layer_keys(), base.pipeline
+    assert undisturbed.concepts[0].activations.keys() == {input_group(key) for key in keys}
+    with attached(base, undisturbed), torch.no_grad():
+        measured = measure_activations(base, "<V1>", keys, seed=0)
+        prompts = [prompt.format("<V1>") for prompt in PROMPTS[:2]]
+        ids = pipeline.tokenizer(prompts, padding="max_length", return_tensors="pt").input_ids
+        states = pipeline.text_encoder(ids, output_hidden_states=True)
+        first = pipeline.text_encoder.encoder.layers[0].layer_norm1(states.hidden_states[0])
+    expected = {"text": states.last_hidden_state, "text_encoder.encoder.layers.0.self_attn.q_proj": first}
+    for group, inputs in expected.items():
+        flat = inputs.flatten(0, 1).double()
+        gram = flat.T @ flat
+        # float32 sums; all 48 eigenvectors are kept
+        scaled = gram * (len(gram) / gram.trace())
+        assert (measured[group].double() @ measured[group].double().T - scaled).norm() / scaled.norm() < 1e-5
