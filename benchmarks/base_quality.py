@@ -22,7 +22,7 @@ from PIL import Image
 
 from spectral_diffusion.base import Base, load_base
 from spectral_diffusion.contact_sheet import Cell, Row, contact_sheet
-from spectral_diffusion.generate import Drawing, generate
+from spectral_diffusion.generation import Drawing, generate
 from spectral_diffusion.toyworld.captions import with_article
 from spectral_diffusion.toyworld.characters import BASE_CHARACTERS, CHARACTER_BY_NAME
 from spectral_diffusion.toyworld.judge import load_judge
@@ -38,9 +38,7 @@ PICTURES = 100
 def reserved_prompts(things: int) -> list[tuple[str, frozenset[str]]]:
     """Return `PICTURES` prompts of `things` things never trained on, each with the class words it asks for."""
     names = [character.name for character in BASE_CHARACTERS]
-    every = [
-        (chosen, scene) for chosen in combinations(names, things) for scene in SCENES if is_reserved(chosen, scene)
-    ]
+    every = [(chosen, scene) for chosen in combinations(names, things) for scene in SCENES if is_reserved(chosen, scene)]
     order = np.random.default_rng(0).permutation(len(every))
     prompts = []
     for index in range(PICTURES):

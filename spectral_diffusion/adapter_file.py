@@ -94,26 +94,20 @@ def load_adapter(path: Path) -> Adapter:
                 )
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (SafetensorError, OSError, UnicodeDecodeError) as error:
-        raise AdapterError(
-            f"'{path}' is damaged or not a safetensors file ({error}); train or copy it again."
-        ) from error
+        raise AdapterError(f"'{path}' is damaged or not a safetensors file ({error}); train or copy it again.") from error
     try:
         return _assemble(json.loads(metadata["adapter"]), tensors)
     except AdapterError as error:
         raise AdapterError(f"'{path}' cannot be used: {error}") from error
     except (KeyError, TypeError, ValueError, RecursionError, InputError) as error:
-        raise AdapterError(
-            f"'{path}' cannot be used: its description is damaged ({error!r}); train it again."
-        ) from error
+        raise AdapterError(f"'{path}' cannot be used: its description is damaged ({error!r}); train it again.") from error
 
 
 def _assemble(description: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Adapter:
     if description["version"] > FORMAT_VERSION:
         raise AdapterError(f"it was written by a newer version (format {description['version']}); update this program.")
     remaining = _checked_numbers(tensors)
-    concepts = tuple(
-        _assemble_concept(number, record, remaining) for number, record in enumerate(description["concepts"])
-    )
+    concepts = tuple(_assemble_concept(number, record, remaining) for number, record in enumerate(description["concepts"]))
     if not concepts:
         raise AdapterError("it holds no concept; train it again.")
     if remaining:
@@ -156,9 +150,7 @@ def _assemble_concept(number: int, record: dict[str, Any], remaining: dict[str, 
             raise AdapterError(f"tensor '{name}' has a name that no adapter has.")
     layers = {key: _assemble_layer(key, part, record["parametrisation"], rank) for key, part in grouped.items()}
     if embedding.ndim != 2 or not len(embedding):
-        raise AdapterError(
-            f"the embedding of '{record['token']}' has shape {tuple(embedding.shape)}, expected (n, width)."
-        )
+        raise AdapterError(f"the embedding of '{record['token']}' has shape {tuple(embedding.shape)}, expected (n, width).")
     if not layers:
         raise AdapterError(f"the concept '{record['token']}' changes no layer.")
     for key, layer in layers.items():

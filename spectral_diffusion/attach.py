@@ -87,8 +87,7 @@ def expand_prompt(prompt: str, vectors: dict[str, int]) -> str:
     if not vectors:
         return prompt
     words = {
-        token.lower(): " ".join([token, *(f"{token}_{number}" for number in range(1, count))])
-        for token, count in vectors.items()
+        token.lower(): " ".join([token, *(f"{token}_{number}" for number in range(1, count))]) for token, count in vectors.items()
     }
     return _any_of(vectors).sub(lambda match: words.get(match.group().lower(), match.group()), prompt)
 
@@ -131,11 +130,7 @@ def with_tokens(base: Base, embeddings: dict[str, torch.Tensor]) -> Iterator[Non
 
 
 def _embedding_holder(text_encoder: nn.Module) -> nn.Module:
-    return next(
-        module
-        for module in text_encoder.modules()
-        if isinstance(getattr(module, "token_embedding", None), nn.Embedding)
-    )
+    return next(module for module in text_encoder.modules() if isinstance(getattr(module, "token_embedding", None), nn.Embedding))
 
 
 @contextmanager
@@ -164,9 +159,7 @@ def check_fits_base(base: Base, adapter: Adapter) -> None:
         for key, part in concept.layers.items():
             shape = (len(part.band.U), len(part.band.V))
             if key not in layers:
-                raise AdapterError(
-                    f"The base '{base.source}' has no layer '{key}' that '{concept.token}' was trained on."
-                )
+                raise AdapterError(f"The base '{base.source}' has no layer '{key}' that '{concept.token}' was trained on.")
             if tuple(layers[key].weight.shape) != shape:
                 raise AdapterError(
                     f"Layer '{key}' is {tuple(layers[key].weight.shape)} in '{base.source}' but {shape} in '{concept.token}'."

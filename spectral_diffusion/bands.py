@@ -37,9 +37,7 @@ class Band:
 def check_fits(band: Band, directions: int, layer: str) -> None:
     """Raise `BandError` when `band` reaches beyond the `directions` that `layer` (the smallest) has."""
     if band.rank > directions:
-        raise BandError(
-            f"Rank {band.rank} is larger than layer '{layer}' allows ({directions}); choose a smaller rank."
-        )
+        raise BandError(f"Rank {band.rank} is larger than layer '{layer}' allows ({directions}); choose a smaller rank.")
     if band.stop > directions:
         raise BandError(
             f"Band {band} lies beyond layer '{layer}', which has {directions} directions; "

@@ -90,9 +90,7 @@ def _load_pipeline(place: str, *, embedded: bool) -> StableDiffusionPipeline:
             f"'{place}' is a single file; give a diffusers folder (one with a 'model_index.json') or a hub id as --base."
         )
     if path.is_dir() and not (path / "model_index.json").exists():
-        raise BaseError(
-            f"'{place}' is not a diffusers folder: it has no 'model_index.json'; give one that has as --base."
-        )
+        raise BaseError(f"'{place}' is not a diffusers folder: it has no 'model_index.json'; give one that has as --base.")
     try:
         pipeline = StableDiffusionPipeline.from_pretrained(
             place,
@@ -125,9 +123,7 @@ def linear_layers(base: Base, endings: tuple[str, ...] | None = ATTENTION_LAYERS
     return dict(_linear_layers(base.pipeline, endings))
 
 
-def _linear_layers(
-    pipeline: StableDiffusionPipeline, endings: tuple[str, ...] | None
-) -> Iterator[tuple[str, nn.Linear]]:
+def _linear_layers(pipeline: StableDiffusionPipeline, endings: tuple[str, ...] | None) -> Iterator[tuple[str, nn.Linear]]:
     for part, model in (("text_encoder", pipeline.text_encoder), ("unet", pipeline.unet)):
         for path, module in model.named_modules():
             chosen = endings is None or any(f".{path}".endswith(f".{ending}") for ending in endings)

@@ -115,9 +115,7 @@ def _local_folder(model: str | Path) -> Path | None:
     if (folder / _CONFIG_NAME).is_file():
         return folder
     if path.is_file():
-        raise BaseError(
-            f"'{path}' has no '{_CONFIG_NAME}' beside it; put it there, or name the architecture: 'ViT-B-32:{path}'."
-        )
+        raise BaseError(f"'{path}' has no '{_CONFIG_NAME}' beside it; put it there, or name the architecture: 'ViT-B-32:{path}'.")
     if path.is_dir():
         raise BaseError(f"'{path}' has no '{_CONFIG_NAME}'; give a folder with a CLIP in open_clip's form.")
     if isinstance(model, Path):

@@ -126,9 +126,7 @@ def check_token(token: str) -> str:
             f"write it as one word of at most {MAX_TOKEN_LENGTH} such as '<V1>'."
         )
     if any(character.isspace() or unicodedata.category(character) in _INVISIBLE_CATEGORIES for character in token):
-        raise InputError(
-            f"The token {token!r} holds spaces or invisible characters; write it as one word such as '<V1>'."
-        )
+        raise InputError(f"The token {token!r} holds spaces or invisible characters; write it as one word such as '<V1>'.")
     if PLACEHOLDER in token:
         raise InputError(
             f"The token '{token}' holds '{PLACEHOLDER}', which stands for the token in captions; "

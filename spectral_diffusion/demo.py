@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -22,8 +23,8 @@ from spectral_diffusion.contact_sheet import Cell, Row, contact_sheet
 from spectral_diffusion.exactness import export_error, fusion_error
 from spectral_diffusion.export import export_kohya
 from spectral_diffusion.files import write_atomically
-from spectral_diffusion.fuse import DEFAULT_METHOD, fuse
-from spectral_diffusion.generate import Drawing, Picture, generate
+from spectral_diffusion.fusion import DEFAULT_METHOD, fuse
+from spectral_diffusion.generation import Drawing, Picture, generate
 from spectral_diffusion.picture_file import save_picture
 from spectral_diffusion.score import with_class_words
 from spectral_diffusion.spectrum import base_spectrum
@@ -57,23 +58,29 @@ class JudgedPicture:
 class Assessor:
     """Draws the fixed prompts and has the pictures scored and judged."""
 
-    def __init__(self, base: Base, concepts: dict[str, Concept], scorer: ClipScorer, judge: Judge):
+    def __init__(
+        self,
+        base: Base,
+        concepts: dict[str, Concept],
+        scorer: ClipScorer,
+        judge: Judge,
+        on_picture: Callable[[Picture], None] = lambda picture: None,
+    ):
         self.base, self.concepts, self.scorer, self.judge = base, concepts, scorer, judge
+        self.on_picture = on_picture
 
-    def alone(
-        self, adapter: Adapter, token: str, *, whole: bool, per_prompt: int = PICTURES_PER_PROMPT
-    ) -> list[JudgedPicture]:
+    def alone(self, adapter: Adapter, token: str, *, whole: bool, per_prompt: int = PICTURES_PER_PROMPT) -> list[JudgedPicture]:
         """Draw every prompt of `PROMPTS` with `token`."""
         pictures: list[Picture] = []
         for number, prompt in enumerate(PROMPTS):
             drawing = Drawing(prompt=prompt.format(token), count=per_prompt, seed=1000 * number)
-            pictures += generate(self.base, drawing, adapter, whole=whole)
+            pictures += generate(self.base, drawing, adapter, whole=whole, on_picture=self.on_picture)
         return self.assess(pictures, [token])
 
-    def together(self, adapter: Adapter, tokens: Sequence[str], count: int = PICTURES_TOGETHER) -> list[JudgedPicture]:
+    def together(self, adapter: Adapter, tokens: Sequence[str]) -> list[JudgedPicture]:
         """Draw `TOGETHER` with both tokens."""
-        drawing = Drawing(prompt=TOGETHER.format(*tokens), count=count, seed=77_000)
-        return self.assess(generate(self.base, drawing, adapter), tokens)
+        drawing = Drawing(prompt=TOGETHER.format(*tokens), count=PICTURES_TOGETHER, seed=77_000)
+        return self.assess(generate(self.base, drawing, adapter, on_picture=self.on_picture), tokens)
 
     def assess(self, pictures: Sequence[Picture], tokens: Sequence[str]) -> list[JudgedPicture]:
         """Score `pictures` against their prompts and the photos of `tokens`, and have them judged."""
@@ -108,6 +115,7 @@ def run_demo(
     settings: TrainingSettings | None = None,
     on_line: Callable[[str], None] = lambda line: None,
     on_progress: Callable[[TrainingProgress], None] = lambda progress: None,
+    on_drawn: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
     """Run the main job and leave adapters, pictures, contact sheet, exported file and `report.json` in `out`.
 
@@ -116,6 +124,7 @@ def run_demo(
         settings: how to train; the preset `balanced` when missing.
         on_line: called with a line for the user at each stage.
         on_progress: called after every training step.
+        on_drawn: called after every picture with the number of pictures drawn and to be drawn.
 
     Returns:
         What stands in `report.json`.
@@ -131,7 +140,8 @@ def run_demo(
     export = export_kohya(fused, out / "fused-lora.safetensors")
     on_line("Drawing and judging ...")
     drawing_started = time.monotonic()
-    assessor = Assessor(base, concepts, load_scorer(), load_judge())
+    drawn, total = count(1), 3 * len(trained) * len(PROMPTS) * PICTURES_PER_PROMPT + PICTURES_TOGETHER
+    assessor = Assessor(base, concepts, load_scorer(), load_judge(), lambda picture: on_drawn(next(drawn), total))
     alone = {token: assessor.alone(adapter, token, whole=True) for token, adapter in trained.items()}
     whole = {token: assessor.alone(fused, token, whole=True) for token in trained}
     named = {token: assessor.alone(fused, token, whole=False) for token in trained}
@@ -191,9 +201,7 @@ def _train_all(
         taken.append(band)
         on_line(f"Training {token} ({concept.class_word}) on singular directions {band} ...")
         file = out / f"{concept.source.name}.safetensors"
-        result = train(
-            base, concept, band, settings, checkpoint=file.with_suffix(".checkpoint"), on_progress=on_progress
-        )
+        result = train(base, concept, band, settings, checkpoint=file.with_suffix(".checkpoint"), on_progress=on_progress)
         save_adapter(result.adapter, file)
         file.with_suffix(".checkpoint").unlink(missing_ok=True)
         trained[token], seconds[token] = result.adapter, round(result.seconds, 1)
@@ -208,9 +216,7 @@ def _by_prompt(group: dict[str, list[JudgedPicture]], score: str) -> dict[str, f
     return {prompt: round(mean(values), 4) for prompt, values in prompts.items()}
 
 
-def _save_pictures(
-    folder: Path, groups: dict[str, dict[str, list[JudgedPicture]]], together: list[JudgedPicture]
-) -> None:
+def _save_pictures(folder: Path, groups: dict[str, dict[str, list[JudgedPicture]]], together: list[JudgedPicture]) -> None:
     for kind, group in groups.items():
         for number, pictures in enumerate(group.values()):
             for index, judged in enumerate(pictures):

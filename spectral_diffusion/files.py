@@ -42,6 +42,4 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
 
 def is_storage_failure(error: Exception) -> bool:
     """Tell whether `error` comes from the file system (safetensors reports it as its own kind of error)."""
-    return isinstance(error, OSError) or (
-        type(error).__name__ == "SafetensorError" and "os error" in str(error).lower()
-    )
+    return isinstance(error, OSError) or (type(error).__name__ == "SafetensorError" and "os error" in str(error).lower())

@@ -8,7 +8,7 @@ from pathlib import Path
 from PIL import PngImagePlugin
 
 from spectral_diffusion.files import write_atomically
-from spectral_diffusion.generate import Picture
+from spectral_diffusion.generation import Picture
 
 OWN_CHUNK = "spectral_diffusion"
 

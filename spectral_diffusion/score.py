@@ -150,9 +150,7 @@ def _expanded(paths: Sequence[Path]) -> list[Path]:
     return [file for path in paths for file in (list_pictures(path) if path.is_dir() else [path])]
 
 
-def _read_all(
-    paths: Sequence[Path], tokens: Sequence[str], class_words: Mapping[str, str]
-) -> tuple[list[_Drawn], list[str]]:
+def _read_all(paths: Sequence[Path], tokens: Sequence[str], class_words: Mapping[str, str]) -> tuple[list[_Drawn], list[str]]:
     drawn: list[_Drawn] = []
     skipped: list[str] = []
     for path in paths:

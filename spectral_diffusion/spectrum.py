@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,8 +45,12 @@ def singular_directions(weight: torch.Tensor, count: int = MAX_DIRECTIONS) -> Sp
     return Spectrum(U=U[:, :count].contiguous(), s=s[:count].contiguous(), V=Vh[:count].T.contiguous())
 
 
-def base_spectrum(base: Base, layers: dict[str, nn.Linear]) -> dict[str, Spectrum]:
+def base_spectrum(
+    base: Base, layers: dict[str, nn.Linear], on_layer: Callable[[int, int], None] = lambda done, total: None
+) -> dict[str, Spectrum]:
     """Return the spectrum of each of `layers`, from the cache under the base's fingerprint where it is there.
+
+    `on_layer` is called with the number of layers done and to be done after each one that had to be computed.
 
     Two processes may ask at once: one computes, the other waits. A damaged cache is computed again. A cache that cannot
     be written is a warning, not an error.
@@ -54,20 +59,21 @@ def base_spectrum(base: Base, layers: dict[str, nn.Linear]) -> dict[str, Spectru
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{file}.lock"):
-            return _load_or_compute(file, layers)
+            return _load_or_compute(file, layers, on_layer)
     except (OSError, StorageError) as error:
         logger.warning("The spectrum could not be kept in '%s' (%s); it is computed each time.", file.parent, error)
         return {key: singular_directions(layer.weight) for key, layer in layers.items()}
 
 
-def _load_or_compute(file: Path, layers: dict[str, nn.Linear]) -> dict[str, Spectrum]:
+def _load_or_compute(file: Path, layers: dict[str, nn.Linear], on_layer: Callable[[int, int], None]) -> dict[str, Spectrum]:
     cached = _read_cache(file)
     missing = [key for key in layers if f"{key}.s" not in cached]
     if missing:
         logger.info("Computing the spectrum of %d layers (once per base).", len(missing))
-        for key in missing:
+        for number, key in enumerate(missing, start=1):
             spectrum = singular_directions(layers[key].weight)
             cached |= {f"{key}.U": spectrum.U.cpu(), f"{key}.s": spectrum.s.cpu(), f"{key}.V": spectrum.V.cpu()}
+            on_layer(number, len(missing))
         write_atomically(file, lambda path: save_file(cached, path))
     return {key: Spectrum(U=cached[f"{key}.U"], s=cached[f"{key}.s"], V=cached[f"{key}.V"]) for key in layers}
 

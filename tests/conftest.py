@@ -88,9 +88,7 @@ def photo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("photos")
     rng = np.random.default_rng(5)
     for number in range(5):
-        picture = Image.fromarray(rng.integers(0, 255, (6, 6, 3), dtype=np.uint8)).resize(
-            (96, 80), Image.Resampling.BICUBIC
-        )
+        picture = Image.fromarray(rng.integers(0, 255, (6, 6, 3), dtype=np.uint8)).resize((96, 80), Image.Resampling.BICUBIC)
         ImageDraw.Draw(picture).ellipse([20 + 4 * number, 20, 60, 60], fill=(200, 40 * number, 30))
         picture.save(folder / f"{number}.png")
         (folder / f"{number}.txt").write_text("<TOK> near a lake", encoding="utf-8")

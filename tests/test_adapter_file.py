@@ -18,7 +18,7 @@ from test_parametrisations import BASES, FORMS, random_adapter, shared_base
 from spectral_diffusion.adapter import Adapter
 from spectral_diffusion.adapter_file import load_adapter, save_adapter
 from spectral_diffusion.errors import AdapterError, StorageError
-from spectral_diffusion.fuse import fuse
+from spectral_diffusion.fusion import fuse
 
 Tensors = dict[str, torch.Tensor]
 Description = dict[str, Any]
@@ -63,9 +63,7 @@ def assert_same(one: Adapter, other: Adapter) -> None:
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("which", BASES)
-def test_an_adapter_comes_back_under_another_seed(
-    which: str, form: str, tiny_base_folder: Path, tmp_path: Path
-) -> None:
+def test_an_adapter_comes_back_under_another_seed(which: str, form: str, tiny_base_folder: Path, tmp_path: Path) -> None:
     adapter = random_adapter(shared_base(which, tiny_base_folder), form, measured=True)
     save_adapter(adapter, tmp_path / "a.safetensors")
     torch.manual_seed(999)

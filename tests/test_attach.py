@@ -13,7 +13,7 @@ from spectral_diffusion.adapter import Adapter
 from spectral_diffusion.attach import Switch, attached, check_new_token, expand_prompt, hooked, tokens_in, with_tokens
 from spectral_diffusion.base import Base, linear_layers
 from spectral_diffusion.errors import AdapterError, InputError
-from spectral_diffusion.fuse import fuse
+from spectral_diffusion.fusion import fuse
 
 
 @pytest.fixture
@@ -124,8 +124,9 @@ def test_deltas_can_be_switched_off_for_a_while(base: Base) -> None:
 
 def test_an_adapter_of_another_family_is_refused(base: Base) -> None:
     stranger = replace(random_adapter(base), family="sd1")
-    with pytest.raises(AdapterError, match=r"belongs to a base of family 'sd1', .* is of family 'mini'"), attached(
-        base, stranger
+    with (
+        pytest.raises(AdapterError, match=r"belongs to a base of family 'sd1', .* is of family 'mini'"),
+        attached(base, stranger),
     ):
         pass
 
@@ -135,17 +136,20 @@ def test_layers_that_do_not_fit_are_named(base: Base) -> None:
     (concept,) = adapter.concepts
     key, other = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q", "text_encoder.encoder.layers.0"
     unknown = replace(concept, layers={"unet.nowhere.to_q": concept.layers[key]})
-    with pytest.raises(AdapterError, match=r"has no layer 'unet\.nowhere\.to_q' that '<V1>'"), attached(
-        base, replace(adapter, concepts=(unknown,))
+    with (
+        pytest.raises(AdapterError, match=r"has no layer 'unet\.nowhere\.to_q' that '<V1>'"),
+        attached(base, replace(adapter, concepts=(unknown,))),
     ):
         pass
     misshapen = replace(concept, layers={key: concept.layers[f"{other}.self_attn.q_proj"]})
-    with pytest.raises(AdapterError, match=r"to_q' is \(64, 64\) in .* but \(48, 48\) in '<V1>'"), attached(
-        base, replace(adapter, concepts=(misshapen,))
+    with (
+        pytest.raises(AdapterError, match=r"to_q' is \(64, 64\) in .* but \(48, 48\) in '<V1>'"),
+        attached(base, replace(adapter, concepts=(misshapen,))),
     ):
         pass
-    with pytest.raises(AdapterError, match="embedding of '<V1>' is 7 wide, the base's text encoder 48"), attached(
-        base, without_tokens(adapter, 7)
+    with (
+        pytest.raises(AdapterError, match="embedding of '<V1>' is 7 wide, the base's text encoder 48"),
+        attached(base, without_tokens(adapter, 7)),
     ):
         pass
     assert len(base.pipeline.tokenizer) == base.pipeline.text_encoder.config.vocab_size
@@ -159,7 +163,5 @@ def test_a_word_of_the_base_is_no_token(token: str, base: Base) -> None:
 
 def test_two_concepts_cannot_share_a_token_or_one_of_its_words(base: Base) -> None:
     one, two = random_adapter(base, vectors=2), random_adapter(base, token="<V1>_1", start=2)
-    with pytest.raises(InputError, match="Two concepts use the token '<V1>_1'"), attached(
-        base, fuse([one, two], method="sum")
-    ):
+    with pytest.raises(InputError, match="Two concepts use the token '<V1>_1'"), attached(base, fuse([one, two], method="sum")):
         pass

@@ -8,9 +8,7 @@ from spectral_diffusion.bands import Band, check_fits, next_free_band, slots
 from spectral_diffusion.errors import BandError
 
 
-@pytest.mark.parametrize(
-    ("start", "rank", "message"), [(0, 0, "at least 1, got 0"), (-1, 2, "at direction 0 or later, got -1")]
-)
+@pytest.mark.parametrize(("start", "rank", "message"), [(0, 0, "at least 1, got 0"), (-1, 2, "at direction 0 or later, got -1")])
 def test_an_impossible_band_is_refused(start: int, rank: int, message: str) -> None:
     with pytest.raises(BandError, match=message):
         Band(start=start, rank=rank)

@@ -214,7 +214,7 @@ def test_a_stopped_training_goes_on_where_it_was(
     undisturbed, stopped = tmp_path / "undisturbed.safetensors", tmp_path / "stopped.safetensors"
     run.train(photo_folder, undisturbed, "--token", "<V1>")
     with monkeypatch.context() as patch:
-        patch.setattr("spectral_diffusion.cli.training_display.TrainingDisplay.show", press_ctrl_c)
+        patch.setattr("spectral_diffusion.cli.displays.TrainingDisplay.show", press_ctrl_c)
         run.train(photo_folder, stopped, "--token", "<V1>", expect=1)
     assert "Stopped after step 1 of 2" in run.err and "run the same command again" in run.err
     checkpoint = tmp_path / "stopped.safetensors.checkpoint"

@@ -182,9 +182,7 @@ def test_what_is_transparent_in_a_mask_is_black(tmp_path: Path) -> None:
 def test_a_mask_of_another_shape_is_refused(tmp_path: Path) -> None:
     save_photo(tmp_path)
     Image.new("L", (48, 64), 255).save(tmp_path / "1-mask.png")
-    with pytest.raises(
-        InputError, match=r"1-mask\.png' has another shape \(48 x 64 pixels\) than .* \(64 x 48\); make"
-    ):
+    with pytest.raises(InputError, match=r"1-mask\.png' has another shape \(48 x 64 pixels\) than .* \(64 x 48\); make"):
         load(tmp_path)
 
 
@@ -218,9 +216,7 @@ def test_no_good_photo_is_an_error_that_lists_the_bad_ones(tmp_path: Path) -> No
         load(tmp_path)
     (tmp_path / "1.jpg").write_bytes(b"")
     (tmp_path / "2.jpg").write_bytes(b"text")
-    with pytest.raises(
-        PhotoError, match=r"(?s)no usable photo.*1\.jpg': The file is empty.*2\.jpg': The file is damaged"
-    ):
+    with pytest.raises(PhotoError, match=r"(?s)no usable photo.*1\.jpg': The file is empty.*2\.jpg': The file is damaged"):
         load(tmp_path)
 
 

@@ -43,9 +43,7 @@ def test_as_many_weights_as_deltas_are_needed(deltas: list[LowRank]) -> None:
 
 
 @pytest.mark.parametrize("rho", [RHO, 0.5])
-def test_the_aligned_sum_minimises_what_it_says(
-    deltas: list[LowRank], activations: list[torch.Tensor], rho: float
-) -> None:
+def test_the_aligned_sum_minimises_what_it_says(deltas: list[LowRank], activations: list[torch.Tensor], rho: float) -> None:
     D = aligned_sum(deltas, WEIGHTS, activations, rho).dense().requires_grad_()
     objective = rho * (D - dense_sum(deltas)).square().sum()
     for delta, weight, F in zip(deltas, WEIGHTS, activations, strict=True):
@@ -80,9 +78,7 @@ def test_on_inputs_that_no_concept_has_it_is_the_plain_sum(deltas: list[LowRank]
     torch.testing.assert_close(joined @ inputs, dense_sum(deltas) @ inputs, rtol=0, atol=1e-12)
 
 
-def test_alignment_keeps_the_rank_the_ups_and_the_precision(
-    deltas: list[LowRank], activations: list[torch.Tensor]
-) -> None:
+def test_alignment_keeps_the_rank_the_ups_and_the_precision(deltas: list[LowRank], activations: list[torch.Tensor]) -> None:
     halves = [LowRank(up=delta.up.float(), down=delta.down.float()) for delta in deltas]
     plain, aligned = weighted_sum(halves, WEIGHTS), aligned_sum(halves, WEIGHTS, activations)
     assert aligned.rank == plain.rank and torch.equal(aligned.up, plain.up)

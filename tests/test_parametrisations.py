@@ -54,9 +54,7 @@ def random_adapter(
         parametrisation=form,
         embedding=torch.randn(vectors, base.pipeline.text_encoder.config.hidden_size, generator=generator),
         layers=parts,
-        activations={group: torch.randn(width, 4, generator=generator) for group, width in widths.items()}
-        if measured
-        else {},
+        activations={group: torch.randn(width, 4, generator=generator) for group, width in widths.items()} if measured else {},
         settings={"steps": 3},
     )
     return Adapter(family=base.family, fingerprint=base.fingerprint, concepts=(concept,), weights=(1.0,))
@@ -64,9 +62,7 @@ def random_adapter(
 
 def band_of(spectrum: Spectrum, start: int, rank: int) -> Spectrum:
     columns = slice(start, start + rank)
-    return Spectrum(
-        U=spectrum.U[:, columns].contiguous(), s=spectrum.s[columns].clone(), V=spectrum.V[:, columns].contiguous()
-    )
+    return Spectrum(U=spectrum.U[:, columns].contiguous(), s=spectrum.s[columns].clone(), V=spectrum.V[:, columns].contiguous())
 
 
 def whole_spectrum(dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, Spectrum]:

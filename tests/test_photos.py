@@ -171,9 +171,7 @@ def test_order_is_natural_and_other_files_are_passed_over(tmp_path: Path) -> Non
         ("short.png", png_header(64, 64), "damaged or cut short .*; copy it again"),
     ],
 )
-def test_hostile_and_broken_files_are_named_with_a_reason(
-    tmp_path: Path, name: str, content: bytes, reason: str
-) -> None:
+def test_hostile_and_broken_files_are_named_with_a_reason(tmp_path: Path, name: str, content: bytes, reason: str) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(PhotoError, match=reason):
         read_photo(tmp_path / name)

@@ -135,9 +135,7 @@ def test_damaged_settings_are_named(scorer: ClipScorer, tmp_path: Path) -> None:
         score_pictures([tmp_path / "1.png"], {}, scorer)
 
 
-def test_files_that_are_no_pictures_are_listed_once(
-    scorer: ClipScorer, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_files_that_are_no_pictures_are_listed_once(scorer: ClipScorer, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     RED.save(tmp_path / "1.png")
     (tmp_path / "2.png").write_text("no picture")
     (tmp_path / "3.png").write_bytes(b"")

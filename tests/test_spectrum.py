@@ -87,9 +87,7 @@ def test_another_content_has_another_fingerprint(tiny_base: Base, tiny_base_fold
     assert load_base(folder, device="cpu").fingerprint != tiny_base.fingerprint
 
 
-def test_only_layers_that_are_not_cached_are_computed(
-    tiny_base: Base, cache: Path, computed: list[torch.Tensor]
-) -> None:
+def test_only_layers_that_are_not_cached_are_computed(tiny_base: Base, cache: Path, computed: list[torch.Tensor]) -> None:
     base_spectrum(tiny_base, some_layers(tiny_base, 2))
     layers = some_layers(tiny_base, 5)
     assert_spectra(base_spectrum(tiny_base, layers), layers)
@@ -110,9 +108,7 @@ def test_a_damaged_cache_is_said_and_mended(
     assert len(computed) == 6
 
 
-def test_a_cache_that_cannot_be_written_is_a_warning(
-    tiny_base: Base, cache: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_cache_that_cannot_be_written_is_a_warning(tiny_base: Base, cache: Path, caplog: pytest.LogCaptureFixture) -> None:
     cache.write_text("a file where the folder should be")
     layers = some_layers(tiny_base)
     with caplog.at_level(logging.WARNING):

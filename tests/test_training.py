@@ -172,16 +172,14 @@ def test_the_inertness_loss_begins_at_zero_and_can_be_left_out(base: Base, conce
     assert without.concept_loss == pytest.approx(events[0].concept_loss, rel=1e-5)
 
 
-def test_the_loss_outside_the_mask_counts_as_background(
-    base: Base, concept: Concept, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_loss_outside_the_mask_counts_as_background(base: Base, concept: Concept, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = encode_examples(base, concept, seed=0)
     left = torch.zeros_like(whole.masks)
     left[..., : left.shape[-1] // 2] = 1
 
     def loss(masks: torch.Tensor, background: float) -> float:
         examples = replace(whole, masks=masks)
-        module = import_module("spectral_diffusion.training.train")
+        module = import_module("spectral_diffusion.training.loop")
         monkeypatch.setattr(module, "encode_examples", lambda *anything: examples)
         return first_step(base, concept, replace(SHORT, background=background)).concept_loss
 

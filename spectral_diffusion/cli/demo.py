@@ -7,9 +7,9 @@ from contextlib import closing
 from pathlib import Path
 
 from spectral_diffusion.cli.console import Console, quiet_libraries
+from spectral_diffusion.cli.displays import CountDisplay, TrainingDisplay
 from spectral_diffusion.cli.options import add_json_option
 from spectral_diffusion.cli.outputs import check_writable
-from spectral_diffusion.cli.training_display import TrainingDisplay
 
 SUMMARY = "run the main job on the embedded base and two sample concepts"
 
@@ -28,6 +28,7 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
     quiet_libraries()
     from spectral_diffusion.demo import run_demo
 
-    with closing(TrainingDisplay(arguments.out)) as display:
-        console.give(run_demo(arguments.out, on_line=console.say, on_progress=display.show))
+    with closing(TrainingDisplay(arguments.out)) as training, closing(CountDisplay("drawing", "picture")) as drawing:
+        report = run_demo(arguments.out, on_line=console.say, on_progress=training.show, on_drawn=drawing.show)
+    console.give(report)
     return 0

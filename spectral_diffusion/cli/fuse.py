@@ -16,7 +16,7 @@ SUMMARY = "join several adapters into one"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     from spectral_diffusion.adapter import METHODS
-    from spectral_diffusion.fuse import DEFAULT_METHOD
+    from spectral_diffusion.fusion import DEFAULT_METHOD
 
     parser.add_argument("adapters", nargs="+", type=Path, metavar="ADAPTER", help="adapter files, each on its own band")
     add_out_options(parser, "the fused adapter")
@@ -38,7 +38,7 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
     check_output(arguments.out, force=arguments.force, inputs=arguments.adapters)
     quiet_libraries()
     from spectral_diffusion.adapter_file import load_adapter, save_adapter
-    from spectral_diffusion.fuse import fuse
+    from spectral_diffusion.fusion import fuse
 
     fused = fuse(
         [load_adapter(path) for path in arguments.adapters],

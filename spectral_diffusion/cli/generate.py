@@ -17,7 +17,7 @@ from spectral_diffusion.errors import InputError
 if TYPE_CHECKING:
     from spectral_diffusion.adapter import Adapter
     from spectral_diffusion.base import Base
-    from spectral_diffusion.generate import Drawing, Picture
+    from spectral_diffusion.generation import Drawing, Picture
 
 SUMMARY = "draw pictures, with an adapter or without"
 
@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_drawing_options(parser: argparse.ArgumentParser) -> None:
     """Add the options whose defaults are those of `Drawing`."""
-    from spectral_diffusion.generate import SCHEDULERS, Drawing
+    from spectral_diffusion.generation import SCHEDULERS, Drawing
 
     default = {field.name: field.default for field in fields(Drawing)}
     options: dict[str, dict[str, Any]] = {
@@ -76,7 +76,7 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
     quiet_libraries()
     from spectral_diffusion.adapter_file import load_adapter
     from spectral_diffusion.attach import check_fits_base
-    from spectral_diffusion.generate import generate
+    from spectral_diffusion.generation import generate
 
     drawing = _drawing(arguments)
     adapter = load_adapter(arguments.adapter) if arguments.adapter else None
@@ -100,7 +100,7 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
 
 def _drawing(arguments: argparse.Namespace) -> Drawing:
     """Return what to draw: what was given goes before the defaults of `Drawing`."""
-    from spectral_diffusion.generate import Drawing, random_seed
+    from spectral_diffusion.generation import Drawing, random_seed
 
     if arguments.batch < 1:
         raise InputError(f"batch must be at least 1, got {arguments.batch}.")
@@ -110,7 +110,7 @@ def _drawing(arguments: argparse.Namespace) -> Drawing:
 
 
 def _warn_if_unnamed(adapter: Adapter, drawing: Drawing) -> None:
-    from spectral_diffusion.generate import named_only
+    from spectral_diffusion.generation import named_only
 
     if not named_only(adapter, drawing.prompt).concepts:
         logger.warning("The prompt names none of the adapter's concepts (%s).", ", ".join(adapter.tokens))

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from spectral_diffusion.cli.console import Console, quiet_libraries, stop_on_interrupt
 from spectral_diffusion.cli.describe import adapter_data, adapter_lines
+from spectral_diffusion.cli.displays import CountDisplay, TrainingDisplay
 from spectral_diffusion.cli.options import add_base_options, add_json_option, add_out_options, load_chosen_base
 from spectral_diffusion.cli.outputs import check_output, check_writable
-from spectral_diffusion.cli.training_display import TrainingDisplay
 from spectral_diffusion.errors import InputError
 
 if TYPE_CHECKING:
@@ -108,8 +108,8 @@ def _chosen_settings(arguments: argparse.Namespace, base: Base) -> TrainingSetti
 
 def _chosen_band(arguments: argparse.Namespace, base: Base, settings: TrainingSettings, token: str, console: Console) -> Band:
     """Return the concept's band and say how many concepts the base has room for."""
-    from spectral_diffusion.bands import slots
     from spectral_diffusion.band_plan import choose_band, taken_bands
+    from spectral_diffusion.bands import slots
 
     taken = taken_bands(arguments.avoid, base, except_for=arguments.out)
     for other in taken:
@@ -133,7 +133,8 @@ def _fewest_directions(base: Base, settings: TrainingSettings) -> int:
     if not layers:
         names = ", ".join(settings.layers)
         raise InputError(f"No layer of '{base.source}' ends in {names}; choose others as --layers.")
-    return min(len(spectrum.s) for spectrum in base_spectrum(base, layers).values())
+    with closing(CountDisplay("spectrum", "layer")) as display:
+        return min(len(spectrum.s) for spectrum in base_spectrum(base, layers, display.show).values())
 
 
 def _train(base: Base, concept: Concept, band: Band, settings: TrainingSettings, checkpoint: Path, out: Path) -> TrainingResult:

@@ -89,9 +89,7 @@ def _padded(factor: torch.Tensor, rank: int) -> torch.Tensor:
 def _balanced(up: torch.Tensor, down: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Give each pair of columns the same length on both sides, so that neither over- nor underflows in half precision."""
     up_length, down_length = up.norm(dim=0), down.norm(dim=0)
-    scale = torch.where(
-        (up_length > 0) & (down_length > 0), (down_length / up_length).sqrt(), torch.ones_like(up_length)
-    )
+    scale = torch.where((up_length > 0) & (down_length > 0), (down_length / up_length).sqrt(), torch.ones_like(up_length))
     return up * scale, down / scale
 
 
@@ -114,9 +112,7 @@ def _export_embeddings(adapter: Adapter, lora: Path, dtype: torch.dtype) -> dict
     return files
 
 
-def _metadata(
-    adapter: Adapter, path: Path, rank: int, words: dict[str, str], tensors: dict[str, torch.Tensor]
-) -> dict[str, str]:
+def _metadata(adapter: Adapter, path: Path, rank: int, words: dict[str, str], tensors: dict[str, torch.Tensor]) -> dict[str, str]:
     payload = save(tensors)
     header = 8 + int.from_bytes(payload[:8], "little")
     return {

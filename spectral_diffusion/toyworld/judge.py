@@ -154,9 +154,7 @@ def load_judge(path: Path | None = None, *, device: torch.device | str = "cpu") 
     """
     path = DEFAULT_JUDGE if path is None else path
     if not path.is_file():
-        raise InputError(
-            f"There is no judge at '{path}'; restore the file from the repository or train one with the recipe."
-        )
+        raise InputError(f"There is no judge at '{path}'; restore the file from the repository or train one with the recipe.")
     try:
         with safe_open(path, framework="pt") as file:
             characters = json.loads((file.metadata() or {})["characters"])

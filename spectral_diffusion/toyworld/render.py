@@ -91,9 +91,7 @@ def render(
         mask.paste(pixels.getchannel("A"), at)
         masks = [ImageChops.subtract(earlier, mask) for earlier in masks] + [mask]
         boxes.append((left, bottom - height, left + width, bottom))
-    placed = tuple(
-        Placed(thing=thing, box=box, mask=mask) for thing, box, mask in zip(things, boxes, masks, strict=True)
-    )
+    placed = tuple(Placed(thing=thing, box=box, mask=mask) for thing, box, mask in zip(things, boxes, masks, strict=True))
     return Rendering(picture=picture, placed=placed)
 
 

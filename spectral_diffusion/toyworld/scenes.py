@@ -67,9 +67,7 @@ def _lake(size: int, rng: np.random.Generator) -> _Canvas:
     canvas.hills(0.46, 0.14, canvas.shade((96, 146, 96)))
     canvas.box(0, 0.45, 1, 0.80, canvas.shade((48, 122, 196)))
     for _ in range(7):
-        canvas.ellipse(
-            canvas.between(0, 1), canvas.between(0.48, 0.78), canvas.between(0.1, 0.3), 0.012, (134, 190, 236)
-        )
+        canvas.ellipse(canvas.between(0, 1), canvas.between(0.48, 0.78), canvas.between(0.1, 0.3), 0.012, (134, 190, 236))
     canvas.hills(0.84, 0.05, canvas.shade((110, 178, 84)))
     return canvas
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import pickle
 from pathlib import Path
@@ -16,7 +17,9 @@ logger = logging.getLogger(__name__)
 
 def save_checkpoint(path: Path, run: str, state: dict[str, Any]) -> None:
     """Write `state` for the run described by `run` (a digest of everything that decides its outcome)."""
-    write_atomically(path, lambda temporary: torch.save({"run": run, "state": state}, temporary))
+    content = io.BytesIO()  # torch's own writer refuses some file names, and a full disk is no OSError to it
+    torch.save({"run": run, "state": state}, content)
+    write_atomically(path, lambda temporary: temporary.write_bytes(content.getbuffer()))
 
 
 def load_checkpoint(path: Path, run: str) -> dict[str, Any] | None:

@@ -45,9 +45,7 @@ def encode_examples(base: Base, concept: Concept, seed: int) -> EncodedExamples:
     return EncodedExamples(latents=torch.cat(latents), masks=torch.cat(masks), captions=tuple(captions))
 
 
-def _random_crop(
-    picture: Image.Image, mask: Image.Image, side: int, rng: np.random.Generator
-) -> tuple[Image.Image, Image.Image]:
+def _random_crop(picture: Image.Image, mask: Image.Image, side: int, rng: np.random.Generator) -> tuple[Image.Image, Image.Image]:
     scale = side * rng.uniform(1.0, LARGEST_ZOOM) / min(picture.size)
     size = tuple(max(side, round(edge * scale)) for edge in picture.size)
     left, top = (int(rng.integers(edge - side + 1)) for edge in size)

@@ -36,9 +36,7 @@ class TrainingSettings:
     weight_decay: float = _setting(0.01, "AdamW's weight decay of the layers")
     gradient_norm: float = _setting(1.0, "gradients are clipped to this norm")
     inertness: float = _setting(1.0, "weight of the loss that keeps prompts without the token as the base draws them")
-    isolation: int = _setting(
-        8, "number of leading bands; the concept neither writes into nor reads from the others' among them"
-    )
+    isolation: int = _setting(8, "number of leading bands; the concept neither writes into nor reads from the others' among them")
     background: float = _setting(0.1, "weight of the loss outside the mask, where a photo has one")
     seed: int = _setting(0, "seed of everything random in the training")
     checkpoint_every: int = _setting(50, "steps between checkpoints")
@@ -47,9 +45,7 @@ class TrainingSettings:
 
     def __post_init__(self) -> None:
         if self.parametrisation not in PARAMETRISATIONS:
-            raise InputError(
-                f"parametrisation '{self.parametrisation}' is unknown; choose one of {', '.join(PARAMETRISATIONS)}."
-            )
+            raise InputError(f"parametrisation '{self.parametrisation}' is unknown; choose one of {', '.join(PARAMETRISATIONS)}.")
         for name, least in (("rank", 1), ("steps", 1), ("batch", 1), ("token_vectors", 1), ("checkpoint_every", 1)):
             if getattr(self, name) < least:
                 raise InputError(f"{name} must be at least {least}, got {getattr(self, name)}.")

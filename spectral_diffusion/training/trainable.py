@@ -45,12 +45,7 @@ class Trainable:
 
     def parameters(self, part: str) -> list[torch.Tensor]:
         """Return the trained tensors of `part`, `unet` or `text_encoder`."""
-        return [
-            tensor
-            for key, layer in self.layers.items()
-            if key.startswith(f"{part}.")
-            for tensor in layer.tensors.values()
-        ]
+        return [tensor for key, layer in self.layers.items() if key.startswith(f"{part}.") for tensor in layer.tensors.values()]
 
     def confine(self) -> None:
         """Take out of every layer what lies in other concepts' bands."""
@@ -60,9 +55,7 @@ class Trainable:
 
     def state(self) -> dict[str, torch.Tensor]:
         """Return a copy of every trained tensor by name."""
-        named = {
-            f"{key}/{name}": tensor for key, layer in self.layers.items() for name, tensor in layer.tensors.items()
-        }
+        named = {f"{key}/{name}": tensor for key, layer in self.layers.items() for name, tensor in layer.tensors.items()}
         return {name: tensor.detach().clone() for name, tensor in (named | {"token": self.token}).items()}
 
     @torch.no_grad()
@@ -125,8 +118,6 @@ def class_word_vector(base: Base, class_word: str) -> torch.Tensor:
     tokenizer = base.pipeline.tokenizer
     ids = tokenizer(class_word, add_special_tokens=False).input_ids
     if not ids:
-        raise InputError(
-            f"The class word '{class_word}' is empty to the base's tokenizer; choose a word such as 'dog'."
-        )
+        raise InputError(f"The class word '{class_word}' is empty to the base's tokenizer; choose a word such as 'dog'.")
     weight = base.pipeline.text_encoder.get_input_embeddings().weight
     return weight[torch.tensor(ids, device=weight.device)].mean(0, keepdim=True).detach()

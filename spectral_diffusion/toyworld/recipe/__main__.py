@@ -32,9 +32,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("out/base"), help="folder for pictures and unfinished states")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")
     parser.add_argument("--autoencoder-steps", type=int, default=3000, help="steps of 4 pictures for the autoencoder")
-    parser.add_argument(
-        "--denoiser-steps", type=int, default=12_000, help="steps of 16 latents for text encoder and UNet"
-    )
+    parser.add_argument("--denoiser-steps", type=int, default=12_000, help="steps of 16 latents for text encoder and UNet")
     parser.add_argument("--decoder-steps", type=int, default=3000, help="steps of 4 pictures for the decoder alone")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
@@ -52,9 +50,7 @@ def build(work: Path, device: torch.device, *, autoencoder_steps: int, denoiser_
     sprites = fetch_sprites(work / "sprites")
     colourful = load_or_render(work, "autoencoder-pictures", 6000, sprites, seed=10, held_out=False, tints=True)
     autoencoder = train_autoencoder(work, colourful, autoencoder_steps, 4, device)
-    pictures = load_or_render(
-        work, "base-pictures", PICTURES, sprites, seed=13, held_out=False, tints=False, most_things=2
-    )
+    pictures = load_or_render(work, "base-pictures", PICTURES, sprites, seed=13, held_out=False, tints=False, most_things=2)
     latents = encode_all(autoencoder, pictures, work / "base-latents.npy", device)
     tokenizer = build_tokenizer(EMBEDDED_BASE / "tokenizer")
     pipeline = train_denoiser(work, pictures, latents, autoencoder, tokenizer, denoiser_steps, 16, device)

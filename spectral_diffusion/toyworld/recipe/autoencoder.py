@@ -45,9 +45,7 @@ def to_tensor(pixels: np.ndarray, device: torch.device) -> torch.Tensor:
     return tensor.contiguous(memory_format=torch.channels_last)
 
 
-def train_autoencoder(
-    folder: Path, pictures: PictureSet, steps: int, batch: int, device: torch.device
-) -> AutoencoderKL:
+def train_autoencoder(folder: Path, pictures: PictureSet, steps: int, batch: int, device: torch.device) -> AutoencoderKL:
     """Train the whole autoencoder for `steps`, then return it with the latents' scale measured into its configuration."""
     torch.manual_seed(1)
     autoencoder = build_autoencoder().to(device, memory_format=torch.channels_last)
@@ -61,13 +59,9 @@ def train_autoencoder(
         return reconstruction_loss(decoded, pixels) + 1e-5 * posterior.kl().mean() / posterior.mean[0].numel()
 
     def sheet(step: int) -> None:
-        save_reconstructions(
-            autoencoder, pictures.pixels[:12], folder / "sheets" / f"autoencoder-{step:06d}.png", device
-        )
+        save_reconstructions(autoencoder, pictures.pixels[:12], folder / "sheets" / f"autoencoder-{step:06d}.png", device)
 
-    train_stage(
-        folder, "autoencoder", {"autoencoder": autoencoder}, loss_of_step, steps=steps, peak_rate=1.5e-3, every=sheet
-    )
+    train_stage(folder, "autoencoder", {"autoencoder": autoencoder}, loss_of_step, steps=steps, peak_rate=1.5e-3, every=sheet)
     autoencoder.register_to_config(scaling_factor=_latent_scale(autoencoder, pictures, device))
     return autoencoder.eval().requires_grad_(False)
 

@@ -70,9 +70,7 @@ def load_or_render(
         folder.mkdir(parents=True, exist_ok=True)
         characters = CHARACTERS if held_out else BASE_CHARACTERS
         rng = np.random.default_rng(seed)
-        combinations = [
-            _draw_combination(rng, characters, most_things, reserve=not held_out, tints=tints) for _ in range(count)
-        ]
+        combinations = [_draw_combination(rng, characters, most_things, reserve=not held_out, tints=tints) for _ in range(count)]
         _render_set(pixel_file, scene_file, combinations, sprites, rng)
     scenes = [_scene_from_json(line) for line in scene_file.read_text().splitlines()]
     return PictureSet(pixels=np.load(pixel_file, mmap_mode="r"), scenes=scenes)

@@ -52,8 +52,6 @@ def _corpus() -> Iterator[str]:
     scenes, tints = list(SCENES), [None, None, None, *TINTS]
     for _ in range(4000):
         chosen = rng.choice(len(BASE_CHARACTERS), 2, replace=False)
-        things = tuple(
-            Thing(character=BASE_CHARACTERS[index].name, tint=tints[rng.integers(len(tints))]) for index in chosen
-        )
+        things = tuple(Thing(character=BASE_CHARACTERS[index].name, tint=tints[rng.integers(len(tints))]) for index in chosen)
         yield caption(things, scenes[rng.integers(len(scenes))], rng)
     yield from pydoc_data.topics.topics.values()

@@ -109,9 +109,7 @@ def generate(
     with context, _scheduler(base, drawing.scheduler):
         for seeds in _batches(range(drawing.seed, drawing.seed + drawing.count), batch):
             for seed, image in zip(seeds, _draw(base, drawing, words, seeds), strict=True):
-                picture = Picture(
-                    image=image, seed=seed, drawing=drawing, tokens=tuple(words), class_words=dict(class_words)
-                )
+                picture = Picture(image=image, seed=seed, drawing=drawing, tokens=tuple(words), class_words=dict(class_words))
                 on_picture(picture)
                 pictures.append(picture)
     return pictures

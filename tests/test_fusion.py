@@ -15,7 +15,7 @@ from test_parametrisations import BASES, FORMS, random_adapter, shared_base
 from spectral_diffusion.adapter import Adapter
 from spectral_diffusion.base import Base, linear_layers
 from spectral_diffusion.errors import AdapterError, BandError
-from spectral_diffusion.fuse import DEFAULT_METHOD, fuse
+from spectral_diffusion.fusion import DEFAULT_METHOD, fuse
 
 EXACT = 1e-5
 """Largest relative difference in float32 (issue 2, exactness)."""

@@ -90,7 +90,8 @@ def train(
         with hooked(linear_layers(base, settings.layers), trainable.factors()):
             run.loop(on_progress, should_stop)
             keys = tuple(trainable.layers)
-            activations = measure_activations(base, _words(concept.token, settings), keys, settings.seed)
+            finished = run.step == settings.steps
+            activations = measure_activations(base, run.words, keys, settings.seed) if finished else {}
     part = ConceptPart(
         token=concept.token,
         class_word=concept.class_word,
@@ -102,9 +103,7 @@ def train(
         settings=asdict(settings) | {"steps_done": run.step},
     )
     adapter = Adapter(family=base.family, fingerprint=base.fingerprint, concepts=(part,), weights=(1.0,))
-    return TrainingResult(
-        adapter=adapter, steps_done=run.step, finished=run.step == settings.steps, seconds=run.seconds
-    )
+    return TrainingResult(adapter=adapter, steps_done=run.step, finished=finished, seconds=run.seconds)
 
 
 def _words(token: str, settings: TrainingSettings) -> str:

@@ -1,4 +1,4 @@
-"""How a training looks while it runs."""
+"""How long work looks while it runs."""
 
 from __future__ import annotations
 
@@ -12,6 +12,25 @@ from spectral_diffusion.files import write_atomically
 
 if TYPE_CHECKING:
     from spectral_diffusion.training import TrainingProgress
+
+
+class CountDisplay:
+    """Shows how many of something are done as a bar, from the first one on."""
+
+    def __init__(self, what: str, unit: str):
+        self.what, self.unit = what, unit
+        self.bar: tqdm | None = None
+
+    def show(self, done: int, total: int) -> None:
+        """Show that `done` of `total` are done."""
+        if self.bar is None:
+            self.bar = progress_bar(self.what, total, self.unit)
+        self.bar.update(done - self.bar.n)
+
+    def close(self) -> None:
+        """Leave the bar as it is."""
+        if self.bar is not None:
+            self.bar.close()
 
 
 class TrainingDisplay:
