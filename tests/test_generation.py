@@ -1,22 +1,22 @@
-"""Drawing: repeatable pictures, samplers by their usual names, settings inside the files."""
+"""Drawing: the same seed gives the same picture, and the file says how it was drawn."""
 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
-from test_parametrisations import random_adapter, shared_base
+from test_parametrisations import BASES, random_adapter, shared_base
 
 from spectral_diffusion.adapter import Adapter
 from spectral_diffusion.base import Base
-from spectral_diffusion.errors import InputError
+from spectral_diffusion.errors import InputError, StorageError
 from spectral_diffusion.fusion import fuse
-from spectral_diffusion.generation import SCHEDULERS, Drawing, generate, named_only
-from spectral_diffusion.picture_file import OWN_CHUNK, save_picture
+from spectral_diffusion.generation import SCHEDULERS, Drawing, Picture, generate, named_only
+from spectral_diffusion.picture_file import save_picture
 
 
 @pytest.fixture
@@ -26,70 +26,120 @@ def base(tiny_base_folder: Path) -> Base:
 
 @pytest.fixture
 def pair(base: Base) -> Adapter:
-    return fuse([random_adapter(base, "additive", token=f"<V{n}>", start=2 * n, seed=n) for n in (1, 2)], method="sum")
+    return fuse([random_adapter(base), random_adapter(base, token="<V2>", start=2, vectors=2, seed=1)], method="sum")
 
 
-def test_a_seed_draws_the_same_picture_in_any_batch(base: Base, pair: Adapter) -> None:
-    drawing = Drawing(prompt="<V1> near a lake", count=3, seed=7, steps=2)
-    at_once = generate(base, drawing, pair, batch=3)
-    one_by_one = generate(base, drawing, pair, batch=1)
-    assert [picture.seed for picture in at_once] == [7, 8, 9]
-    for one, other in zip(at_once, one_by_one, strict=True):
-        # A batch sums in another order: at most one step of 255.
-        assert np.abs(np.asarray(one.image, dtype=int) - np.asarray(other.image, dtype=int)).max() <= 1
+def difference(one: Picture, other: Picture) -> int:
+    """Return the largest difference of two pictures in levels of 255."""
+    first, second = (np.asarray(picture.image, dtype=int) for picture in (one, other))
+    return int(np.abs(first - second).max())
 
 
-@pytest.mark.parametrize("name", SCHEDULERS)
-def test_every_sampler_draws_and_leaves_the_bases_own_in_place(base: Base, name: str) -> None:
-    own = base.pipeline.scheduler
-    picture = generate(base, Drawing(prompt="a dog", steps=3, scheduler=name))[0].image
-    assert np.asarray(picture).std() > 0
-    assert base.pipeline.scheduler is own
+@pytest.mark.parametrize("scheduler", ["DDIM", "Euler a"])
+def test_a_seed_gives_its_picture_whatever_the_batch(scheduler: str, base: Base, pair: Adapter) -> None:
+    prompt = "<V1> and <V2> near a lake"
+    told: list[Picture] = []
+    together = generate(
+        base, Drawing(prompt=prompt, count=3, seed=5, steps=3, scheduler=scheduler), pair, batch=2, on_picture=told.append
+    )
+    assert [picture.seed for picture in together] == [5, 6, 7] and told == together
+    for picture in together:
+        (alone,) = generate(base, Drawing(prompt=prompt, seed=picture.seed, steps=3, scheduler=scheduler), pair)
+        assert difference(picture, alone) <= 1  # float32 round-off of another batch size, rounded to a level
+    assert difference(together[0], together[1]) > 20
 
 
-def test_only_the_concepts_in_the_prompt_are_attached(base: Base, pair: Adapter) -> None:
-    assert named_only(pair, "a <v2> in the snow").tokens == ("<V2>",)
-    drawing = Drawing(prompt="<V1> near a lake", steps=2)
-    named = generate(base, drawing, pair)[0]
-    alone = generate(base, drawing, pair.only(["<V1>"]), whole=True)[0]
-    whole = generate(base, drawing, pair, whole=True)[0]
-    assert named.tokens == ("<V1>",)
-    assert np.array_equal(np.asarray(named.image), np.asarray(alone.image))
-    assert not np.array_equal(np.asarray(whole.image), np.asarray(alone.image))
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_every_sampler_draws(scheduler: str, base: Base) -> None:
+    kept = base.pipeline.scheduler
+    (picture,) = generate(base, Drawing(prompt="a dog", steps=3, scheduler=scheduler))
+    assert np.asarray(picture.image).std() > 1
+    assert base.pipeline.scheduler is kept
 
 
-def test_the_file_says_how_it_was_drawn(base: Base, pair: Adapter, tmp_path: Path) -> None:
-    drawing = Drawing(prompt="<V1> and <V2>, near: a lake", negative_prompt="dark", seed=3, steps=2, scheduler="DPM++ 2M Karras")
-    picture = generate(base, drawing, pair)[0]
-    save_picture(picture, tmp_path / "picture.png", "tiny")
-    with Image.open(tmp_path / "picture.png") as opened:
-        lines = opened.text["parameters"].split("\n")
-        own = json.loads(opened.text[OWN_CHUNK])
-    assert lines[:2] == [drawing.prompt, "Negative prompt: dark"]
-    pairs = dict(part.split(": ", 1) for part in lines[2].split(", "))
-    expected = {"Steps": "2", "Sampler": "DPM++ 2M", "Schedule type": "Karras", "CFG scale": "5", "Seed": "3", "Size": "32x32"}
-    assert expected.items() <= pairs.items()
-    assert own["class_words"] == pair.class_words
+@pytest.mark.parametrize("which", BASES)
+def test_pictures_have_the_size_asked_for(which: str, tiny_base_folder: Path) -> None:
+    base = shared_base(which, tiny_base_folder)
+    side = base.resolution
+    for size, expected in ((None, (side, side)), ((side + 16, side), (side + 16, side))):
+        (picture,) = generate(base, Drawing(prompt="a dog", steps=1, size=size))
+        assert picture.image.size == expected
+
+
+def test_only_what_the_prompt_names_is_attached_unless_the_whole_is_asked_for(base: Base, pair: Adapter) -> None:
+    assert [named_only(pair, prompt).tokens for prompt in ("<v2> asleep", "a dog", "<V2><V1>")] == [
+        ("<V2>",),
+        (),
+        ("<V1>", "<V2>"),
+    ]
+    drawing = Drawing(prompt="<V1> asleep", steps=2)
+    (named,), (alone,) = generate(base, drawing, pair), generate(base, drawing, pair.only(["<V1>"]))
+    (whole,), (bare,) = generate(base, drawing, pair, whole=True), generate(base, drawing)
+    assert named.tokens == ("<V1>",) and whole.tokens == ("<V1>", "<V2>")
+    assert named.image == alone.image
+    assert difference(named, whole) > 1 and difference(named, bare) > 1
+
+
+def test_what_the_settings_say_is_what_is_drawn(base: Base) -> None:
+    (plain,) = generate(base, Drawing(prompt="a dog", steps=2))
+    for other in ({"negative_prompt": "snow"}, {"guidance": 1.0}, {"steps": 3}, {"seed": 1}, {"scheduler": "DDPM"}):
+        (changed,) = generate(base, Drawing(**{"prompt": "a dog", "steps": 2} | other))
+        assert changed.image != plain.image, other
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("wrong", "message"),
     [
-        ({"prompt": " "}, "prompt is empty"),
-        ({"count": 0}, "count must be at least 1"),
+        ({"prompt": " "}, "The prompt is empty"),
+        ({"count": 0}, "count must be at least 1, got 0"),
         ({"steps": 0}, "steps must be at least 1"),
-        ({"seed": -1}, "seed must be a whole number"),
-        ({"scheduler": "Oiler"}, "no sampler 'Oiler'"),
-        ({"size": (60, 64)}, "multiples of 8"),
+        ({"seed": -1}, "seed must be a whole number from 0 on, got -1"),
+        ({"scheduler": "Bob Ross"}, "no sampler 'Bob Ross'; choose one of DDIM, "),
+        ({"size": (60, 64)}, "size must be multiples of 8 pixels, got 60 x 64"),
     ],
 )
-def test_a_wrong_drawing_is_refused_by_its_field(change: dict[str, object], message: str) -> None:
+def test_a_drawing_out_of_range_is_refused(wrong: dict[str, object], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        Drawing(**({"prompt": "a dog"} | change))
+        Drawing(**{"prompt": "a dog"} | wrong)
 
 
-def test_drawing_changes_nothing_in_the_base(base: Base, pair: Adapter) -> None:
-    before = {name: value.clone() for name, value in base.pipeline.unet.state_dict().items()}
-    generate(base, Drawing(prompt="<V1>", steps=1), pair)
-    after = base.pipeline.unet.state_dict()
-    assert all(torch.equal(before[name], after[name]) for name in before)
+def drawn(**settings: object) -> Picture:
+    drawing = Drawing(**{"prompt": '<V1>: a dog, "quoted", 犬'} | settings)
+    image = Image.new("RGB", (64, 32), (200, 30, 90))
+    return Picture(image=image, seed=7, drawing=drawing, tokens=("<V1>",), class_words={"<V1>": "dög"})
+
+
+def parse_infotext(text: str) -> tuple[str, str, dict[str, str]]:
+    """Read an infotext as AUTOMATIC1111 does (modules/infotext_utils.py): prompt, negative prompt, pairs."""
+    *lines, last = text.split("\n")
+    pairs = dict(re.findall(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)', last))
+    prompt, _, negative = "\n".join(lines).partition("\nNegative prompt: ")
+    return prompt, negative, {key: json.loads(value) if value[0] == '"' else value for key, value in pairs.items()}
+
+
+def test_a_picture_file_says_how_it_was_drawn_as_other_tools_read_it(tmp_path: Path) -> None:
+    picture = drawn(negative_prompt="snow,\nrain", scheduler="DPM++ 2M Karras", guidance=4.5, steps=12)
+    save_picture(picture, tmp_path / "ein Hündchen.png", base_name="my: base, v2")
+    with Image.open(tmp_path / "ein Hündchen.png") as saved:
+        saved.load()
+        assert (saved.format, saved.convert("RGB").tobytes()) == ("PNG", picture.image.tobytes())
+        prompt, negative, pairs = parse_infotext(saved.info["parameters"])
+        assert json.loads(saved.info["spectral_diffusion"]) == {"class_words": {"<V1>": "dög"}}
+    assert (prompt, negative) == ('<V1>: a dog, "quoted", 犬', "snow,\nrain")
+    assert pairs == {
+        "Steps": "12", "Sampler": "DPM++ 2M", "Schedule type": "Karras", "CFG scale": "4.5", "Seed": "7",
+        "Size": "64x32", "Model": "my: base, v2", "Version": "spectral-diffusion",
+    }  # fmt: skip
+
+
+def test_without_a_negative_prompt_there_is_no_such_line(tmp_path: Path) -> None:
+    save_picture(drawn(), tmp_path / "a.png", base_name="base")
+    with Image.open(tmp_path / "a.png") as saved:
+        lines = saved.info["parameters"].split("\n")
+    assert len(lines) == 2 and "Schedule type: Automatic" in lines[1]
+
+
+def test_a_picture_that_cannot_be_written_is_said(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(StorageError, match=r"a\.png' could not be written"):
+        save_picture(drawn(), tmp_path / "file" / "a.png", base_name="base")

@@ -36,7 +36,7 @@ from spectral_diffusion.training.trainable import class_word_vector
 BAND = Band(start=2, rank=2)
 SHORT = TrainingSettings(steps=5, batch=1, rank=2, unet_rate=1e-2, text_encoder_rate=1e-2, isolation=4, checkpoint_every=2)
 FEWER = {
-    ("training.train", "INERT_SAMPLES"): 4,
+    ("training.loop", "INERT_SAMPLES"): 4,
     ("training.inertness", "DRAWING_STEPS"): 2,
     ("training.examples", "CROPS_PER_PHOTO"): 2,
     ("activations", "DRAWINGS"): 2,
