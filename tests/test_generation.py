@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from test_parametrisations import BASES, random_adapter, shared_base
 
@@ -143,3 +144,10 @@ def test_a_picture_that_cannot_be_written_is_said(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(StorageError, match=r"a\.png' could not be written"):
         save_picture(drawn(), tmp_path / "file" / "a.png", base_name="base")
+
+
+def test_drawing_changes_nothing_in_the_base(base: Base, pair: Adapter) -> None:
+    before = {name: value.clone() for name, value in base.pipeline.unet.state_dict().items()}
+    generate(base, Drawing(prompt="<V1>", steps=1), pair)
+    after = base.pipeline.unet.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)

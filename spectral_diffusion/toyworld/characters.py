@@ -68,7 +68,6 @@ HELD_OUT_CHARACTERS: tuple[Character, ...] = (
     _held_out("service-dog", "dog", "1f415-200d-1f9ba"),
     _held_out("wolf", "dog", "1f43a"),
     _held_out("black-cat", "cat", "1f408-200d-2b1b"),
-    _held_out("grinning-cat", "cat", "1f63a"),
     _held_out("leopard", "cat", "1f406"),
     _held_out("raccoon", "bear", "1f99d"),
     _held_out("polar-bear", "bear", "1f43b-200d-2744-fe0f"),
