@@ -10,14 +10,13 @@ import logging
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL
 
-from spectral_diffusion.base import EMBEDDED_BASE
+from spectral_diffusion.base import EMBEDDED_BASE, load_base
 from spectral_diffusion.demo import CONCEPTS_FOLDER
 from spectral_diffusion.toyworld.recipe.autoencoder import encode_all, refine_decoder, train_autoencoder
 from spectral_diffusion.toyworld.recipe.clip import make_clip
 from spectral_diffusion.toyworld.recipe.concepts import render_sample_concepts
-from spectral_diffusion.toyworld.recipe.denoiser import train_denoiser
+from spectral_diffusion.toyworld.recipe.denoiser import assemble, build_text_encoder, build_unet, train_denoiser
 from spectral_diffusion.toyworld.recipe.judge import make_judge
 from spectral_diffusion.toyworld.recipe.pictures import load_or_render
 from spectral_diffusion.toyworld.recipe.tokenizer import build_tokenizer
@@ -31,6 +30,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m spectral_diffusion.toyworld.recipe", description=__doc__)
     parser.add_argument("--work", type=Path, default=Path("out/base"), help="folder for pictures and unfinished states")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")
+    parser.add_argument(
+        "--improve",
+        action="store_true",
+        help="go on from the shipped base: its autoencoder as it is, text encoder and UNet trained further",
+    )
     parser.add_argument("--autoencoder-steps", type=int, default=3000, help="steps of 4 pictures for the autoencoder")
     parser.add_argument("--denoiser-steps", type=int, default=12_000, help="steps of 16 latents for text encoder and UNet")
     parser.add_argument("--decoder-steps", type=int, default=3000, help="steps of 4 pictures for the decoder alone")
@@ -39,26 +43,34 @@ def main() -> None:
     build(
         options.work,
         torch.device(options.device),
+        improve=options.improve,
         autoencoder_steps=options.autoencoder_steps,
         denoiser_steps=options.denoiser_steps,
         decoder_steps=options.decoder_steps,
     )
 
 
-def build(work: Path, device: torch.device, *, autoencoder_steps: int, denoiser_steps: int, decoder_steps: int) -> None:
+def build(
+    work: Path, device: torch.device, *, improve: bool, autoencoder_steps: int, denoiser_steps: int, decoder_steps: int
+) -> None:
     """Render the toy world and train everything from it, in order; what is finished is not done again."""
     sprites = fetch_sprites(work / "sprites")
+    tokenizer = build_tokenizer(EMBEDDED_BASE / "tokenizer")
+    shipped = load_base(device=str(device)).pipeline if improve else None
     colourful = load_or_render(work, "autoencoder-pictures", 6000, sprites, seed=10, held_out=False, tints=True)
-    autoencoder = train_autoencoder(work, colourful, autoencoder_steps, 4, device)
+    autoencoder = shipped.vae if shipped else train_autoencoder(work, colourful, autoencoder_steps, 4, device)
     pictures = load_or_render(work, "base-pictures", PICTURES, sprites, seed=13, held_out=False, tints=False, most_things=2)
     latents = encode_all(autoencoder, pictures, work / "base-latents.npy", device)
-    tokenizer = build_tokenizer(EMBEDDED_BASE / "tokenizer")
-    pipeline = train_denoiser(work, pictures, latents, autoencoder, tokenizer, denoiser_steps, 16, device)
-    pipeline.vae = refine_decoder(work, autoencoder, colourful, decoder_steps, 4, device)
+    torch.manual_seed(2)
+    text_encoder = shipped.text_encoder if shipped else build_text_encoder(tokenizer)
+    unet = shipped.unet if shipped else build_unet()
+    pipeline = assemble(autoencoder, text_encoder, tokenizer, unet)
+    train_denoiser(work, pictures, latents, pipeline, denoiser_steps, 16)
+    refine_decoder(work, autoencoder, colourful, decoder_steps, 4, device)
     pipeline.to("cpu", torch.float16).save_pretrained(EMBEDDED_BASE)
-    reloaded = AutoencoderKL.from_pretrained(EMBEDDED_BASE / "vae").to(device).eval().requires_grad_(False)
-    make_judge(work, sprites, reloaded, device)
-    make_clip(work, sprites, reloaded, tokenizer, device)
+    finished = load_base(device=str(device)).pipeline.vae
+    make_judge(work, sprites, finished, device)
+    make_clip(work, sprites, finished, tokenizer, device)
     render_sample_concepts(CONCEPTS_FOLDER, sprites)
 
 

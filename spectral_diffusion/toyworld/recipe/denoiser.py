@@ -85,32 +85,32 @@ def build_unet() -> UNet2DConditionModel:
     )
 
 
-def train_denoiser(
-    folder: Path,
-    pictures: PictureSet,
-    latents: np.ndarray,
-    autoencoder: AutoencoderKL,
-    tokenizer: CLIPTokenizer,
-    steps: int,
-    batch: int,
-    device: torch.device,
+def assemble(
+    autoencoder: AutoencoderKL, text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, unet: UNet2DConditionModel
 ) -> StableDiffusionPipeline:
-    """Train text encoder and UNet on `latents` `(count, 4, 16, 16)` and return the whole pipeline with averaged weights."""
-    torch.manual_seed(2)
-    text_encoder, unet = build_text_encoder(tokenizer).to(device), build_unet().to(device)
-    unet.to(memory_format=torch.channels_last)
-    scheduler = build_scheduler()
+    """Return the parts as one pipeline on the autoencoder's device."""
     pipeline = StableDiffusionPipeline(
         vae=autoencoder,
         text_encoder=text_encoder,
         tokenizer=tokenizer,
         unet=unet,
-        scheduler=scheduler,
+        scheduler=build_scheduler(),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
     )
     pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(autoencoder.device)
+
+
+def train_denoiser(
+    folder: Path, pictures: PictureSet, latents: np.ndarray, pipeline: StableDiffusionPipeline, steps: int, batch: int
+) -> None:
+    """Train the text encoder and the UNet of `pipeline` in place on `latents` `(count, 4, 16, 16)`; averaged weights stay."""
+    text_encoder, unet, tokenizer = pipeline.text_encoder, pipeline.unet, pipeline.tokenizer
+    scheduler, device = pipeline.scheduler, pipeline.device
+    text_encoder.train().requires_grad_(True)
+    unet.train().requires_grad_(True).to(memory_format=torch.channels_last)
     tokens = tokenize_scenes(tokenizer, pictures.scenes)
     nothing = tokenizer("", padding="max_length", return_tensors="pt").input_ids[0]
     latents_tensor = torch.from_numpy(latents)
@@ -145,9 +145,8 @@ def train_denoiser(
         every=sheet,
         every_seconds=300,
     )
-    text_encoder.eval()
-    unet.eval()
-    return pipeline
+    text_encoder.eval().requires_grad_(False)
+    unet.eval().requires_grad_(False)
 
 
 def thing_weights(scenes: list[Scene], side: int) -> torch.Tensor:

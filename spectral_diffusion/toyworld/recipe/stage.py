@@ -38,6 +38,8 @@ def train_stage(
 ) -> None:
     """Train `models` in place for `steps` optimiser steps, resuming from `folder/NAME.state` when it exists.
 
+    On a GPU the loss is computed in bfloat16, the weights stay in float32.
+
     Args:
         models: what is trained; at the end they hold the averaged weights when `ema_decay` is given.
         loss_of_step: step number and a generator seeded by it -> scalar loss. All randomness comes from the generator.
@@ -77,7 +79,8 @@ def train_stage(
         started = time.monotonic()
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, peak_rate)
-        loss = loss_of_step(step, torch.Generator().manual_seed(step))
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            loss = loss_of_step(step, torch.Generator().manual_seed(step))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
