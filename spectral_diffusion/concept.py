@@ -30,6 +30,8 @@ DEFAULT_CAPTION = f"a photo of {PLACEHOLDER}"
 """Caption of a photo that has no caption file."""
 MAX_TOKEN_LENGTH = 64
 SETTINGS_FILE = "concept.toml"
+SAMPLES_FOLDER = Path(__file__).resolve().parents[1] / "concepts"
+"""The sample concepts that ship with the project, a folder each."""
 
 _KOHYA_NAME = re.compile(r"\d+_(?P<token>\S+)\s+(?P<class_word>.*\S)\s*")
 _MASK_ASPECT_TOLERANCE = 0.02

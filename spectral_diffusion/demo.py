@@ -18,7 +18,7 @@ from spectral_diffusion.adapter_file import save_adapter
 from spectral_diffusion.bands import Band, next_free_band
 from spectral_diffusion.base import Base, linear_layers, load_base
 from spectral_diffusion.clip_scorer import ClipScorer, load_scorer
-from spectral_diffusion.concept import Concept, load_concept
+from spectral_diffusion.concept import SAMPLES_FOLDER, Concept, load_concept
 from spectral_diffusion.contact_sheet import Cell, Row, contact_sheet
 from spectral_diffusion.exactness import export_error, fusion_error
 from spectral_diffusion.export import export_kohya
@@ -31,7 +31,6 @@ from spectral_diffusion.spectrum import base_spectrum
 from spectral_diffusion.toyworld.judge import Judge, load_judge
 from spectral_diffusion.training import TrainingProgress, TrainingSettings, preset, train
 
-CONCEPTS_FOLDER = Path(__file__).resolve().parents[1] / "concepts"
 DEMO_CONCEPTS = ("poodle", "black-cat")
 PROMPTS = (
     "{} near a lake",
@@ -132,7 +131,7 @@ def run_demo(
     started = time.monotonic()
     base = load_base()
     settings = settings or preset("balanced", base)
-    concepts = {concept.token: concept for concept in (load_concept(CONCEPTS_FOLDER / name) for name in names)}
+    concepts = {concept.token: concept for concept in (load_concept(SAMPLES_FOLDER / name) for name in names)}
     characters = dict(zip(concepts, names, strict=True))
     trained, training_seconds = _train_all(base, concepts, settings, out, on_line, on_progress)
     fused = fuse(list(trained.values()))

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from spectral_diffusion.base import EMBEDDED_BASE, load_base
-from spectral_diffusion.demo import CONCEPTS_FOLDER
+from spectral_diffusion.concept import SAMPLES_FOLDER
 from spectral_diffusion.toyworld.recipe.autoencoder import encode_all, refine_decoder, train_autoencoder
 from spectral_diffusion.toyworld.recipe.clip import make_clip
 from spectral_diffusion.toyworld.recipe.concepts import render_sample_concepts
@@ -71,7 +71,7 @@ def build(
     finished = load_base(device=str(device)).pipeline.vae
     make_judge(work, sprites, finished, device)
     make_clip(work, sprites, finished, tokenizer, device)
-    render_sample_concepts(CONCEPTS_FOLDER, sprites)
+    render_sample_concepts(SAMPLES_FOLDER, sprites)
 
 
 if __name__ == "__main__":
