@@ -192,3 +192,16 @@ def _assemble_layer(key: str, tensors: dict[str, torch.Tensor], parametrisation:
                 f"tensor '{name}' of layer '{key}' has shape {tuple(trained[name].shape)}, expected {tuple(wanted.shape)}."
             )
     return LayerPart(band=band, tensors=trained)
+
+
+def is_adapter_file(path: Path) -> bool:
+    """Tell whether `path` says that it is an adapter of this program; other tools' safetensors files do not.
+
+    Raises:
+        AdapterError: it cannot be read as safetensors.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            return (file.metadata() or {}).get("format") == FORMAT
+    except (SafetensorError, OSError, UnicodeDecodeError) as error:
+        raise AdapterError(f"'{path}' is damaged or not a safetensors file ({error}); remove it or copy it again.") from error

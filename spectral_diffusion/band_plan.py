@@ -7,12 +7,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-
-from spectral_diffusion.adapter_file import FORMAT, load_adapter
+from spectral_diffusion.adapter_file import is_adapter_file, load_adapter
 from spectral_diffusion.bands import Band, next_free_band
 from spectral_diffusion.base import Base
-from spectral_diffusion.errors import AdapterError, BandError
+from spectral_diffusion.errors import BandError
 
 logger = logging.getLogger(__name__)
 
@@ -67,19 +65,6 @@ def choose_band(start: int | None, rank: int, directions: int, taken: Sequence[T
             "leave --band out for the next free ones, or give --allow-overlap."
         )
     return band
-
-
-def is_adapter_file(path: Path) -> bool:
-    """Tell whether `path` says that it is an adapter of this program; other tools' safetensors files do not.
-
-    Raises:
-        AdapterError: it cannot be read as safetensors.
-    """
-    try:
-        with safe_open(path, "pt") as file:
-            return (file.metadata() or {}).get("format") == FORMAT
-    except (SafetensorError, OSError, UnicodeDecodeError) as error:
-        raise AdapterError(f"'{path}' is damaged or not a safetensors file ({error}); remove it or copy it again.") from error
 
 
 def _adapter_files(places: Sequence[Path]) -> Iterator[Path]:

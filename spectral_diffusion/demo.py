@@ -99,12 +99,12 @@ class Assessor:
 
 def share_right(pictures: Sequence[JudgedPicture], character: str) -> float:
     """Return the share of pictures in which the judge's first answer is `character`."""
-    return mean(picture.seen[:1] == (character,) for picture in pictures)
+    return mean(float(picture.seen[:1] == (character,)) for picture in pictures)
 
 
 def share_both(pictures: Sequence[JudgedPicture], characters: Sequence[str]) -> float:
     """Return the share of pictures whose strongest places, as many as `characters`, show exactly these."""
-    return mean(set(picture.seen[: len(characters)]) == set(characters) for picture in pictures)
+    return mean(float(set(picture.seen[: len(characters)]) == set(characters)) for picture in pictures)
 
 
 def run_demo(
@@ -136,7 +136,7 @@ def run_demo(
     trained, training_seconds = _train_all(base, concepts, settings, out, on_line, on_progress)
     fused = fuse(list(trained.values()))
     save_adapter(fused, out / "fused.safetensors")
-    export = export_kohya(fused, out / "fused-lora.safetensors")
+    export = export_kohya(fused, out / "export" / "fused-lora.safetensors")
     on_line("Drawing and judging ...")
     drawing_started = time.monotonic()
     drawn, total = count(1), 3 * len(trained) * len(PROMPTS) * PICTURES_PER_PROMPT + PICTURES_TOGETHER
@@ -169,7 +169,7 @@ def run_demo(
             "all": round(time.monotonic() - started, 1),
         },
         "parameters": {token: adapter.concepts[0].parameters() for token, adapter in trained.items()},
-        "file_bytes": {path.name: path.stat().st_size for path in sorted(out.glob("*.safetensors"))},
+        "file_bytes": {str(path.relative_to(out)): path.stat().st_size for path in sorted(out.rglob("*.safetensors"))},
         "exactness": {
             "fusion": fusion_error(base, fused),
             "export": export_error(base, fused, export.lora),
@@ -246,7 +246,7 @@ def _cells(pictures: Sequence[JudgedPicture]) -> tuple[Cell, ...]:
         Cell(
             image=judged.picture.image,
             lines=(
-                judged.picture.drawing.prompt[:30],
+                judged.picture.drawing.prompt[:26],
                 f"text {judged.clip_text:.2f}  image {judged.clip_image:.2f}",
                 "judge: " + ", ".join(judged.seen[: max(1, len(judged.picture.tokens))])[:26],
             ),

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from test_parametrisations import BASES, FORMS, random_adapter, shared_base
 
 from spectral_diffusion.adapter import Adapter
+from spectral_diffusion.adapter_file import load_adapter, save_adapter
 from spectral_diffusion.base import Base, linear_layers, load_base
 from spectral_diffusion.errors import AdapterError
 from spectral_diffusion.exactness import export_error, fusion_error
@@ -197,3 +198,11 @@ def test_numbers_too_large_for_half_precision_are_refused(pair: Adapter, tmp_pat
     with pytest.raises(AdapterError, match=r"too large for torch\.float16; lower the strengths"):
         export_kohya(pair.scaled(1e12), tmp_path / "a.safetensors")
     assert not list(tmp_path.iterdir())
+
+
+def test_an_embedding_never_overwrites_an_adapter_of_its_name(pair: Adapter, tmp_path: Path) -> None:
+    save_adapter(pair, tmp_path / "V1.safetensors")
+    with pytest.raises(AdapterError, match="would overwrite the adapter"):
+        export_kohya(pair, tmp_path / "pair.safetensors")
+    assert load_adapter(tmp_path / "V1.safetensors").tokens == pair.tokens
+    assert not (tmp_path / "pair.safetensors").exists()

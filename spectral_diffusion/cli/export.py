@@ -10,10 +10,8 @@ from typing import TYPE_CHECKING
 from spectral_diffusion.cli.console import Console, quiet_libraries
 from spectral_diffusion.cli.options import add_json_option, add_out_options
 from spectral_diffusion.cli.outputs import check_output
-from spectral_diffusion.errors import InputError
 
 if TYPE_CHECKING:
-    from spectral_diffusion.adapter import Adapter
     from spectral_diffusion.export import Export
 
 SUMMARY = "write an adapter as a LoRA that AUTOMATIC1111, ComfyUI and diffusers read"
@@ -35,7 +33,6 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
     from spectral_diffusion.export import export_kohya
 
     adapter = load_adapter(arguments.adapter)
-    _spare_adapters(adapter, arguments.out.parent)
     export = export_kohya(adapter, arguments.out)
     for line in _instructions(export, adapter.family):
         console.say(line)
@@ -49,17 +46,6 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
         }
     )
     return 0
-
-
-def _spare_adapters(adapter: Adapter, folder: Path) -> None:
-    """Raise `InputError` when an embedding would be written over an adapter of the same name."""
-    from spectral_diffusion.band_plan import is_adapter_file
-    from spectral_diffusion.export.kohya import embedding_file_name
-
-    for token in adapter.tokens:
-        path = folder / f"{embedding_file_name(token)}.safetensors"
-        if path.is_file() and is_adapter_file(path):
-            raise InputError(f"The embedding of '{token}' would overwrite the adapter '{path}'; choose another folder as --out.")
 
 
 def _instructions(export: Export, family: str) -> Iterator[str]:

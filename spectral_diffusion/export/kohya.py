@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import save, save_file
 
 from spectral_diffusion.adapter import Adapter
+from spectral_diffusion.adapter_file import is_adapter_file
 from spectral_diffusion.errors import AdapterError
 from spectral_diffusion.files import write_atomically
 
@@ -55,9 +56,10 @@ def export_kohya(adapter: Adapter, path: Path, *, dtype: torch.dtype = torch.flo
     All layers are padded to one rank, so that the file's one alpha (equal to the rank) scales each by 1.
 
     Raises:
-        AdapterError: a number is too large for `dtype`.
+        AdapterError: a number is too large for `dtype`, or an embedding would overwrite an adapter of the same name.
         StorageError: a file could not be written.
     """
+    embeddings = _embedding_files(adapter, path)
     deltas = adapter.deltas()
     rank = max(delta.rank for delta in deltas.values())
     tensors: dict[str, torch.Tensor] = {}
@@ -70,7 +72,10 @@ def export_kohya(adapter: Adapter, path: Path, *, dtype: torch.dtype = torch.flo
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise AdapterError(f"'{name}' holds numbers too large for {dtype}; lower the strengths.")
-    embeddings = _export_embeddings(adapter, path, dtype)
+    for concept in adapter.concepts:
+        embedding = {"emb_params": concept.embedding.to(dtype).contiguous()}
+        file = embeddings[concept.token]
+        write_atomically(file, lambda temporary, embedding=embedding: save_file(embedding, temporary))
     words = {token: file.stem for token, file in embeddings.items()}
     metadata = _metadata(adapter, path, rank, words, tensors)
     write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
@@ -99,16 +104,17 @@ def embedding_file_name(token: str) -> str:
     return plain or f"token-{hashlib.sha256(token.encode()).hexdigest()[:8]}"
 
 
-def _export_embeddings(adapter: Adapter, lora: Path, dtype: torch.dtype) -> dict[str, Path]:
+def _embedding_files(adapter: Adapter, lora: Path) -> dict[str, Path]:
     files: dict[str, Path] = {}
-    for number, concept in enumerate(adapter.concepts, start=1):
-        stem = embedding_file_name(concept.token)
+    for number, token in enumerate(adapter.tokens, start=1):
+        stem = embedding_file_name(token)
         if stem.lower() in {lora.stem.lower(), *(other.stem.lower() for other in files.values())}:
             stem = f"{stem}-{number}"
-        file = lora.parent / f"{stem}.safetensors"
-        tensors = {"emb_params": concept.embedding.to(dtype).contiguous()}
-        write_atomically(file, lambda temporary, tensors=tensors: save_file(tensors, temporary))
-        files[concept.token] = file
+        files[token] = lora.parent / f"{stem}.safetensors"
+        if files[token].is_file() and is_adapter_file(files[token]):
+            raise AdapterError(
+                f"The embedding of '{token}' would overwrite the adapter '{files[token]}'; export into another folder."
+            )
     return files
 
 
