@@ -1,0 +1,75 @@
+"""The recipe of the embedded base, at a size of seconds: its stages run in order and go on where they were."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+from spectral_diffusion.base import EMBEDDED_BASE, load_base
+from spectral_diffusion.toyworld.characters import BASE_CHARACTERS, CHARACTERS, HELD_OUT_CHARACTERS, SAMPLE_CONCEPTS
+from spectral_diffusion.toyworld.recipe.autoencoder import encode_all, refine_decoder, train_autoencoder
+from spectral_diffusion.toyworld.recipe.denoiser import assemble, build_text_encoder, build_unet, train_denoiser
+from spectral_diffusion.toyworld.recipe.pictures import PictureSet, is_reserved, load_or_render
+from spectral_diffusion.toyworld.recipe.tokenizer import build_tokenizer
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> PictureSet:
+    """A few pictures of plain discs that stand for the characters."""
+    sprites = {}
+    for number, character in enumerate(CHARACTERS):
+        sprite = Image.new("RGBA", (48, 48), (0, 0, 0, 0))
+        ImageDraw.Draw(sprite).ellipse([2, 2, 46, 46], fill=(4 * number, 255 - 4 * number, 120, 255))
+        sprites[character.name] = sprite
+    folder = tmp_path_factory.mktemp("pictures")
+    return load_or_render(folder, "some", 24, sprites, seed=1, held_out=False, tints=False, most_things=2)
+
+
+def test_the_bases_pictures_show_neither_held_out_characters_nor_reserved_combinations(pictures: PictureSet) -> None:
+    allowed = {character.name for character in BASE_CHARACTERS}
+    for scene in pictures.scenes:
+        names = [thing.character for thing in scene.things]
+        assert set(names) <= allowed and len(names) <= 2
+        assert not is_reserved(names, scene.scene)
+
+
+def test_enough_characters_are_held_out_and_none_is_drawn_as_one_of_the_bases() -> None:
+    assert len(HELD_OUT_CHARACTERS) >= 24
+    assert len({character.codepoint for character in CHARACTERS}) == len({character.name for character in CHARACTERS})
+    assert set(SAMPLE_CONCEPTS) <= {character.name for character in HELD_OUT_CHARACTERS}
+
+
+def test_all_stages_run_and_make_a_base_that_draws(pictures: PictureSet, tmp_path: Path) -> None:
+    autoencoder = train_autoencoder(tmp_path, pictures, 2, 2, CPU)
+    latents = encode_all(autoencoder, pictures, tmp_path / "latents.npy", CPU)
+    assert latents.shape == (24, 4, 16, 16)
+    tokenizer = build_tokenizer(EMBEDDED_BASE / "tokenizer")
+    pipeline = assemble(autoencoder, build_text_encoder(tokenizer), tokenizer, build_unet())
+    train_denoiser(tmp_path, pictures, latents, pipeline, 2, 2)
+    encoder = {name: value.clone() for name, value in autoencoder.encoder.state_dict().items()}
+    refine_decoder(tmp_path, autoencoder, pictures, 2, 2, CPU)
+    assert all(torch.equal(encoder[name], value) for name, value in autoencoder.encoder.state_dict().items())
+    pipeline.to("cpu", torch.float16).save_pretrained(tmp_path / "base")
+    drawn = load_base(tmp_path / "base", device="cpu").pipeline("a dog", num_inference_steps=1).images[0]
+    assert drawn.size == (64, 64)
+    assert list((tmp_path / "sheets").glob("denoiser-*.png"))
+
+
+def test_a_finished_stage_is_not_done_again(pictures: PictureSet, tmp_path: Path) -> None:
+    first = train_autoencoder(tmp_path, pictures, 2, 2, CPU).state_dict()
+    again = train_autoencoder(tmp_path, pictures, 2, 2, CPU).state_dict()
+    assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+def test_training_goes_on_from_the_shipped_base(pictures: PictureSet, tmp_path: Path) -> None:
+    pipeline = load_base(device="cpu").pipeline
+    before = pipeline.unet.conv_in.weight.detach().clone()
+    latents = encode_all(pipeline.vae, pictures, tmp_path / "latents.npy", CPU)
+    train_denoiser(tmp_path, pictures, latents, pipeline, 1, 2)
+    change = (pipeline.unet.conv_in.weight - before).norm() / before.norm()
+    assert 0 < change < 0.1
