@@ -12,7 +12,7 @@ from spectral_diffusion.errors import AdapterError, BandError
 logger = logging.getLogger(__name__)
 
 DEFAULT_METHOD = "aligned"
-"""The way to join that kept more identity when measured (see the README)."""
+"""The aligned sum is meant to keep more identity than the plain sum; on the present base that is not measured yet."""
 
 
 def fuse(
