@@ -22,7 +22,7 @@ from spectral_diffusion.toyworld.recipe.pictures import load_or_render
 from spectral_diffusion.toyworld.recipe.tokenizer import build_tokenizer
 from spectral_diffusion.toyworld.sprites import fetch_sprites
 
-PICTURES = 16_000
+PICTURES = 24_000
 
 
 def main() -> None:
@@ -36,7 +36,7 @@ def main() -> None:
         help="go on from the shipped base: its autoencoder as it is, text encoder and UNet trained further",
     )
     parser.add_argument("--autoencoder-steps", type=int, default=3000, help="steps of 4 pictures for the autoencoder")
-    parser.add_argument("--denoiser-steps", type=int, default=12_000, help="steps of 16 latents for text encoder and UNet")
+    parser.add_argument("--denoiser-steps", type=int, default=12_000, help="steps of 32 latents for text encoder and UNet")
     parser.add_argument("--decoder-steps", type=int, default=3000, help="steps of 4 pictures for the decoder alone")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
@@ -65,7 +65,7 @@ def build(
     text_encoder = shipped.text_encoder if shipped else build_text_encoder(tokenizer)
     unet = shipped.unet if shipped else build_unet()
     pipeline = assemble(autoencoder, text_encoder, tokenizer, unet)
-    train_denoiser(work, pictures, latents, pipeline, denoiser_steps, 16)
+    train_denoiser(work, pictures, latents, pipeline, denoiser_steps, 32)
     refine_decoder(work, autoencoder, colourful, decoder_steps, 4, device)
     pipeline.to("cpu", torch.float16).save_pretrained(EMBEDDED_BASE)
     finished = load_base(device=str(device)).pipeline.vae

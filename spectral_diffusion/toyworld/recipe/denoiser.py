@@ -124,7 +124,7 @@ def train_denoiser(
         dropped = torch.rand(batch, generator=generator) < CAPTION_DROPOUT
         token_ids[dropped] = nothing
         noise = torch.randn(clean.shape, generator=generator).to(device)
-        times = torch.randint(scheduler.config.num_train_timesteps, (batch,), generator=generator).to(device)
+        times = draw_timesteps(batch, scheduler.config.num_train_timesteps, generator).to(device)
         noisy = scheduler.add_noise(clean, noise, times).contiguous(memory_format=torch.channels_last)
         states = text_encoder(token_ids.to(device)).last_hidden_state
         predicted = unet(noisy, times, states).sample
@@ -141,12 +141,24 @@ def train_denoiser(
         loss_of_step,
         steps=steps,
         peak_rate=1e-3,
-        ema_decay=0.998,
+        ema_decay=0.999,
         every=sheet,
         every_seconds=300,
     )
     text_encoder.eval().requires_grad_(False)
     unet.eval().requires_grad_(False)
+
+
+def draw_timesteps(count: int, steps: int, generator: torch.Generator) -> torch.Tensor:
+    """Return `(count,)` timesteps in `[0, steps)`: a logit-normal leaning to high noise, one in seven uniform.
+
+    What stands where, and what it is, is settled between two fifths and the end of the schedule; uniform draws would
+    spend half of the training on texture (Esser et al. 2024, arXiv 2403.03206, section 3.1).
+    """
+    leaning = torch.sigmoid(0.8 + torch.randn(count, generator=generator))
+    uniform = torch.rand(count, generator=generator)
+    chosen = torch.where(torch.rand(count, generator=generator) < 1 / 7, uniform, leaning)
+    return (chosen * steps).long().clamp(max=steps - 1)
 
 
 def thing_weights(scenes: list[Scene], side: int) -> torch.Tensor:

@@ -49,7 +49,7 @@ def train_stage(
     state_file, done_file = folder / f"{name}.state", folder / f"{name}.done"
     parameters = [parameter for model in models.values() for parameter in model.parameters() if parameter.requires_grad]
     device = parameters[0].device
-    optimizer = torch.optim.AdamW(parameters, lr=peak_rate, betas=(0.9, 0.99), weight_decay=weight_decay)
+    optimizer = torch.optim.AdamW(parameters, lr=peak_rate, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True)
     average = [parameter.detach().clone() for parameter in parameters] if ema_decay else None
     step, seconds = 0, 0.0
     if state_file.exists():
