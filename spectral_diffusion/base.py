@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from torch import nn
+from transformers import CLIPTokenizer
 
 from spectral_diffusion.errors import BaseError
 
@@ -49,6 +50,16 @@ class Base:
         return self.pipeline.unet.device
 
     @property
+    def text_encoders(self) -> dict[str, nn.Module]:
+        """The text encoders by part name: `text_encoder`, and `text_encoder_2` in SDXL."""
+        return _text_encoders(self.pipeline)
+
+    @property
+    def tokenizers(self) -> dict[str, CLIPTokenizer]:
+        """Each text encoder's tokenizer, by the text encoder's part name."""
+        return {part: getattr(self.pipeline, tokenizer_name(part)) for part in self.text_encoders}
+
+    @property
     def resolution(self) -> int:
         """Side in pixels of the pictures that the base was made for."""
         return self.pipeline.unet.config.sample_size * self.pipeline.vae_scale_factor
@@ -70,7 +81,7 @@ def load_base(source: str | Path | None = None, *, device: str | None = None) ->
     embedded = source is None or Path(place).resolve() == EMBEDDED_BASE
     pipeline.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     pipeline.set_progress_bar_config(disable=True)
-    for model in (pipeline.unet, pipeline.text_encoder, pipeline.vae):
+    for model in (pipeline.unet, pipeline.vae, *_text_encoders(pipeline).values()):
         model.eval().requires_grad_(False)
     return Base(
         pipeline=pipeline,
@@ -113,8 +124,18 @@ def _load_pipeline(place: str, *, embedded: bool) -> StableDiffusionPipeline:
     return pipeline
 
 
+def _text_encoders(pipeline: DiffusionPipeline) -> dict[str, nn.Module]:
+    models = {part: getattr(pipeline, part, None) for part in ("text_encoder", "text_encoder_2")}
+    return {part: model for part, model in models.items() if model is not None}
+
+
+def tokenizer_name(part: str) -> str:
+    """Return what a pipeline calls the tokenizer of the text encoder `part`."""
+    return part.replace("text_encoder", "tokenizer")
+
+
 def layer_key(part: str, module_path: str) -> str:
-    """Return the stable name of a layer: `unet.PATH` or `text_encoder.PATH` without transformers 4's `text_model.`."""
+    """Return the stable name of a layer: `unet.PATH` or, without the `text_model.` of some versions, `text_encoder.PATH`."""
     return f"{part}.{module_path.removeprefix('text_model.')}"
 
 
@@ -123,15 +144,15 @@ def linear_layers(base: Base, endings: tuple[str, ...] | None = ATTENTION_LAYERS
     return dict(_linear_layers(base.pipeline, endings))
 
 
-def _linear_layers(pipeline: StableDiffusionPipeline, endings: tuple[str, ...] | None) -> Iterator[tuple[str, nn.Linear]]:
-    for part, model in (("text_encoder", pipeline.text_encoder), ("unet", pipeline.unet)):
+def _linear_layers(pipeline: DiffusionPipeline, endings: tuple[str, ...] | None) -> Iterator[tuple[str, nn.Linear]]:
+    for part, model in (*_text_encoders(pipeline).items(), ("unet", pipeline.unet)):
         for path, module in model.named_modules():
             chosen = endings is None or any(f".{path}".endswith(f".{ending}") for ending in endings)
             if chosen and isinstance(module, nn.Linear):
                 yield layer_key(part, path), module
 
 
-def _fingerprint(pipeline: StableDiffusionPipeline) -> str:
+def _fingerprint(pipeline: DiffusionPipeline) -> str:
     digest = hashlib.sha256()
     for key, layer in _linear_layers(pipeline, ATTENTION_LAYERS):
         digest.update(f"{key} {tuple(layer.weight.shape)}\n".encode())

@@ -102,7 +102,7 @@ def generate(
     """
     if adapter is not None and not whole:
         adapter = named_only(adapter, drawing.prompt)
-    words = {concept.token: len(concept.embedding) for concept in adapter.concepts} if adapter else {}
+    words = {concept.token: concept.token_vectors for concept in adapter.concepts} if adapter else {}
     class_words = adapter.class_words if adapter else {}
     pictures = []
     context = attached(base, adapter) if adapter is not None and adapter.concepts else nullcontext()

@@ -38,13 +38,15 @@ class InertPool:
     predictions: torch.Tensor
 
 
-def stranger_vectors(base: Base, class_vector: torch.Tensor, seed: int) -> dict[str, torch.Tensor]:
-    """Return the strangers' tokens with a `(1, width)` vector each: the class word's, moved as far as words lie apart."""
+def stranger_vectors(base: Base, class_vectors: dict[str, torch.Tensor], seed: int) -> dict[str, dict[str, torch.Tensor]]:
+    """Return, per stranger and text encoder, a `(1, width)` vector: the class word's, moved as far as words lie apart."""
     generator = torch.Generator().manual_seed(seed)
-    spread = base.pipeline.text_encoder.get_input_embeddings().weight.std().item()
+    spreads = {part: model.get_input_embeddings().weight.std().item() for part, model in base.text_encoders.items()}
     return {
-        STRANGER.format(number): class_vector.mean(0, keepdim=True)
-        + spread * torch.randn(1, class_vector.shape[1], generator=generator).to(class_vector)
+        STRANGER.format(number): {
+            part: vector.mean(0, keepdim=True) + spreads[part] * torch.randn(1, vector.shape[1], generator=generator).to(vector)
+            for part, vector in class_vectors.items()
+        }
         for number in range(STRANGERS)
     }
 
