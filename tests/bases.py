@@ -18,7 +18,12 @@ from spectral_diffusion.checkpoint.single_file import CONFIGURATIONS
 FAMILIES = ("sd1", "sd2", "sdxl")
 _UNETS = {
     "sd1": {"block_out_channels": [32, 32, 64, 64], "cross_attention_dim": 32, "attention_head_dim": 4, "sample_size": 8},
-    "sd2": {"block_out_channels": [32, 32, 64, 64], "cross_attention_dim": 32, "attention_head_dim": [2, 2, 4, 4], "sample_size": 8},
+    "sd2": {
+        "block_out_channels": [32, 32, 64, 64],
+        "cross_attention_dim": 32,
+        "attention_head_dim": [2, 2, 4, 4],
+        "sample_size": 8,
+    },
     "sdxl": {
         "block_out_channels": [32, 32, 64],
         "cross_attention_dim": 80,

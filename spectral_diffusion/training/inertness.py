@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from spectral_diffusion.base import Base
+from spectral_diffusion.conditioning import encode, tokenize
 
 STRANGER = "<stranger-{}>"
 STRANGERS = 4
@@ -30,7 +31,7 @@ _PLACES = (
 
 @dataclass(frozen=True, kw_only=True)
 class InertPool:
-    """Samples to stay inert on: `noisy (n, channels, h, w)`, `times (n)`, token `ids (n, length)`, base `predictions`."""
+    """Samples to stay inert on: `noisy (n, channels, h, w)`, `times (n)`, token `ids`, base `predictions`."""
 
     noisy: torch.Tensor
     times: torch.Tensor
@@ -95,19 +96,5 @@ def build_inert_pool(base: Base, class_word: str, count: int, seed: int) -> Iner
     parts = []
     for start in range(0, count, 32):
         part = slice(start, start + 32)
-        states = pipeline.text_encoder(ids[part]).last_hidden_state
-        parts.append(pipeline.unet(noisy[part], times[part], states).sample)
+        parts.append(pipeline.unet(noisy[part], times[part], **encode(base, ids[part])).sample)
     return InertPool(noisy=noisy, times=times, ids=ids, predictions=torch.cat(parts))
-
-
-def tokenize(base: Base, captions: list[str] | tuple[str, ...]) -> torch.Tensor:
-    """Return token ids `(n, context length)` of `captions`, padded and cut as the pipeline does."""
-    tokenizer = base.pipeline.tokenizer
-    encoded = tokenizer(
-        list(captions),
-        padding="max_length",
-        truncation=True,
-        max_length=tokenizer.model_max_length,
-        return_tensors="pt",
-    )
-    return encoded.input_ids.to(base.device)

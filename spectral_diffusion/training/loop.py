@@ -22,10 +22,11 @@ from spectral_diffusion.attach import check_new_token, expand_prompt, hooked, wi
 from spectral_diffusion.bands import Band
 from spectral_diffusion.base import Base, linear_layers
 from spectral_diffusion.concept import Concept
+from spectral_diffusion.conditioning import encode, tokenize
 from spectral_diffusion.errors import TrainingError
 from spectral_diffusion.training.checkpoint import load_checkpoint, save_checkpoint
 from spectral_diffusion.training.examples import EncodedExamples, encode_examples
-from spectral_diffusion.training.inertness import InertPool, build_inert_pool, stranger_vectors, tokenize
+from spectral_diffusion.training.inertness import InertPool, build_inert_pool, stranger_vectors
 from spectral_diffusion.training.settings import TrainingSettings
 from spectral_diffusion.training.trainable import Trainable, build_trainable, class_word_vectors
 
@@ -233,8 +234,7 @@ class _Run:
         if self.settings.inertness:
             noisy, ids = torch.cat([noisy, pool.noisy[inert]]), torch.cat([ids, pool.ids[inert]])
             times = torch.cat([times, pool.times[inert]])
-        states = self.base.pipeline.text_encoder(ids).last_hidden_state
-        predicted = self.base.pipeline.unet(noisy, times, states).sample.float()
+        predicted = self.base.pipeline.unet(noisy, times, **encode(self.base, ids)).sample.float()
         target = _target(scheduler, clean, noise, times[:batch])
         weights = masks + (1 - masks) * self.settings.background
         masked = ((predicted[:batch] - target) ** 2 * weights).mean()
