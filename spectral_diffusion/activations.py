@@ -10,7 +10,7 @@ from torch import nn
 
 from spectral_diffusion.adapter import input_group
 from spectral_diffusion.base import Base, linear_layers
-from spectral_diffusion.conditioning import as_prompts, encode, tokenize
+from spectral_diffusion.conditioning import prompts
 
 DRAWINGS = 8
 DRAWING_STEPS = 8
@@ -30,13 +30,13 @@ def measure_activations(base: Base, token: str, layer_keys: tuple[str, ...], see
     layers = linear_layers(base, None)
     watched = {input_group(key): layers[key] for key in reversed(layer_keys)}
     grams = {group: torch.zeros(layer.in_features, layer.in_features) for group, layer in watched.items()}
-    prompts = [PROMPTS[number % len(PROMPTS)].format(token) for number in range(DRAWINGS)]
+    captions = [PROMPTS[number % len(PROMPTS)].format(token) for number in range(DRAWINGS)]
     texts = {group: layer for group, layer in watched.items() if group.startswith("text_encoder")}
     with _recorded(texts, grams):
-        conditioning = encode(base, tokenize(base, prompts))
+        encoded = prompts(base, captions)
     with _recorded({group: layer for group, layer in watched.items() if group not in texts}, grams):
         base.pipeline(
-            **as_prompts(conditioning),
+            **encoded,
             num_inference_steps=DRAWING_STEPS,
             guidance_scale=GUIDANCE,
             height=base.resolution,

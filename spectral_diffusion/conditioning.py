@@ -40,9 +40,16 @@ def encode(base: Base, ids: torch.Tensor) -> dict[str, Any]:
     return {"encoder_hidden_states": states, "added_cond_kwargs": {"text_embeds": second.text_embeds, "time_ids": sizes}}
 
 
-def as_prompts(conditioning: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """Return what `encode` gave as the pipeline takes it in place of prompts."""
-    prompts = {"prompt_embeds": conditioning["encoder_hidden_states"]}
-    if "added_cond_kwargs" in conditioning:
-        prompts["pooled_prompt_embeds"] = conditioning["added_cond_kwargs"]["text_embeds"]
-    return prompts
+def prompts(base: Base, captions: Sequence[str], negative: Sequence[str] | None = None) -> dict[str, torch.Tensor]:
+    """Return what the pipeline takes in place of `captions` and `negative` ones, by the names of its arguments.
+
+    The pipeline's own reading would expand the tokens of several vectors a second time.
+    """
+    named = {}
+    for prefix, texts in (("", captions), ("negative_", negative)):
+        if texts is not None:
+            conditioning = encode(base, tokenize(base, texts))
+            named[f"{prefix}prompt_embeds"] = conditioning["encoder_hidden_states"]
+            if "added_cond_kwargs" in conditioning:
+                named[f"{prefix}pooled_prompt_embeds"] = conditioning["added_cond_kwargs"]["text_embeds"]
+    return named

@@ -22,7 +22,7 @@ from spectral_diffusion.attach import check_new_token, expand_prompt, hooked, wi
 from spectral_diffusion.bands import Band
 from spectral_diffusion.base import Base, linear_layers
 from spectral_diffusion.concept import Concept
-from spectral_diffusion.conditioning import encode, tokenize
+from spectral_diffusion.conditioning import encode, prompts, tokenize
 from spectral_diffusion.errors import TrainingError
 from spectral_diffusion.training.checkpoint import load_checkpoint, save_checkpoint
 from spectral_diffusion.training.examples import EncodedExamples, encode_examples
@@ -249,7 +249,7 @@ class _Run:
             return ()
         with torch.no_grad():
             drawn = self.base.pipeline(
-                [f"a photo of {self.words}"] * 2,
+                **prompts(self.base, [f"a photo of {self.words}"] * 2),
                 num_inference_steps=15,
                 height=self.base.resolution,
                 width=self.base.resolution,
