@@ -15,7 +15,10 @@ _WORDS = 49408
 
 
 def clip_tokenizer(*, pad_token: str) -> CLIPTokenizer:
-    """Return the tokenizer of all released text encoders; they differ in `pad_token` only."""
+    """Return the tokenizer of all released text encoders; they differ in `pad_token` only.
+
+    As in those that diffusers folders hold, a pad token inside a text stands for itself: `?!` is two words where it is `!`.
+    """
     lines = gzip.decompress((files("open_clip") / "bpe_simple_vocab_16e6.txt.gz").read_bytes()).decode("utf-8").splitlines()
     merges = [tuple(line.split()) for line in lines[1 : 1 + _WORDS - 2 * 256 - 2]]
     letters = _letters()

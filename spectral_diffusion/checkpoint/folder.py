@@ -26,7 +26,8 @@ def load_folder(folder: Path) -> DiffusionPipeline:
     index = _read_json(folder / "model_index.json", folder)
     declared = {name: value for name, value in index.items() if isinstance(value, list) and value[:1] not in ([None], [])}
     parts = _checked_parts(folder, declared, str(index.get("_class_name")))
-    check_channels(str(folder), _read_json(folder / "unet" / "config.json", folder).get("in_channels", 4))
+    unet, vae = (_read_json(folder / part / "config.json", folder) for part in ("unet", "vae"))
+    check_channels(str(folder), unet.get("in_channels", 4), vae.get("latent_channels", 4))
     options: dict[str, Any] = {"variant": _variant(folder), "dtype": torch.float32, "low_cpu_mem_usage": True}
     try:
         if "text_encoder_2" in parts:

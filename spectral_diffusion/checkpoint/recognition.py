@@ -63,9 +63,9 @@ def family_of_checkpoint(checkpoint: Checkpoint) -> str:
     raise BaseError(f"'{checkpoint.path}' lacks its text encoder; give the whole checkpoint.")
 
 
-def check_channels(source: str, channels: int) -> None:
-    """Raise `BaseError` when a UNet that reads `channels` channels is not a plain text-to-image one."""
-    if channels != 4:
+def check_channels(source: str, channels: int, latent: int = 4) -> None:
+    """Raise `BaseError` when a UNet reads more `channels` than a picture's `latent` ones: it is no plain text-to-image one."""
+    if channels != latent:
         what = _CHANNELS.get(channels, f"a checkpoint whose UNet reads {channels} channels")
         raise BaseError(f"'{source}' is {what}; give a plain text-to-image one.")
 
