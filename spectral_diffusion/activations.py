@@ -34,31 +34,34 @@ def measure_activations(base: Base, token: str, layer_keys: tuple[str, ...], see
     texts = {group: layer for group, layer in watched.items() if group.startswith("text_encoder")}
     with _recorded(texts, grams):
         encoded = prompts(base, captions)
-    with _recorded({group: layer for group, layer in watched.items() if group not in texts}, grams):
-        base.pipeline(
-            **encoded,
-            num_inference_steps=DRAWING_STEPS,
-            guidance_scale=GUIDANCE,
-            height=base.resolution,
-            width=base.resolution,
-            generator=torch.Generator().manual_seed(seed),
-            output_type="latent",
-        )
+    generator, batch = torch.Generator().manual_seed(seed), base.pictures_at_once
+    with _recorded({group: layer for group, layer in watched.items() if group not in texts}, grams, paired=True):
+        for start in range(0, DRAWINGS, batch):
+            base.pipeline(
+                **{name: values[start : start + batch] for name, values in encoded.items()},
+                num_inference_steps=DRAWING_STEPS,
+                guidance_scale=GUIDANCE,
+                height=base.resolution,
+                width=base.resolution,
+                generator=generator,
+                output_type="latent",
+            )
     return {group: _thin_factor(gram) for group, gram in grams.items()}
 
 
 @contextmanager
-def _recorded(watched: dict[str, nn.Linear], grams: dict[str, torch.Tensor]) -> Iterator[None]:
-    """While entered, what the `watched` layers read is added to `grams`."""
+def _recorded(watched: dict[str, nn.Linear], grams: dict[str, torch.Tensor], *, paired: bool = False) -> Iterator[None]:
+    """While entered, what the `watched` layers read is added to `grams`; of guidance pairs (`paired`) the conditional half."""
     with ExitStack() as stack:
         for group, layer in watched.items():
-            stack.callback(layer.register_forward_pre_hook(_recorder(grams, group)).remove)
+            stack.callback(layer.register_forward_pre_hook(_recorder(grams, group, paired)).remove)
         yield
 
 
-def _recorder(grams: dict[str, torch.Tensor], group: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
+def _recorder(grams: dict[str, torch.Tensor], group: str, paired: bool) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
     def record(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        flat = inputs[0][-DRAWINGS:].flatten(0, -2).float()  # of a guidance pair, the second half has the prompts
+        values = inputs[0]
+        flat = values[len(values) // 2 if paired else 0 :].flatten(0, -2).float()
         grams[group] += (flat.T @ flat).cpu()
 
     return record

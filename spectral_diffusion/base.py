@@ -22,7 +22,9 @@ EMBEDDED_BASE = Path(__file__).resolve().parents[1] / "assets" / "mini-sd"
 ATTENTION_LAYERS = ("to_q", "to_k", "to_v", "to_out.0", "q_proj", "k_proj", "v_proj", "out_proj")
 """Endings of the linear layers adapted by default: every attention projection (the paper's choice)."""
 
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+_LATENT_PIXELS = 2**15
+"""Latent pixels that go through the UNet at once where the trainer prepares: 8 pictures of SD1, 2 of SDXL."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +64,11 @@ class Base:
     def resolution(self) -> int:
         """Side in pixels of the pictures that the base was made for."""
         return self.pipeline.unet.config.sample_size * self.pipeline.vae_scale_factor
+
+    @property
+    def pictures_at_once(self) -> int:
+        """How many pictures of the base's resolution are made at once, so that memory suffices for large ones too."""
+        return max(1, _LATENT_PIXELS // self.pipeline.unet.config.sample_size**2)
 
 
 def load_base(

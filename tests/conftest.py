@@ -90,6 +90,15 @@ def narrow_bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, NarrowBa
 
 
 @pytest.fixture(scope="session")
+def loaded_bases(narrow_bases: dict[str, NarrowBase]) -> dict[str, Base]:
+    """The narrow bases, loaded from one file each; leave them as they are."""
+    return {
+        family: load_base(narrow.file, device="cpu", configuration=narrow.configuration)
+        for family, narrow in narrow_bases.items()
+    }
+
+
+@pytest.fixture(scope="session")
 def photo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Five photos that differ, with captions."""
     folder = tmp_path_factory.mktemp("photos")

@@ -29,22 +29,15 @@ PARTS = {"sd1": ["text_encoder"], "sd2": ["text_encoder"], "sdxl": ["text_encode
 
 
 @pytest.fixture(scope="module")
-def bases(narrow_bases: dict[str, NarrowBase]) -> dict[str, Base]:
-    """A base of each family, loaded from one file; tests leave them as they are."""
-    return {
-        family: load_base(narrow.file, device="cpu", configuration=narrow.configuration)
-        for family, narrow in narrow_bases.items()
-    }
-
-
-@pytest.fixture(scope="module")
 def concept(photo_folder: Path) -> Concept:
     return load_concept(photo_folder, token="<V1>", class_word="dog")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_file_and_a_folder_are_the_same_base(family: str, bases: dict[str, Base], narrow_bases: dict[str, NarrowBase]) -> None:
-    base, folder = bases[family], load_base(narrow_bases[family].folder, device="cpu")
+def test_a_file_and_a_folder_are_the_same_base(
+    family: str, loaded_bases: dict[str, Base], narrow_bases: dict[str, NarrowBase]
+) -> None:
+    base, folder = loaded_bases[family], load_base(narrow_bases[family].folder, device="cpu")
     assert base.family == folder.family == family
     assert base.fingerprint == folder.fingerprint
     assert list(base.text_encoders) == list(base.tokenizers) == PARTS[family]
@@ -53,8 +46,8 @@ def test_a_file_and_a_folder_are_the_same_base(family: str, bases: dict[str, Bas
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_adapted_layers_are_the_attention_of_all_parts(family: str, bases: dict[str, Base]) -> None:
-    keys = linear_layers(bases[family])
+def test_the_adapted_layers_are_the_attention_of_all_parts(family: str, loaded_bases: dict[str, Base]) -> None:
+    keys = linear_layers(loaded_bases[family])
     counts = {part: sum(key.startswith(f"{part}.") for key in keys) for part in ("unet", "text_encoder", "text_encoder_2")}
     assert (
         counts
@@ -69,7 +62,7 @@ def test_the_adapted_layers_are_the_attention_of_all_parts(family: str, bases: d
 
 @pytest.mark.parametrize("kind", [PNDMScheduler, EulerDiscreteScheduler])
 def test_noise_is_added_as_in_the_training_whatever_the_folders_sampler(
-    kind: type, bases: dict[str, Base], narrow_bases: dict[str, NarrowBase], tmp_path: Path
+    kind: type, loaded_bases: dict[str, Base], narrow_bases: dict[str, NarrowBase], tmp_path: Path
 ) -> None:
     folder = Path(shutil.copytree(narrow_bases["sdxl"].folder, tmp_path / "folder"))
     shutil.rmtree(folder / "scheduler")
@@ -78,7 +71,9 @@ def test_noise_is_added_as_in_the_training_whatever_the_folders_sampler(
     index = (folder / "model_index.json").read_text().replace("DDIMScheduler", kind.__name__)
     (folder / "model_index.json").write_text(index)
     clean, noise, times = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8), torch.tensor([10, 900])
-    noisy = [base.pipeline.scheduler.add_noise(clean, noise, times) for base in (load_base(folder, device="cpu"), bases["sdxl"])]
+    noisy = [
+        base.pipeline.scheduler.add_noise(clean, noise, times) for base in (load_base(folder, device="cpu"), loaded_bases["sdxl"])
+    ]
     torch.testing.assert_close(*noisy, rtol=0, atol=1e-6)
 
 
@@ -92,9 +87,9 @@ def predicted(base: Base, caption: str) -> torch.Tensor:
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_attached_adapter_is_the_dense_weight_plus_its_delta(
-    family: str, form: str, bases: dict[str, Base], narrow_bases: dict[str, NarrowBase]
+    family: str, form: str, loaded_bases: dict[str, Base], narrow_bases: dict[str, NarrowBase]
 ) -> None:
-    base = bases[family]
+    base = loaded_bases[family]
     adapter, bare = random_adapter(base, form, size=0.05, vectors=2), predicted(base, "a dog")
     with attached(base, random_adapter(base, form, size=0.0)):
         assert torch.equal(predicted(base, "a dog"), bare)
@@ -118,16 +113,16 @@ def less_preparation() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def trained(bases: dict[str, Base], concept: Concept) -> dict[str, Adapter]:
+def trained(loaded_bases: dict[str, Base], concept: Concept) -> dict[str, Adapter]:
     """An adapter of each family after two steps."""
-    return {family: train(base, concept, BAND, replace(SHORT, steps=2)).adapter for family, base in bases.items()}
+    return {family: train(base, concept, BAND, replace(SHORT, steps=2)).adapter for family, base in loaded_bases.items()}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_training_moves_every_part_that_the_unet_reads(
-    family: str, trained: dict[str, Adapter], bases: dict[str, Base]
+    family: str, trained: dict[str, Adapter], loaded_bases: dict[str, Base]
 ) -> None:
-    adapter, base = trained[family], bases[family]
+    adapter, base = trained[family], loaded_bases[family]
     (concept,) = adapter.concepts
     assert (adapter.family, adapter.fingerprint) == (family, base.fingerprint)
     assert list(concept.embeddings) == PARTS[family]
@@ -154,9 +149,9 @@ def test_activations_of_all_parts_are_measured(family: str, trained: dict[str, A
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_trained_adapter_is_saved_fused_and_drawn(
-    family: str, trained: dict[str, Adapter], bases: dict[str, Base], tmp_path: Path
+    family: str, trained: dict[str, Adapter], loaded_bases: dict[str, Base], tmp_path: Path
 ) -> None:
-    base, file = bases[family], tmp_path / "a.safetensors"
+    base, file = loaded_bases[family], tmp_path / "a.safetensors"
     save_adapter(trained[family], file)
     loaded = load_adapter(file)
     assert_bit_equal(loaded, trained[family])
@@ -169,9 +164,9 @@ def test_a_trained_adapter_is_saved_fused_and_drawn(
 
 
 def test_a_stopped_training_of_sdxl_goes_on_where_it_was(
-    bases: dict[str, Base], concept: Concept, trained: dict[str, Adapter], tmp_path: Path
+    loaded_bases: dict[str, Base], concept: Concept, trained: dict[str, Adapter], tmp_path: Path
 ) -> None:
-    base, settings, state = bases["sdxl"], replace(SHORT, steps=2), tmp_path / "state"
+    base, settings, state = loaded_bases["sdxl"], replace(SHORT, steps=2), tmp_path / "state"
     seen: list[int] = []
     stopped = train(
         base,

@@ -33,8 +33,8 @@ def given_to_the_unet(base: Base) -> list[dict[str, torch.Tensor]]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
-def test_it_is_what_the_pipeline_gives(family: str, narrow_bases: dict[str, NarrowBase]) -> None:
-    base = load_base(narrow_bases[family].folder, device="cpu")
+def test_it_is_what_the_pipeline_gives(family: str, loaded_bases: dict[str, Base]) -> None:
+    base = loaded_bases[family]
     (expected,) = given_to_the_unet(base)
     ids = tokenize(base, CAPTIONS)
     assert ids.shape == (3, len(base.text_encoders), 77)
@@ -47,8 +47,8 @@ def test_it_is_what_the_pipeline_gives(family: str, narrow_bases: dict[str, Narr
 
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
-def test_the_pipeline_draws_from_it_what_it_draws_from_the_words(family: str, narrow_bases: dict[str, NarrowBase]) -> None:
-    base = load_base(narrow_bases[family].folder, device="cpu")
+def test_the_pipeline_draws_from_it_what_it_draws_from_the_words(family: str, loaded_bases: dict[str, Base]) -> None:
+    base = loaded_bases[family]
     drawn = []
     for what in ({"prompt": ["a dog"], "negative_prompt": ["snow"]}, prompts(base, ["a dog"], ["snow"])):
         seeded = torch.Generator().manual_seed(3)

@@ -19,8 +19,8 @@ from spectral_diffusion.fit import GROUPS, band_misfit, layer_group, misfit_in_w
 
 
 @pytest.fixture
-def own(narrow_bases: dict[str, NarrowBase]) -> Base:
-    return load_base(narrow_bases["sd1"].folder, device="cpu")
+def own(loaded_bases: dict[str, Base]) -> Base:
+    return loaded_bases["sd1"]
 
 
 def test_bands_fit_the_base_that_they_were_taken_from(own: Base) -> None:
@@ -29,7 +29,8 @@ def test_bands_fit_the_base_that_they_were_taken_from(own: Base) -> None:
     assert max(misfit.values()) < 1e-5  # float32 round-off
 
 
-def test_the_misfit_is_told_for_the_group_whose_weights_differ(own: Base) -> None:
+def test_the_misfit_is_told_for_the_group_whose_weights_differ(narrow_bases: dict[str, NarrowBase]) -> None:
+    own = load_base(narrow_bases["sd1"].folder, device="cpu")
     adapter = random_adapter(own, rank=4)
     for key, layer in linear_layers(own).items():
         if layer_group(key) == "UNet mid":
@@ -40,7 +41,7 @@ def test_the_misfit_is_told_for_the_group_whose_weights_differ(own: Base) -> Non
     assert misfit_in_words({"UNet mid": 0.25, "UNet up": 0.0012}) == "UNet mid 25 %, UNet up 0.12 %"
 
 
-def test_an_adapter_works_on_another_base_of_the_family(own: Base, narrow_bases: dict[str, NarrowBase], tmp_path: Path) -> None:
+def test_an_adapter_works_on_another_base_of_the_family(own: Base, tmp_path: Path) -> None:
     adapter = random_adapter(own)
     other = load_base(save_narrow_base("sd1", tmp_path, seed=1).folder, device="cpu")
     assert other.fingerprint != own.fingerprint
@@ -58,7 +59,7 @@ def test_another_family_is_refused(own: Base, tiny_base_folder: Path) -> None:
 def test_the_commands_tell_it(
     own: Base, narrow_bases: dict[str, NarrowBase], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    file, base = tmp_path / "a.safetensors", ("--base", own.source, "--device", "cpu")
+    file, base = tmp_path / "a.safetensors", ("--base", str(narrow_bases["sd1"].folder), "--device", "cpu")
     adapter = random_adapter(own)
     save_adapter(replace(adapter, fingerprint="0" * 16), file)
     assert main(["info", str(file), *base]) == 0

@@ -93,9 +93,9 @@ def hub_folder(name: str) -> Path:
         return Path(DiffusionPipeline.download(name, **_NOT_NEEDED))
     except Exception as error:  # the hub's library fails in many ways, without a network in others
         raise BaseError(
-            f"The base '{name}' is not on this computer and cannot be downloaded now ({_first_line(error)}); on a machine with a "
-            f"network run 'hf download {name} --local-dir FOLDER', copy the folder here and give it as --base, or give one "
-            "checkpoint file."
+            f"The base '{name}' is no file or folder, not in the hub's cache, and cannot be downloaded now "
+            f"({_first_line(error)}); on a machine with a network run 'hf download {name} --local-dir FOLDER', copy the folder "
+            "here and give it as --base, or give one checkpoint file."
         ) from error
 
 

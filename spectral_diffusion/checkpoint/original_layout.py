@@ -186,7 +186,8 @@ def pipeline_parts(family: str) -> tuple[str, ...]:
 def to_original_layout(pipeline: DiffusionPipeline) -> dict[str, torch.Tensor]:
     """Return every weight of `pipeline` under its original name; what belongs to no part, such as betas, is left out.
 
-    SD2's text encoder has one layer less than the original, whose last layer nothing reads; readers do without it.
+    SD2's text encoder has one layer less than the original, whose last layer nothing reads; readers do without it. Most
+    tensors share the pipeline's memory.
 
     Raises:
         BaseError: the pipeline is of no family that the original code has, as the embedded base.

@@ -79,22 +79,29 @@ def build_inert_pool(base: Base, class_word: str, count: int, seed: int) -> Iner
     pipeline, scheduler = base.pipeline, base.pipeline.scheduler
     generator = torch.Generator().manual_seed(seed)
     captions = inert_captions(class_word, count, generator)
-    drawn = pipeline(
-        captions[:PICTURES],
-        num_inference_steps=DRAWING_STEPS,
-        guidance_scale=GUIDANCE,
-        height=base.resolution,
-        width=base.resolution,
-        generator=generator,
-        output_type="latent",
-    ).images.float()
+    to_draw = captions[:PICTURES]
+    drawn = torch.cat(
+        [
+            pipeline(
+                to_draw[start : start + base.pictures_at_once],
+                num_inference_steps=DRAWING_STEPS,
+                guidance_scale=GUIDANCE,
+                height=base.resolution,
+                width=base.resolution,
+                generator=generator,
+                output_type="latent",
+            ).images.float()
+            for start in range(0, len(to_draw), base.pictures_at_once)
+        ]
+    )
     chosen = torch.arange(count) % len(drawn)
     noise = torch.randn((count, *drawn.shape[1:]), generator=generator).to(base.device)
     times = torch.randint(scheduler.config.num_train_timesteps, (count,), generator=generator).to(base.device)
     noisy = scheduler.add_noise(drawn[chosen.to(drawn.device)], noise, times)
     ids = tokenize(base, captions)
     parts = []
-    for start in range(0, count, 32):
-        part = slice(start, start + 32)
+    batch = min(32, base.pictures_at_once)
+    for start in range(0, count, batch):
+        part = slice(start, start + batch)
         parts.append(pipeline.unet(noisy[part], times[part], **encode(base, ids[part])).sample)
     return InertPool(noisy=noisy, times=times, ids=ids, predictions=torch.cat(parts))
