@@ -106,7 +106,7 @@ def test_half_precision_is_read_exactly(dtype: torch.dtype, narrow_bases: dict[s
     assert_same_weights(written, {name: tensor.float() for name, tensor in half.items()})
 
 
-@pytest.mark.parametrize("form", ["wrapped", "plain", "old", "renamed"])
+@pytest.mark.parametrize("form", ["wrapped", "old", "renamed"])
 def test_a_torch_file_of_weights_is_read(form: str, narrow_bases: dict[str, NarrowBase], tmp_path: Path) -> None:
     narrow, path = narrow_bases["sd1"], tmp_path / "model.ckpt"
     tensors = to_original_layout(narrow.pipeline)
