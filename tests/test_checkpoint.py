@@ -19,8 +19,10 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from spectral_diffusion.base import load_base
 from spectral_diffusion.checkpoint import hub_folder, load_folder, load_single_file, to_original_layout
+from spectral_diffusion.checkpoint.checkpoint_file import Checkpoint
 from spectral_diffusion.checkpoint.clip_tokenizer import clip_tokenizer
 from spectral_diffusion.checkpoint.original_layout import pipeline_parts, places
+from spectral_diffusion.checkpoint.recognition import prediction_type_of
 from spectral_diffusion.checkpoint.single_file import CONFIGURATIONS
 from spectral_diffusion.errors import BaseError
 
@@ -275,15 +277,13 @@ def test_code_in_a_pickle_never_runs(form: str, name: str, tmp_path: Path) -> No
     ],
 )
 def test_what_the_base_predicts_is_read_from_the_file(
-    family: str, extra: tuple[str, ...], metadata: dict[str, str], expected: str
+    family: str, extra: tuple[str, ...], metadata: dict[str, str], expected: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from spectral_diffusion.checkpoint.checkpoint_file import Checkpoint
-    from spectral_diffusion.checkpoint.recognition import prediction_type_of
-
     tensors = {name: torch.zeros(0) for name in extra if name != "spread"}
     bias = torch.linspace(-1, 1, 8) if "spread" in extra else torch.zeros(8)
     tensors[f"{UNET}output_blocks.11.1.transformer_blocks.0.norm1.bias"] = bias
     assert prediction_type_of(Checkpoint(path=Path("x"), tensors=tensors, metadata=metadata), family) == expected
+    assert ("does not say what it predicts" in caplog.text) == (family == "sd2" and not metadata)
 
 
 def test_what_the_base_predicts_can_be_said(narrow_bases: dict[str, NarrowBase], tmp_path: Path) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import re
 
 from spectral_diffusion.checkpoint.checkpoint_file import Checkpoint
 from spectral_diffusion.errors import BaseError
+
+logger = logging.getLogger(__name__)
 
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 """What a base may have been trained to predict: the noise, or the velocity."""
@@ -86,7 +89,13 @@ def prediction_type_of(checkpoint: Checkpoint, family: str) -> str:
     if said.startswith("eps"):
         return "epsilon"
     architecture = metadata.get("modelspec.architecture", "")
-    if family != "sd2" or "-v2-512" in architecture:
+    if "-v2-768-v" in architecture:
+        return "v_prediction"
+    if family != "sd2" or "-v2-512" in architecture or _TELLS_VELOCITY not in checkpoint.tensors:
         return "epsilon"
-    spread = checkpoint.tensors[_TELLS_VELOCITY].float().std(correction=0) if _TELLS_VELOCITY in checkpoint.tensors else 0.0
-    return "v_prediction" if "-v2-768-v" in architecture or spread > 0.09 else "epsilon"
+    spread = checkpoint.tensors[_TELLS_VELOCITY].float().std(correction=0)
+    told = "v_prediction" if spread > 0.09 else "epsilon"
+    logger.warning(
+        "'%s' does not say what it predicts and is taken for %s; give --prediction-type if it draws noise.", checkpoint.path, told
+    )
+    return told
