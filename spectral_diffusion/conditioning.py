@@ -36,7 +36,7 @@ def encode(base: Base, ids: torch.Tensor) -> dict[str, Any]:
     first, second = (model(ids[:, number], output_hidden_states=True) for number, model in enumerate(base.text_encoders.values()))
     states = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)
     side = base.resolution
-    sizes = torch.tensor([side, side, 0, 0, side, side], dtype=states.dtype, device=states.device).repeat(len(ids), 1)
+    sizes = torch.tensor([side, side, 0, 0, side, side], dtype=torch.float32, device=states.device).repeat(len(ids), 1)
     return {"encoder_hidden_states": states, "added_cond_kwargs": {"text_embeds": second.text_embeds, "time_ids": sizes}}
 
 
