@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations
 from typing import Any
@@ -13,7 +13,7 @@ import torch
 from spectral_diffusion.bands import Band
 from spectral_diffusion.errors import AdapterError
 from spectral_diffusion.joining import LowRank, aligned_sum, weighted_sum
-from spectral_diffusion.parametrisations import PARAMETRISATIONS
+from spectral_diffusion.parametrisations import FORMS
 from spectral_diffusion.spectrum import Spectrum
 
 METHODS = ("sum", "aligned")
@@ -22,10 +22,19 @@ METHODS = ("sum", "aligned")
 
 @dataclass(frozen=True, kw_only=True)
 class LayerPart:
-    """One concept's part in one layer: the band's directions `U_b (out, r)`, `s_b (r)`, `V_b (in, r)` and what was trained."""
+    """One concept's part in one layer: the band's directions `U_b (out, r)`, `s_b (r)`, `V_b (in, r)` and what was trained.
 
-    band: Spectrum
+    An imported LoRA has no band; its tensors are `up (out, r)` and `down (in, r)`.
+    """
+
+    band: Spectrum | None
     tensors: dict[str, torch.Tensor]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """`(out, in)` of the weight that is changed."""
+        out_side, in_side = (self.tensors["up"], self.tensors["down"]) if self.band is None else (self.band.U, self.band.V)
+        return len(out_side), len(in_side)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,10 +44,10 @@ class ConceptPart:
     Attributes:
         token: the word that calls the concept in a prompt.
         class_word: what it is a kind of.
-        band: the singular directions that are its own, in every layer.
-        parametrisation: a key of `PARAMETRISATIONS`.
+        band: the singular directions that are its own, in every layer; none for an imported LoRA.
+        parametrisation: a key of `FORMS`.
         embeddings: the vectors that the token stands for, per text encoder (`text_encoder`, in SDXL also `text_encoder_2`),
-            each `(n, width of that encoder)` with one `n`.
+            each `(n, width of that encoder)` with one `n`; where there are none, the token stands for the class word.
         layers: its part in each adapted layer, by layer key.
         activations: per group of layers with one input, a factor `(in, k)` of the Gram matrix of that input (see
             `joining.aligned_sum`); empty when it was not measured.
@@ -47,7 +56,7 @@ class ConceptPart:
 
     token: str
     class_word: str
-    band: Band
+    band: Band | None
     parametrisation: str
     embeddings: dict[str, torch.Tensor]
     layers: dict[str, LayerPart]
@@ -56,13 +65,18 @@ class ConceptPart:
 
     @property
     def token_vectors(self) -> int:
-        """How many vectors the token stands for."""
-        return len(next(iter(self.embeddings.values())))
+        """How many vectors the token stands for; 0 when it has none of its own."""
+        return max((len(vectors) for vectors in self.embeddings.values()), default=0)
+
+    @property
+    def words(self) -> str:
+        """What the token is written as for the text encoder: a word per vector, or the class word."""
+        return token_words(self.token, self.token_vectors) if self.embeddings else self.class_word
 
     def delta(self, key: str) -> LowRank:
         """Return this concept's change of layer `key`."""
         part = self.layers[key]
-        up, down = PARAMETRISATIONS[self.parametrisation].factors(part.band, part.tensors)
+        up, down = FORMS[self.parametrisation].factors(part.band, part.tensors)
         return LowRank(up=up, down=down)
 
     def parameters(self) -> int:
@@ -73,7 +87,10 @@ class ConceptPart:
 
 @dataclass(frozen=True, kw_only=True)
 class Adapter:
-    """One or several concepts, trained on a base of `family` with `fingerprint`, with a strength each and a way to join them."""
+    """One or several concepts, trained on a base of `family` with `fingerprint`, with a strength each and a way to join them.
+
+    The fingerprint is empty when it is not known, as for an imported LoRA.
+    """
 
     family: str
     fingerprint: str
@@ -117,7 +134,19 @@ class Adapter:
 
     def scaled(self, factor: float) -> Adapter:
         """Return the adapter with every strength multiplied by `factor`."""
-        return replace(self, weights=tuple(weight * factor for weight in self.weights))
+        return self.strengthened(dict.fromkeys(self.tokens, factor))
+
+    def strengthened(self, factors: Mapping[str, float]) -> Adapter:
+        """Return the adapter with the strengths of the tokens in `factors` multiplied by those, the others as they are.
+
+        Raises:
+            AdapterError: it has no such token.
+        """
+        unknown = next((token for token in factors if token not in self.tokens), None)
+        if unknown is not None:
+            raise AdapterError(f"The adapter has no concept '{unknown}'; its tokens are {', '.join(self.tokens)}.")
+        strengths = zip(self.tokens, self.weights, strict=True)
+        return replace(self, weights=tuple(weight * factors.get(token, 1.0) for token, weight in strengths))
 
     def delta(self, key: str) -> LowRank:
         """Return the joined change of layer `key`: exact factors, low rank."""
@@ -132,6 +161,11 @@ class Adapter:
     def deltas(self) -> dict[str, LowRank]:
         """Return the joined change of every layer, by layer key."""
         return {key: self.delta(key) for key in self.layer_keys()}
+
+
+def token_words(token: str, vectors: int) -> str:
+    """Return the words that stand for a token of several vectors: `<V1> <V1>_1`."""
+    return " ".join([token, *(f"{token}_{number}" for number in range(1, vectors))])
 
 
 def _check_tokens(concepts: Sequence[ConceptPart]) -> None:

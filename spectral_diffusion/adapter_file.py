@@ -1,7 +1,9 @@
 """Adapter files: one safetensors with everything an adapter is, its description as JSON in the metadata.
 
 Tensors are named `NUMBER/embeddings/TEXT_ENCODER`, `NUMBER/layers/LAYER/TENSOR` (`U`, `s`, `V` of the band and the trained
-ones) and `NUMBER/activations/GROUP`, where `NUMBER` counts the concepts.
+ones) and `NUMBER/activations/GROUP`, where `NUMBER` counts the concepts. Band and trained matrices are stored in float16, the
+rest in float32 (the aligned sum solves with the activations, and their rounding would come out of it a thousandfold); reading
+returns float32.
 """
 
 from __future__ import annotations
@@ -20,13 +22,14 @@ from spectral_diffusion.adapter import Adapter, ConceptPart, LayerPart, input_gr
 from spectral_diffusion.bands import Band
 from spectral_diffusion.errors import AdapterError, InputError
 from spectral_diffusion.files import write_atomically
-from spectral_diffusion.parametrisations import PARAMETRISATIONS
+from spectral_diffusion.parametrisations import FORMS, PARAMETRISATIONS
 from spectral_diffusion.spectrum import Spectrum
 
 FORMAT = "spectral-diffusion-adapter"
 FORMAT_VERSION = 1
 _LAYER = re.compile(r"(unet|text_encoder|text_encoder_2)(\.[A-Za-z0-9_]+)+|text")
 _TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
+_TALL = ("U", "V", "A", "B", "up", "down")
 
 
 def save_adapter(adapter: Adapter, path: Path) -> None:
@@ -42,12 +45,18 @@ def save_adapter(adapter: Adapter, path: Path) -> None:
         for group, factor in concept.activations.items():
             tensors[f"{number}/activations/{group}"] = factor
         for key, part in concept.layers.items():
-            band = {"U": part.band.U, "s": part.band.s, "V": part.band.V}
+            band = {"U": part.band.U, "s": part.band.s, "V": part.band.V} if part.band else {}
             for name, tensor in (band | part.tensors).items():
-                tensors[f"{number}/layers/{key}/{name}"] = tensor
+                tensors[f"{number}/layers/{key}/{name}"] = _in_half(tensor) if name in _TALL else tensor
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     metadata = {"format": FORMAT, "adapter": json.dumps(_describe(adapter), ensure_ascii=False)}
     write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
+
+
+def _in_half(tensor: torch.Tensor) -> torch.Tensor:
+    """Return `tensor` in float16, or as it is where a number is too large for that: an adapter is never lost."""
+    half = tensor.half()
+    return half if torch.isfinite(half).all() else tensor
 
 
 def _describe(adapter: Adapter) -> dict[str, Any]:
@@ -63,7 +72,7 @@ def _describe(adapter: Adapter) -> dict[str, Any]:
             {
                 "token": concept.token,
                 "class_word": concept.class_word,
-                "band": [concept.band.start, concept.band.rank],
+                "band": [concept.band.start, concept.band.rank] if concept.band else None,
                 "parametrisation": concept.parametrisation,
                 "weight": weight,
                 "settings": concept.settings,
@@ -136,9 +145,10 @@ def _checked_numbers(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor
 
 
 def _assemble_concept(number: int, record: dict[str, Any], remaining: dict[str, torch.Tensor]) -> ConceptPart:
-    if record["parametrisation"] not in PARAMETRISATIONS:
+    if record["parametrisation"] not in FORMS:
         raise AdapterError(f"its parametrisation '{record['parametrisation']}' is unknown; update this program.")
-    start, rank = (int(value) for value in record["band"])
+    has_band = record["parametrisation"] in PARAMETRISATIONS
+    band = Band(start=int(record["band"][0]), rank=int(record["band"][1])) if has_band else None
     embeddings: dict[str, torch.Tensor] = {}
     grouped: dict[str, dict[str, torch.Tensor]] = {}
     activations: dict[str, torch.Tensor] = {}
@@ -146,14 +156,17 @@ def _assemble_concept(number: int, record: dict[str, Any], remaining: dict[str, 
         kind, *path = name.split("/")[1:]
         if kind == "activations" and len(path) == 1 and _LAYER.fullmatch(path[0]):
             activations[path[0]] = remaining.pop(name)
+        elif kind == "embeddings" and len(path) == 1 and path[0] in _ENCODERS:
+            embeddings[path[0]] = remaining.pop(name)
         elif kind == "layers" and len(path) == 2 and _LAYER.fullmatch(path[0]):
             grouped.setdefault(path[0], {})[path[1]] = remaining.pop(name)
         elif kind == "embeddings" and len(path) == 1 and path[0] in _TEXT_ENCODERS:
             embeddings[path[0]] = remaining.pop(name)
         else:
             raise AdapterError(f"tensor '{name}' has a name that no adapter has.")
-    layers = {key: _assemble_layer(key, part, record["parametrisation"], rank) for key, part in grouped.items()}
-    _check_embeddings(record["token"], embeddings)
+    layers = {key: _assemble_layer(key, part, record["parametrisation"], band) for key, part in grouped.items()}
+    if band or embeddings:
+        _check_embeddings(record["token"], embeddings)
     if not layers:
         raise AdapterError(f"the concept '{record['token']}' changes no layer.")
     for key, layer in layers.items():
@@ -161,7 +174,7 @@ def _assemble_concept(number: int, record: dict[str, Any], remaining: dict[str, 
     return ConceptPart(
         token=str(record["token"]),
         class_word=str(record["class_word"]),
-        band=Band(start=start, rank=rank),
+        band=band,
         parametrisation=record["parametrisation"],
         embeddings={part: embeddings[part] for part in _TEXT_ENCODERS if part in embeddings},
         layers=layers,
@@ -181,23 +194,23 @@ def _check_embeddings(token: str, embeddings: dict[str, torch.Tensor]) -> None:
 
 
 def _check_measurement(key: str, layer: LayerPart, factor: torch.Tensor | None) -> None:
-    if factor is not None and (factor.ndim != 2 or len(factor) != len(layer.band.V)):
-        raise AdapterError(
-            f"the activations of layer '{key}' have shape {tuple(factor.shape)}, expected ({len(layer.band.V)}, k)."
-        )
+    if factor is not None and (factor.ndim != 2 or len(factor) != layer.shape[1]):
+        raise AdapterError(f"the activations of layer '{key}' have shape {tuple(factor.shape)}, expected ({layer.shape[1]}, k).")
 
 
-def _assemble_layer(key: str, tensors: dict[str, torch.Tensor], parametrisation: str, rank: int) -> LayerPart:
-    form = PARAMETRISATIONS[parametrisation]
-    expected_names = {"U", "s", "V", *form.TENSORS}
+def _assemble_layer(key: str, tensors: dict[str, torch.Tensor], parametrisation: str, own: Band | None) -> LayerPart:
+    form = FORMS[parametrisation]
+    expected_names = {*(("U", "s", "V") if own else ()), *form.TENSORS}
     if set(tensors) != expected_names:
         raise AdapterError(f"layer '{key}' holds {sorted(tensors)}, expected {sorted(expected_names)}.")
+    if own is None:
+        return _assemble_lora(key, tensors)
     band = Spectrum(U=tensors["U"], s=tensors["s"], V=tensors["V"])
     shapes_fit = (band.U.ndim, band.s.ndim, band.V.ndim) == (2, 1, 2) and band.U.shape[1] == band.V.shape[1] == len(
         band.s
-    ) == rank
+    ) == own.rank
     if not shapes_fit:
-        raise AdapterError(f"the band of layer '{key}' does not have {rank} directions.")
+        raise AdapterError(f"the band of layer '{key}' does not have {own.rank} directions.")
     trained = {name: tensors[name] for name in form.TENSORS}
     for name, wanted in form.initial(band).items():
         if trained[name].shape != wanted.shape:
@@ -205,6 +218,15 @@ def _assemble_layer(key: str, tensors: dict[str, torch.Tensor], parametrisation:
                 f"tensor '{name}' of layer '{key}' has shape {tuple(trained[name].shape)}, expected {tuple(wanted.shape)}."
             )
     return LayerPart(band=band, tensors=trained)
+
+
+def _assemble_lora(key: str, tensors: dict[str, torch.Tensor]) -> LayerPart:
+    up, down = tensors["up"], tensors["down"]
+    if up.ndim != 2 or down.ndim != 2 or up.shape[1] != down.shape[1] or not up.numel() or not down.numel():
+        raise AdapterError(
+            f"layer '{key}' has factors of shape {tuple(up.shape)} and {tuple(down.shape)}, expected (out, r) and (in, r)."
+        )
+    return LayerPart(band=None, tensors=tensors)
 
 
 def is_adapter_file(path: Path) -> bool:

@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import nn
 
-from spectral_diffusion.adapter import Adapter
+from spectral_diffusion.adapter import Adapter, token_words
 from spectral_diffusion.base import Base, linear_layers, tokenizer_name
 from spectral_diffusion.errors import AdapterError, InputError
 
@@ -82,14 +82,12 @@ def tokens_in(prompt: str, tokens: Collection[str]) -> set[str]:
     return {token for token in tokens if token.lower() in found}
 
 
-def expand_prompt(prompt: str, vectors: dict[str, int]) -> str:
-    """Write every token of several vectors as the words that stand for them: `<V1>` becomes `<V1> <V1>_1`."""
-    if not vectors:
+def expand_prompt(prompt: str, words: dict[str, str]) -> str:
+    """Write every token, in any case, as the words that stand for it: `<V1>` becomes `<V1> <V1>_1`."""
+    if not words:
         return prompt
-    words = {
-        token.lower(): " ".join([token, *(f"{token}_{number}" for number in range(1, count))]) for token, count in vectors.items()
-    }
-    return _any_of(vectors).sub(lambda match: words.get(match.group().lower(), match.group()), prompt)
+    lowered = {token.lower(): written for token, written in words.items()}
+    return _any_of(words).sub(lambda match: lowered.get(match.group().lower(), match.group()), prompt)
 
 
 def _any_of(tokens: Collection[str]) -> re.Pattern[str]:
@@ -131,7 +129,7 @@ def _one_encoder_with_tokens(base: Base, part: str, embeddings: dict[str, torch.
                 f"The embedding of '{token}' is {vectors.shape[1]} wide, the base's text encoder {frozen.embedding_dim}; "
                 "the adapter belongs to a base of another family."
             )
-        words = [token, *(f"{token}_{number}" for number in range(1, len(vectors)))]
+        words = token_words(token, len(vectors)).split()
         if extended_tokenizer.add_tokens(words) != len(words):
             raise InputError(f"Two concepts use the token '{token}'; train one of them again with another token.")
     setattr(base.pipeline, tokenizer_name(part), extended_tokenizer)
@@ -157,7 +155,8 @@ def attached(base: Base, adapter: Adapter) -> Iterator[None]:
     layers = linear_layers(base, None)
     check_fits_base(base, adapter)
     factors = {key: _constant(delta.up, delta.down, base) for key, delta in adapter.deltas().items()}
-    with with_tokens(base, {concept.token: concept.embeddings for concept in adapter.concepts}), hooked(layers, factors):
+    tokens = {concept.token: concept.embeddings for concept in adapter.concepts if concept.embeddings}
+    with with_tokens(base, tokens), hooked(layers, factors):
         yield
 
 
@@ -171,13 +170,11 @@ def check_fits_base(base: Base, adapter: Adapter) -> None:
     layers = linear_layers(base, None)
     for concept in adapter.concepts:
         for key, part in concept.layers.items():
-            shape = (len(part.band.U), len(part.band.V))
             if key not in layers:
                 raise AdapterError(f"The base '{base.source}' has no layer '{key}' that '{concept.token}' was trained on.")
-            if tuple(layers[key].weight.shape) != shape:
-                raise AdapterError(
-                    f"Layer '{key}' is {tuple(layers[key].weight.shape)} in '{base.source}' but {shape} in '{concept.token}'."
-                )
+            shape = tuple(layers[key].weight.shape[:2])
+            if shape != part.shape:
+                raise AdapterError(f"Layer '{key}' is {shape} in '{base.source}' but {part.shape} in '{concept.token}'.")
 
 
 def _constant(up: torch.Tensor, down: torch.Tensor, base: Base) -> Factors:

@@ -42,7 +42,7 @@ def taken_bands(places: Sequence[Path], base: Base, except_for: Path) -> list[Ta
         if adapter.family != base.family:
             logger.warning("'%s' belongs to bases of family '%s' and is not avoided.", path, adapter.family)
             continue
-        taken += [TakenBand(token=concept.token, band=concept.band, path=path) for concept in adapter.concepts]
+        taken += [TakenBand(token=concept.token, band=concept.band, path=path) for concept in adapter.concepts if concept.band]
     return taken
 
 

@@ -45,7 +45,7 @@ def fuse(
     )
     fused = Adapter(
         family=adapters[0].family,
-        fingerprint=adapters[0].fingerprint,
+        fingerprint=next((adapter.fingerprint for adapter in adapters if adapter.fingerprint), ""),
         concepts=tuple(concept for adapter in adapters for concept in adapter.concepts),
         weights=weights,
         method=method,
@@ -63,7 +63,7 @@ def _check_one_base(adapters: Sequence[Adapter]) -> None:
                 f"'{first.tokens[0]}' was trained on a base of family '{first.family}', '{other.tokens[0]}' on one of family "
                 f"'{other.family}'; fuse adapters of one family."
             )
-        if other.fingerprint != first.fingerprint:
+        if "" != other.fingerprint != first.fingerprint != "":
             logger.warning(
                 "'%s' and '%s' were trained on different bases; their bands may not be disjoint.",
                 first.tokens[0],
@@ -73,7 +73,7 @@ def _check_one_base(adapters: Sequence[Adapter]) -> None:
 
 def _check_bands(concepts: Sequence[ConceptPart]) -> None:
     for one, other in combinations(concepts, 2):
-        if one.band.overlaps(other.band):
+        if one.band and other.band and one.band.overlaps(other.band):
             raise BandError(
                 f"'{one.token}' (directions {one.band}) and '{other.token}' (directions {other.band}) share singular "
                 "directions; train one again with --avoid and the other's file, or allow the overlap explicitly."

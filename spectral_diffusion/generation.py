@@ -103,7 +103,7 @@ def generate(
     """
     if adapter is not None and not whole:
         adapter = named_only(adapter, drawing.prompt)
-    words = {concept.token: concept.token_vectors for concept in adapter.concepts} if adapter else {}
+    words = {concept.token: concept.words for concept in adapter.concepts} if adapter else {}
     class_words = adapter.class_words if adapter else {}
     pictures = []
     context = attached(base, adapter) if adapter is not None and adapter.concepts else nullcontext()
@@ -117,7 +117,7 @@ def generate(
 
 
 @torch.no_grad()
-def _draw(base: Base, drawing: Drawing, words: dict[str, int], seeds: Sequence[int]) -> list[Image.Image]:
+def _draw(base: Base, drawing: Drawing, words: dict[str, str], seeds: Sequence[int]) -> list[Image.Image]:
     width, height = drawing.size or (base.resolution, base.resolution)
     return base.pipeline(
         **prompts(base, *([expand_prompt(text, words)] * len(seeds) for text in (drawing.prompt, drawing.negative_prompt))),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import json
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_parametrisations import BASES, FORMS, random_adapter, shared_base
 
-from spectral_diffusion.adapter import Adapter
+from spectral_diffusion.adapter import Adapter, LayerPart
 from spectral_diffusion.adapter_file import load_adapter, save_adapter
 from spectral_diffusion.errors import AdapterError, StorageError
 from spectral_diffusion.fusion import fuse
@@ -61,26 +61,44 @@ def assert_same(one: Adapter, other: Adapter) -> None:
     assert all(torch.equal(a, b) for a, b in zip(contents(one)[1], contents(other)[1], strict=True))
 
 
+def assert_same_in_half_precision(loaded: Adapter, adapter: Adapter) -> None:
+    assert contents(loaded)[0] == contents(adapter)[0]
+    for stored, exact in zip(contents(loaded)[1], contents(adapter)[1], strict=True):
+        assert stored.dtype == torch.float32
+        torch.testing.assert_close(stored, exact, rtol=2**-11, atol=2**-25)  # float16's rounding, and its smallest numbers
+
+
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("which", BASES)
 def test_an_adapter_comes_back_under_another_seed(which: str, form: str, tiny_base_folder: Path, tmp_path: Path) -> None:
     adapter = random_adapter(shared_base(which, tiny_base_folder), form, measured=True)
     save_adapter(adapter, tmp_path / "a.safetensors")
     torch.manual_seed(999)
-    assert_same(load_adapter(tmp_path / "a.safetensors"), adapter)
+    loaded = load_adapter(tmp_path / "a.safetensors")
+    assert_same_in_half_precision(loaded, adapter)
+    save_adapter(loaded, tmp_path / "b.safetensors")
+    assert_same(load_adapter(tmp_path / "b.safetensors"), loaded)
 
 
 def test_a_fused_adapter_comes_back_and_gives_the_same_deltas(pair: Adapter, file: Path) -> None:
     loaded = load_adapter(file)
-    assert_same(loaded, pair)
+    assert_same_in_half_precision(loaded, pair)
     assert (loaded.tokens, loaded.weights, loaded.method) == (("<Hündchen-狗>", "<V2>"), (1.0, 0.25), "aligned")
     deltas = loaded.deltas()
-    assert all(torch.equal(deltas[key].dense(), delta.dense()) for key, delta in pair.deltas().items())
+    for key, delta in pair.deltas().items():
+        assert (deltas[key].dense() - delta.dense()).norm() / delta.dense().norm() < 1e-3  # float16's rounding of the factors
 
 
-def test_half_precision_is_read_as_float32(file: Path) -> None:
-    rewrite(file, lambda tensors, _: tensors.update({name: tensor.half() for name, tensor in tensors.items()}))
-    assert {tensor.dtype for tensor in contents(load_adapter(file))[1]} == {torch.float32}
+def test_numbers_too_large_for_half_precision_are_kept(pair: Adapter, tmp_path: Path) -> None:
+    large = {key: replace(part, tensors=part.tensors | {"A": part.tensors["A"] * 1e9}) for key, part in layers(pair).items()}
+    adapter = replace(pair.only(pair.tokens[:1]), concepts=(replace(pair.concepts[0], layers=large),))
+    save_adapter(adapter, tmp_path / "a.safetensors")
+    loaded = layers(load_adapter(tmp_path / "a.safetensors"))
+    assert all(torch.equal(loaded[key].tensors["A"], part.tensors["A"]) for key, part in large.items())
+
+
+def layers(adapter: Adapter) -> dict[str, LayerPart]:
+    return adapter.concepts[0].layers
 
 
 def rewrite(file: Path, change: Callable[[Tensors, Description], object]) -> None:
@@ -161,7 +179,7 @@ def drop_activations(tensors: Tensors, description: Description) -> None:
         (say(concepts={"a": 1}), "description is damaged"),
         (say(concepts=7), "description is damaged"),
         (say(method="average"), "'average' is not a way to join"),
-        (say_of_concept(band=[0, 0]), "does not have 0 directions"),
+        (say_of_concept(band=[0, 0]), "rank of a band must be at least 1"),
         (say_of_concept(band=[-1, 2]), "must start at direction 0 or later"),
         (say_of_concept(band=[0, 3]), "does not have 3 directions"),
         (say_of_concept(band="0-1"), "description is damaged"),

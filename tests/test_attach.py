@@ -103,7 +103,9 @@ def test_a_token_of_several_vectors_is_written_as_that_many_words(base: Base) ->
     with with_tokens(base, vectors):
         tokenizer = base.pipeline.tokenizer
         first = tokenizer.convert_tokens_to_ids("<V1>")
-        ids = tokenizer(expand_prompt("<v1> <V1>x", {"<V1>": 3, "<V1>x": 1}), add_special_tokens=False).input_ids
+        ids = tokenizer(
+            expand_prompt("<v1> <V1>x", {"<V1>": "<V1> <V1>_1 <V1>_2", "<V1>x": "<V1>x"}), add_special_tokens=False
+        ).input_ids
         assert ids == [first, first + 1, first + 2, first + 3]
 
 

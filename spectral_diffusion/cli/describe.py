@@ -23,7 +23,7 @@ def adapter_data(adapter: Adapter, path: Path) -> dict[str, Any]:
             {
                 "token": concept.token,
                 "class_word": concept.class_word,
-                "band": [concept.band.start, concept.band.stop - 1],
+                "band": [concept.band.start, concept.band.stop - 1] if concept.band else None,
                 "parametrisation": concept.parametrisation,
                 "strength": strength,
                 "parameters": concept.parameters(),
@@ -39,15 +39,15 @@ def adapter_data(adapter: Adapter, path: Path) -> dict[str, Any]:
 def adapter_lines(data: dict[str, Any]) -> Iterator[str]:
     """Yield the lines that show what `adapter_data` returned."""
     yield f"{data['path']} ({size_in_words(data['bytes'])})"
-    yield f"  base        family {data['family']}, fingerprint {data['fingerprint']}"
+    yield f"  base        family {data['family']}, fingerprint {data['fingerprint'] or 'unknown'}"
     if len(data["concepts"]) > 1:
         yield f"  joined by   {'the aligned sum' if data['method'] == 'aligned' else 'the plain sum'}"
     yield f"  parameters  {data['parameters']:,}"
     for concept in data["concepts"]:
-        first, last = concept["band"]
+        where = f"directions {concept['band'][0]}-{concept['band'][1]} of " if concept["band"] else ""
         yield (
             f"  {concept['token']}  a {concept['class_word']}, strength {concept['strength']:g}, "
-            f"{concept['parametrisation']}, directions {first}-{last} of {concept['layers']} layers, "
+            f"{concept['parametrisation']}, {where}{concept['layers']} layers, "
             f"{concept['parameters']:,} parameters"
         )
 

@@ -8,7 +8,10 @@ A form is a module with
 - `confine(tensors, U_kept, V_kept)`: make the tensors respect directions that belong to other concepts.
 """
 
-from spectral_diffusion.parametrisations import additive, rotational
+from spectral_diffusion.parametrisations import additive, lora, rotational
 
 PARAMETRISATIONS = {"additive": additive, "rotational": rotational}
-"""Name to module of every parametrisation."""
+"""Name to module of every parametrisation that a concept can be trained in."""
+
+FORMS = PARAMETRISATIONS | {"lora": lora}
+"""Name to module of every form that a concept's change can have: an imported LoRA has no band, only `TENSORS` and `factors`."""

@@ -17,8 +17,8 @@ from accelerate import Accelerator
 from PIL import Image
 
 from spectral_diffusion.activations import measure_activations
-from spectral_diffusion.adapter import Adapter, ConceptPart
-from spectral_diffusion.attach import check_new_token, expand_prompt, hooked, with_tokens
+from spectral_diffusion.adapter import Adapter, ConceptPart, token_words
+from spectral_diffusion.attach import check_new_token, hooked, with_tokens
 from spectral_diffusion.bands import Band
 from spectral_diffusion.base import Base, linear_layers
 from spectral_diffusion.concept import Concept
@@ -108,7 +108,7 @@ def train(
 
 
 def _words(token: str, settings: TrainingSettings) -> str:
-    return expand_prompt(token, {token: settings.token_vectors})
+    return token_words(token, settings.token_vectors)
 
 
 class _Run:
