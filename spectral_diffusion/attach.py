@@ -36,8 +36,10 @@ def hooked(layers: dict[str, nn.Linear], factors: dict[str, Factors], switch: Sw
         def hook(module: nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor | None:
             if not switch.on:
                 return None
-            up, down = factor()
-            return output + (inputs[0] @ down.to(output.dtype)) @ up.T.to(output.dtype)
+            up, down = (tensor.to(output.dtype) for tensor in factor())
+            if isinstance(module, nn.Conv2d):
+                return output + (inputs[0].movedim(1, -1) @ down @ up.T).movedim(-1, 1)
+            return output + inputs[0] @ down @ up.T
 
         return hook
 

@@ -47,8 +47,8 @@ class Base:
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
-        return self.pipeline.unet.device
+        """Where the weights are (the UNet's own property walks through all its modules every time)."""
+        return next(self.pipeline.unet.parameters()).device
 
     @property
     def text_encoders(self) -> dict[str, nn.Module]:
@@ -161,15 +161,25 @@ def layer_key(part: str, module_path: str) -> str:
 
 
 def linear_layers(base: Base, endings: tuple[str, ...] | None = ATTENTION_LAYERS) -> dict[str, nn.Linear]:
-    """Return the linear layers whose path ends in one of `endings` (all for None), by stable layer key, in model order."""
+    """Return the linear layers whose path ends in one of `endings`, by stable layer key, in model order.
+
+    For None all are returned, and the convolutions of one pixel, which are linear layers over channels and part of LoRAs of SD1.
+    """
     return dict(_linear_layers(base.pipeline, endings))
+
+
+def is_one_pixel_convolution(module: nn.Module) -> bool:
+    """Tell whether `module` is a convolution that does the same as a linear layer at every pixel."""
+    if not isinstance(module, nn.Conv2d) or module.groups != 1:
+        return False
+    return module.kernel_size == module.stride == (1, 1) and module.padding == (0, 0)
 
 
 def _linear_layers(pipeline: DiffusionPipeline, endings: tuple[str, ...] | None) -> Iterator[tuple[str, nn.Linear]]:
     for part, model in (*_text_encoders(pipeline).items(), ("unet", pipeline.unet)):
         for path, module in model.named_modules():
             chosen = endings is None or any(f".{path}".endswith(f".{ending}") for ending in endings)
-            if chosen and isinstance(module, nn.Linear):
+            if chosen and (isinstance(module, nn.Linear) or (endings is None and is_one_pixel_convolution(module))):
                 yield layer_key(part, path), module
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from test_parametrisations import BASES, FORMS, random_adapter, shared_base
 
-from spectral_diffusion.adapter import Adapter
+from spectral_diffusion.adapter import Adapter, token_words
 from spectral_diffusion.attach import Switch, attached, check_new_token, expand_prompt, hooked, tokens_in, with_tokens
 from spectral_diffusion.base import Base, linear_layers
 from spectral_diffusion.errors import AdapterError, InputError
@@ -103,9 +103,8 @@ def test_a_token_of_several_vectors_is_written_as_that_many_words(base: Base) ->
     with with_tokens(base, vectors):
         tokenizer = base.pipeline.tokenizer
         first = tokenizer.convert_tokens_to_ids("<V1>")
-        ids = tokenizer(
-            expand_prompt("<v1> <V1>x", {"<V1>": "<V1> <V1>_1 <V1>_2", "<V1>x": "<V1>x"}), add_special_tokens=False
-        ).input_ids
+        prompt = expand_prompt("<v1> <V1>x", {"<V1>": token_words("<V1>", 3), "<V1>x": "<V1>x"})
+        ids = tokenizer(prompt, add_special_tokens=False).input_ids
         assert ids == [first, first + 1, first + 2, first + 3]
 
 

@@ -1,0 +1,95 @@
+"""Layer keys of this library and the names that LoRA files of other programs give the same layers, both ways.
+
+A layer key is `unet.PATH`, `text_encoder.PATH` or `text_encoder_2.PATH`, the path as in diffusers and without `text_model.`.
+"""
+
+from __future__ import annotations
+
+import re
+
+_PREFIXES = {
+    "lora_unet_": "unet",
+    "lora_te_": "text_encoder",
+    "lora_te1_": "text_encoder",
+    "lora_te2_": "text_encoder_2",
+    "unet.": "unet",
+    "text_encoder.": "text_encoder",
+    "text_encoder_2.": "text_encoder_2",
+}
+"""What a module's name begins with in a kohya, diffusers or PEFT file, and the part of the base that it means."""
+
+_TRANSFORMER = r"(transformer_blocks\.\d+\.(attn[12]\.(to_[qkv]|to_out\.0)|ff\.net\.(0\.proj|2))|proj_in|proj_out)"
+_LAYER_KEY = re.compile(
+    rf"unet\.((down|up)_blocks\.\d+|mid_block)\.attentions\.\d+\.{_TRANSFORMER}"
+    r"|text_encoder(_2)?\.encoder\.layers\.\d+\.(self_attn\.(q|k|v|out)_proj|mlp\.fc[12])"
+)
+"""The layers that LoRAs change, as this library calls them."""
+
+_WORDS = re.compile(
+    r"(?:down|up|input|output|transformer)_blocks|mid(?:dle)?_block|to_(?:q|k|v|out)|proj_(?:in|out)"
+    r"|text_model|self_attn|(?:q|k|v|out)_proj|[^_]+"
+)
+"""The steps of a path in which kohya's names have `_` for `.`; some hold a `_` of their own."""
+
+
+def kohya_name(key: str, family: str) -> str:
+    """Return the module name that kohya's readers map, for a layer key of a base of `family` (formats.md).
+
+    SDXL's UNet goes by its original names, and its text encoders are numbered.
+    """
+    part, _, path = key.partition(".")
+    if part == "unet":
+        return f"lora_unet_{(_original_path(path) if family == 'sdxl' else path).replace('.', '_')}"
+    prefix = {"text_encoder": "lora_te1" if family == "sdxl" else "lora_te", "text_encoder_2": "lora_te2"}[part]
+    return f"{prefix}_text_model_{path.replace('.', '_')}"
+
+
+def peft_name(key: str) -> str:
+    """Return the module name that diffusers maps: the layer key, with `text_model.` in text encoders."""
+    part, _, path = key.partition(".")
+    return key if part == "unet" else f"{part}.text_model.{path}"
+
+
+def layer_key_of(name: str) -> str | None:
+    """Return the layer key for a module's name in a kohya, diffusers or PEFT file, or None when it means no layer we know."""
+    if name.startswith("base_model.model."):  # PEFT's own files do not say which model they belong to
+        path = name.removeprefix("base_model.model.")
+        name = f"text_encoder.{path}" if ".layers." in path else f"unet.{path}"
+    prefix = next((prefix for prefix in _PREFIXES if name.startswith(prefix)), None)
+    if prefix is None:
+        return None
+    path = name.removeprefix(prefix)
+    if prefix.endswith("_"):
+        path = ".".join(_WORDS.findall(path))
+    path = path.removeprefix("text_model.").replace(".processor.", ".")
+    path = re.sub(r"self_attn\.to_(q|k|v|out)$", r"self_attn.\1_proj", path)  # diffusers before 0.22
+    path = re.sub(r"\.to_out$", ".to_out.0", path)
+    key = f"{_PREFIXES[prefix]}.{_diffusers_path(path)}"
+    return key if _LAYER_KEY.fullmatch(key) else None
+
+
+def _original_path(path: str) -> str:
+    """Return the original name of a path in SDXL's UNet; each of its levels has three numbers."""
+    path = re.sub(
+        r"^down_blocks\.(\d+)\.attentions\.(\d+)", lambda found: f"input_blocks.{3 * int(found[1]) + int(found[2]) + 1}.1", path
+    )
+    path = re.sub(
+        r"^up_blocks\.(\d+)\.attentions\.(\d+)", lambda found: f"output_blocks.{3 * int(found[1]) + int(found[2])}.1", path
+    )
+    return path.replace("mid_block.attentions.0", "middle_block.1")
+
+
+def _diffusers_path(path: str) -> str:
+    """Undo `_original_path`; leave what already is a path of diffusers as it is."""
+
+    def down(found: re.Match[str]) -> str:
+        block, layer = divmod(int(found[1]) - 1, 3)
+        return f"down_blocks.{block}.attentions.{layer}"
+
+    def up(found: re.Match[str]) -> str:
+        block, layer = divmod(int(found[1]), 3)
+        return f"up_blocks.{block}.attentions.{layer}"
+
+    path = re.sub(r"^input_blocks\.([1-9]\d*)\.1(?=\.)", down, path)
+    path = re.sub(r"^output_blocks\.(\d+)\.1(?=\.)", up, path)
+    return path.replace("middle_block.1.", "mid_block.attentions.0.")
