@@ -136,7 +136,7 @@ def run_demo(
     trained, training_seconds = _train_all(base, concepts, settings, out, on_line, on_progress)
     fused = fuse(list(trained.values()))
     save_adapter(fused, out / "fused.safetensors")
-    export = export_kohya(fused, out / "export" / "fused-lora.safetensors")
+    export = export_kohya(fused, out / "export" / "fused-lora.safetensors", overwrite=True)
     on_line("Drawing and judging ...")
     drawing_started = time.monotonic()
     drawn, total = count(1), 3 * len(trained) * len(PROMPTS) * PICTURES_PER_PROMPT + PICTURES_TOGETHER
@@ -172,7 +172,7 @@ def run_demo(
         "file_bytes": {str(path.relative_to(out)): path.stat().st_size for path in sorted(out.rglob("*.safetensors"))},
         "exactness": {
             "fusion": fusion_error(base, fused),
-            "export": export_error(base, fused, export.lora),
+            "export": export_error(base, fused, export.path),
         },
     }
     text = json.dumps(report, indent=2, ensure_ascii=False)

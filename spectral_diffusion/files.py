@@ -3,30 +3,79 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from spectral_diffusion.errors import StorageError
 
+Write = Callable[[Path], None]
+"""Writes a file or folder at the path it is given."""
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+
+def write_atomically(path: Path, write: Write) -> None:
     """Call `write` with a temporary path beside `path`, then put the result in place in one step.
+
+    Raises:
+        StorageError: the folder cannot be made or written, or the disk is full; `path` is as it was.
+    """
+    write_together({path: write})
+
+
+def write_together(writers: Mapping[Path, Write]) -> None:
+    """Write several files that belong together: each to a temporary path first, and only when all are there, into place.
+
+    Raises:
+        StorageError: a folder cannot be made or written, or the disk is full; everything is as it was.
+    """
+    temporaries: dict[Path, Path] = {}
+    try:
+        for path, write in writers.items():
+            with _storage_failures(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                handle, name = tempfile.mkstemp(prefix=".writing-", suffix=path.suffix, dir=path.parent)
+                os.close(handle)
+                temporaries[path] = Path(name)
+                write(temporaries[path])
+                with open(temporaries[path], "rb+") as file:
+                    os.fsync(file.fileno())
+                os.chmod(temporaries[path], 0o644)
+        for path, temporary in temporaries.items():
+            with _storage_failures(path):
+                os.replace(temporary, path)
+    finally:
+        for temporary in temporaries.values():
+            temporary.unlink(missing_ok=True)
+
+
+def write_folder_atomically(path: Path, write: Write) -> None:
+    """Call `write` with an empty temporary folder beside `path`, then put it in the place of what stands there.
 
     Raises:
         StorageError: the folder cannot be made or written, or the disk is full; `path` is as it was.
     """
     temporary: Path | None = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=".writing-", suffix=path.suffix, dir=path.parent)
-        os.close(handle)
-        temporary = Path(name)
-        write(temporary)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
+        with _storage_failures(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = Path(tempfile.mkdtemp(prefix=".writing-", dir=path.parent))
+            new, old = temporary / "new", temporary / "old"
+            new.mkdir()
+            write(new)
+            if path.exists():
+                os.replace(path, old)
+            os.replace(new, path)
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def _storage_failures(path: Path) -> Iterator[None]:
+    try:
+        yield
     except StorageError:
         raise
     except Exception as error:
@@ -35,9 +84,6 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         raise StorageError(
             f"'{path}' could not be written ({error}); free some space or choose a folder that you may write to."
         ) from error
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
 
 
 def is_storage_failure(error: Exception) -> bool:

@@ -27,6 +27,29 @@ class LowRank:
         """Return the change as a matrix `(out, in)`."""
         return self.up @ self.down.T
 
+    def balanced(self) -> LowRank:
+        """Return the same change with each pair of columns equally long: in half precision neither over- nor underflows."""
+        up_length, down_length = self.up.norm(dim=0), self.down.norm(dim=0)
+        scale = torch.where((up_length > 0) & (down_length > 0), (down_length / up_length).sqrt(), torch.ones_like(up_length))
+        return LowRank(up=self.up * scale, down=self.down / scale)
+
+    def padded(self, rank: int) -> LowRank:
+        """Return the same change with `rank` columns, those that are added being zero."""
+        missing = (0, rank - self.rank)
+        return LowRank(up=torch.nn.functional.pad(self.up, missing), down=torch.nn.functional.pad(self.down, missing))
+
+    def compressed(self, rank: int) -> tuple[LowRank, torch.Tensor]:
+        """Return the nearest change of at most `rank` columns, and all singular values, falling, of the whole one.
+
+        The singular value decomposition is that of the small core between the factors' QR decompositions; the dense
+        matrix is never formed.
+        """
+        Q_up, R_up = torch.linalg.qr(self.up.double())
+        Q_down, R_down = torch.linalg.qr(self.down.double())
+        U, s, Vh = torch.linalg.svd(R_up @ R_down.T, full_matrices=False)
+        up, down = Q_up @ (U[:, :rank] * s[:rank]), Q_down @ Vh[:rank].T
+        return LowRank(up=up.to(self.up.dtype), down=down.to(self.down.dtype)), s
+
 
 def weighted_sum(deltas: Sequence[LowRank], weights: Sequence[float]) -> LowRank:
     """Return `sum_i w_i delta_i` exactly, by putting the factors side by side."""

@@ -1,5 +1,9 @@
-"""Files for other tools: an adapter as a LoRA that AUTOMATIC1111, ComfyUI and diffusers read, its tokens beside it."""
+"""Files for other tools: an adapter as a LoRA, as embeddings of its tokens, or merged into a whole checkpoint."""
 
-from spectral_diffusion.export.kohya import Export, export_kohya
+from spectral_diffusion.export.checkpoint import export_checkpoint
+from spectral_diffusion.export.embedding import export_embeddings
+from spectral_diffusion.export.kohya import export_kohya
+from spectral_diffusion.export.peft import export_diffusers
+from spectral_diffusion.export.result import Export, places
 
-__all__ = ["Export", "export_kohya"]
+__all__ = ["Export", "export_checkpoint", "export_diffusers", "export_embeddings", "export_kohya", "places"]

@@ -8,132 +8,123 @@ from __future__ import annotations
 
 import datetime
 import hashlib
+import io
 import json
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from PIL import Image, UnidentifiedImageError
 from safetensors.torch import save, save_file
 
 from spectral_diffusion.adapter import Adapter
-from spectral_diffusion.adapter_file import is_adapter_file
-from spectral_diffusion.errors import AdapterError
-from spectral_diffusion.files import write_atomically
+from spectral_diffusion.errors import InputError
+from spectral_diffusion.export.embedding import embedding_files, embedding_writers, words_to_type
+from spectral_diffusion.export.factors import LoraFactors, in_precision, lora_factors
+from spectral_diffusion.export.result import Export, check_targets
+from spectral_diffusion.files import write_together
+from spectral_diffusion.layer_names import kohya_name
 
-_BASE_VERSIONS = {"sd1": "sd_v1", "sd2": "sd_v2", "mini": "sd_v1"}
+_BASE_VERSIONS = {"sd1": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0", "mini": "sd_v1"}
 _ARCHITECTURES = {
     "sd1": "stable-diffusion-v1/lora",
     "sd2": "stable-diffusion-v2-512/lora",
+    "sdxl": "stable-diffusion-xl-v1-base/lora",
     "mini": "stable-diffusion-v1/lora",
 }
+_RESOLUTIONS = {"sd1": "512x512", "sd2": "512x512", "sdxl": "1024x1024", "mini": "64x64"}
+_SD_VERSIONS = {"sd1": "SD1", "sd2": "SD2", "sdxl": "SDXL", "mini": "SD1"}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Export:
-    """What was written: the LoRA, its side file, an embedding file per token, and the words to type."""
-
-    lora: Path
-    description: Path
-    embeddings: dict[str, Path]
-    rank: int
-
-    @property
-    def trigger_words(self) -> dict[str, str]:
-        """Token to the word that AUTOMATIC1111 and ComfyUI know it by, which is its file's name."""
-        return {token: path.stem for token, path in self.embeddings.items()}
-
-
-def kohya_name(key: str) -> str:
-    """Return the module name that kohya's readers map, for a layer key of this library."""
-    part, _, path = key.partition(".")
-    path = path.replace(".", "_")
-    return f"lora_unet_{path}" if part == "unet" else f"lora_te_text_model_{path}"
-
-
-def export_kohya(adapter: Adapter, path: Path, *, dtype: torch.dtype = torch.float16) -> Export:
-    """Write `adapter` as a LoRA to `path` and its token embeddings beside it, exactly but for `dtype`.
+def export_kohya(
+    adapter: Adapter,
+    path: Path,
+    *,
+    dtype: torch.dtype = torch.float16,
+    rank: int | None = None,
+    preview: Path | None = None,
+    overwrite: bool = False,
+) -> Export:
+    """Write `adapter` as a LoRA to `path`, a description and a preview picture beside it, and its token embeddings.
 
     All layers are padded to one rank, so that the file's one alpha (equal to the rank) scales each by 1.
 
+    Args:
+        dtype: of the numbers in the files; but for it, the export is exact.
+        rank: compress to this rank by singular value decomposition; the errors stand in the result.
+        preview: a picture that AUTOMATIC1111 is to show for the LoRA.
+        overwrite: replace files that exist.
+
     Raises:
         AdapterError: a number is too large for `dtype`, or an embedding would overwrite an adapter of the same name.
-        StorageError: a file could not be written.
+        InputError: a file exists and may not be overwritten, `preview` is no picture, or `rank` is out of range.
+        StorageError: a file could not be written; everything is as it was.
     """
-    embeddings = _embedding_files(adapter, path)
-    deltas = adapter.deltas()
-    rank = max(delta.rank for delta in deltas.values())
+    embeddings = embedding_files(adapter, path.parent, path)
+    side_files = {path.with_suffix(".json"): _description(adapter, words_to_type(adapter, embeddings))}
+    if preview is not None:
+        side_files[path.with_suffix(".png")] = _png(preview)
+    check_targets([path, *side_files, *embeddings.values()], overwrite=overwrite)
+    factors = lora_factors(adapter, rank)
     tensors: dict[str, torch.Tensor] = {}
-    for key, delta in deltas.items():
-        name = kohya_name(key)
-        up, down = _balanced(_padded(delta.up, rank), _padded(delta.down, rank))
-        tensors[f"{name}.lora_up.weight"] = up.to(dtype).contiguous()
-        tensors[f"{name}.lora_down.weight"] = down.T.to(dtype).contiguous()
-        tensors[f"{name}.alpha"] = torch.tensor(float(rank), dtype=dtype)
-    for name, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
-            raise AdapterError(f"'{name}' holds numbers too large for {dtype}; lower the strengths.")
-    for concept in adapter.concepts:
-        embedding = {"emb_params": concept.embeddings["text_encoder"].to(dtype).contiguous()}
-        file = embeddings[concept.token]
-        write_atomically(file, lambda temporary, embedding=embedding: save_file(embedding, temporary))
-    words = {token: file.stem for token, file in embeddings.items()}
-    metadata = _metadata(adapter, path, rank, words, tensors)
-    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
-    description = path.with_suffix(".json")
-    record = {"activation text": " and ".join(words.values()), "preferred weight": 1.0, "sd version": "SD1"}
-    record["sd version"] = {"sd2": "SD2"}.get(adapter.family, "SD1")
-    text = json.dumps(record, indent=2, ensure_ascii=False)
-    write_atomically(description, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-    return Export(lora=path, description=description, embeddings=embeddings, rank=rank)
+    for key in factors.layers:
+        name = kohya_name(key, adapter.family)
+        tensors[f"{name}.lora_up.weight"], tensors[f"{name}.lora_down.weight"] = factors.matrices(key, dtype)
+        tensors[f"{name}.alpha"] = in_precision(torch.tensor(float(factors.rank)), dtype, f"{name}.alpha")
+    words = words_to_type(adapter, embeddings)
+    metadata = _metadata(adapter, path, factors, words, tensors)
+    writers = embedding_writers(adapter, embeddings, dtype)
+    writers |= {side: lambda temporary, content=content: temporary.write_bytes(content) for side, content in side_files.items()}
+    write_together(writers | {path: lambda temporary: save_file(tensors, temporary, metadata)})
+    return Export(
+        format="kohya",
+        path=path,
+        embeddings=embeddings,
+        words=words,
+        side_files=tuple(side_files),
+        rank=factors.rank,
+        errors=factors.errors,
+    )
 
 
-def _padded(factor: torch.Tensor, rank: int) -> torch.Tensor:
-    return torch.nn.functional.pad(factor, (0, rank - factor.shape[1]))
+def _description(adapter: Adapter, words: dict[str, str]) -> bytes:
+    record = {
+        "activation text": " and ".join(words.values()),
+        "preferred weight": 1.0,
+        "sd version": _SD_VERSIONS[adapter.family],
+    }
+    return json.dumps(record, indent=2, ensure_ascii=False).encode()
 
 
-def _balanced(up: torch.Tensor, down: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Give each pair of columns the same length on both sides, so that neither over- nor underflows in half precision."""
-    up_length, down_length = up.norm(dim=0), down.norm(dim=0)
-    scale = torch.where((up_length > 0) & (down_length > 0), (down_length / up_length).sqrt(), torch.ones_like(up_length))
-    return up * scale, down / scale
+def _png(picture: Path) -> bytes:
+    try:
+        content = io.BytesIO()
+        with Image.open(picture) as image:
+            image.convert("RGB").save(content, "PNG")
+        return content.getvalue()
+    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        raise InputError(f"The preview '{picture}' cannot be read as a picture ({error}); give a PNG or JPEG file.") from error
 
 
-def embedding_file_name(token: str) -> str:
-    """Return the token as a file name that every file system takes: `<my cat>` gives `my_cat`."""
-    plain = "".join(letter if letter.isalnum() or letter in "-_" else "_" for letter in token).strip("_")
-    return plain or f"token-{hashlib.sha256(token.encode()).hexdigest()[:8]}"
-
-
-def _embedding_files(adapter: Adapter, lora: Path) -> dict[str, Path]:
-    files: dict[str, Path] = {}
-    for number, token in enumerate(adapter.tokens, start=1):
-        stem = embedding_file_name(token)
-        if stem.lower() in {lora.stem.lower(), *(other.stem.lower() for other in files.values())}:
-            stem = f"{stem}-{number}"
-        files[token] = lora.parent / f"{stem}.safetensors"
-        if files[token].is_file() and is_adapter_file(files[token]):
-            raise AdapterError(
-                f"The embedding of '{token}' would overwrite the adapter '{files[token]}'; export into another folder."
-            )
-    return files
-
-
-def _metadata(adapter: Adapter, path: Path, rank: int, words: dict[str, str], tensors: dict[str, torch.Tensor]) -> dict[str, str]:
+def _metadata(
+    adapter: Adapter, path: Path, factors: LoraFactors, words: dict[str, str], tensors: dict[str, torch.Tensor]
+) -> dict[str, str]:
     payload = save(tensors)
     header = 8 + int.from_bytes(payload[:8], "little")
+    description = f"Spectral adapter of {', '.join(adapter.tokens)}, strengths {list(adapter.weights)}"
     return {
         "ss_base_model_version": _BASE_VERSIONS[adapter.family],
         "ss_v2": str(adapter.family == "sd2"),
         "ss_network_module": "networks.lora",
-        "ss_network_dim": str(rank),
-        "ss_network_alpha": str(float(rank)),
+        "ss_network_dim": str(factors.rank),
+        "ss_network_alpha": str(float(factors.rank)),
         "ss_output_name": path.stem,
         "ss_tag_frequency": json.dumps({"spectral-diffusion": dict.fromkeys(words.values(), 1)}, ensure_ascii=False),
         "sshs_model_hash": hashlib.sha256(payload[header:]).hexdigest(),
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": _ARCHITECTURES[adapter.family],
         "modelspec.title": path.stem,
+        "modelspec.resolution": _RESOLUTIONS[adapter.family],
         "modelspec.trigger_phrase": ", ".join(words.values()),
         "modelspec.date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "modelspec.description": f"Spectral adapter of {', '.join(adapter.tokens)}, strengths {list(adapter.weights)}",
+        "modelspec.description": description,
     }

@@ -1,0 +1,169 @@
+"""Merged checkpoints: both layouts hold the base plus the adapter, the base stays as it is, and nothing half-written remains."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from narrow_bases import FAMILIES, NarrowBase
+from safetensors.torch import load_file
+from test_export_readers import (
+    PRECISIONS,
+    acting_weights,
+    load_tokens,
+    narrow_base,
+    picture,
+    picture_of_reader,
+    random_lora,
+    relative,
+)
+from test_parametrisations import random_adapter
+
+from spectral_diffusion.adapter import Adapter
+from spectral_diffusion.attach import attached
+from spectral_diffusion.base import Base, load_base
+from spectral_diffusion.errors import AdapterError, BaseError, InputError, StorageError
+from spectral_diffusion.export import export_checkpoint, places
+from spectral_diffusion.fusion import fuse
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def base(request: pytest.FixtureRequest, narrow_bases: dict[str, NarrowBase]) -> Base:
+    return narrow_base(request.param, narrow_bases[request.param].folder)
+
+
+@pytest.fixture(scope="module")
+def sd1(narrow_bases: dict[str, NarrowBase]) -> Base:
+    return narrow_base("sd1", narrow_bases["sd1"].folder)
+
+
+def adapter_for(base: Base) -> Adapter:
+    return fuse([random_adapter(base, vectors=2), random_adapter(base, token="<V2>", start=2), random_lora(base)], method="sum")
+
+
+def weights_of(base: Base) -> dict[str, torch.Tensor]:
+    """Return a copy of every weight of `base`."""
+    parts = ("unet", "vae", *base.text_encoders)
+    states = {part: getattr(base.pipeline, part).state_dict() for part in parts}
+    return {f"{part}.{name}": tensor.clone() for part, state in states.items() for name, tensor in state.items()}
+
+
+def pipeline_of(path: Path, base: Base) -> StableDiffusionPipeline | StableDiffusionXLPipeline:
+    """Return what diffusers itself loads from `path`."""
+    kind = StableDiffusionXLPipeline if base.family == "sdxl" else StableDiffusionPipeline
+    options = {"safety_checker": None} if base.family != "sdxl" else {"add_watermarker": False}
+    if path.is_dir():
+        pipeline = kind.from_pretrained(path, **options)
+    else:
+        pipeline = kind.from_single_file(path, config=base.source, local_files_only=True, **options)
+    pipeline.scheduler = base.pipeline.scheduler
+    pipeline.set_progress_bar_config(disable=True)
+    for model in (pipeline.unet, pipeline.vae):
+        model.eval()
+    return pipeline.to(torch.float32)
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("merged.safetensors", torch.float16), ("merged", torch.float32)])
+def test_diffusers_loads_the_base_plus_the_adapter(name: str, dtype: torch.dtype, base: Base, tmp_path: Path) -> None:
+    adapter = adapter_for(base)
+    before = weights_of(base)
+    export = export_checkpoint(adapter, base, tmp_path / name, dtype=dtype)
+    assert all(torch.equal(tensor, before[key]) for key, tensor in weights_of(base).items())
+    assert {path.name for path in tmp_path.iterdir()} == {name, "V1.safetensors", "V2.safetensors"}
+    merged = Base(pipeline=pipeline_of(export.path, base), family=base.family, fingerprint="", source="", embedded=False)
+    deltas = adapter.deltas()
+    old, new = acting_weights(base, tuple(deltas)), acting_weights(merged, tuple(deltas))
+    for key, delta in deltas.items():
+        wanted = old[key] + delta.dense().double()
+        assert (new[key] - wanted).norm() / wanted.norm() < PRECISIONS[dtype], key
+    load_tokens(merged, export)
+    with attached(base, adapter):
+        expected = picture(base, adapter)
+    assert relative(picture_of_reader(merged), expected) < (5e-3 if dtype == torch.float16 else 1e-5)  # every weight is rounded
+    assert relative(picture(base, None), expected) > 0.01
+
+
+def test_what_nobody_changes_stays_bit_for_bit_and_loads_here(base: Base, tmp_path: Path) -> None:
+    adapter = random_adapter(base)
+    export = export_checkpoint(adapter, base, tmp_path / "merged", dtype=torch.float32)
+    again = load_base(export.path, device="cpu")
+    for part in base.text_encoders:
+        names = load_file(export.path / part / "model.safetensors").keys()
+        assert all(name.startswith(("text_model.", "text_projection.")) for name in names)
+    assert again.family == base.family
+    changed = {key for key in adapter.layer_keys() if key.startswith("unet.")}
+    original = base.pipeline.unet.state_dict()
+    for name, tensor in again.pipeline.unet.state_dict().items():
+        assert torch.equal(tensor, original[name]) == (f"unet.{name.removesuffix('.weight')}" not in changed), name
+
+
+def test_the_embedded_base_is_merged_into_a_folder_only(tmp_path: Path) -> None:
+    base = load_base(device="cpu")
+    adapter = random_adapter(base)
+    with pytest.raises(BaseError, match="save it as a folder"):
+        export_checkpoint(adapter, base, tmp_path / "merged.safetensors")
+    assert not list(tmp_path.iterdir())
+    export_checkpoint(adapter, base, tmp_path / "merged")
+    assert load_base(tmp_path / "merged", device="cpu").family == "mini"
+
+
+def test_the_words_to_type_are_said(sd1: Base, tmp_path: Path) -> None:
+    lines = places(export_checkpoint(random_adapter(sd1), sd1, tmp_path / "merged.safetensors"))
+    assert "merged.safetensors into models/Stable-diffusion, V1.safetensors into embeddings; type: V1" in lines[0]
+    assert "merged.safetensors into models/checkpoints, V1.safetensors into models/embeddings; type: embedding:V1" in lines[1]
+    lines = places(export_checkpoint(random_adapter(sd1), sd1, tmp_path / "folder", overwrite=True))
+    assert "nothing of the folder" in lines[0] and "models/diffusers" in lines[1]
+
+
+def test_what_exists_is_replaced_only_when_asked_and_never_a_strange_folder(sd1: Base, tmp_path: Path) -> None:
+    adapter = random_adapter(sd1)
+    for path in (tmp_path / "merged", tmp_path / "merged.safetensors"):
+        export_checkpoint(adapter, sd1, path, overwrite=True)
+        with pytest.raises(InputError, match="exists already; give --force"):
+            export_checkpoint(adapter, sd1, path)
+    export_checkpoint(adapter, sd1, tmp_path / "merged", overwrite=True)
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "1.jpg").write_text("precious")
+    with pytest.raises(InputError, match="is no diffusers folder, so it is never replaced"):
+        export_checkpoint(adapter, sd1, tmp_path / "photos", overwrite=True)
+    assert (tmp_path / "photos" / "1.jpg").read_text() == "precious"
+
+
+@pytest.mark.parametrize("name", ["merged", "merged.safetensors"])
+def test_a_full_disk_leaves_nothing_behind(name: str, sd1: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter = random_adapter(sd1)
+
+    def disk_is_full(tensors: Any, path: Any, *rest: Any, **more: Any) -> None:
+        Path(path).write_bytes(b"half a file")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("spectral_diffusion.export.checkpoint.save_file", disk_is_full)
+    monkeypatch.setattr("safetensors.torch.save_file", disk_is_full)
+    with pytest.raises(StorageError, match=r"merged.*could not be written .*No space left"):
+        export_checkpoint(adapter, sd1, tmp_path / name)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_adapter_of_another_family_and_huge_weights_are_refused(sd1: Base, tmp_path: Path) -> None:
+    adapter = random_adapter(sd1)
+    with pytest.raises(AdapterError, match=r"too large for torch\.float16"):
+        export_checkpoint(adapter.scaled(1e9), sd1, tmp_path / "a.safetensors")
+    with pytest.raises(AdapterError, match="is of family 'mini'"):
+        export_checkpoint(adapter, load_base(device="cpu"), tmp_path / "a")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_base_is_held_once_more_and_no_more(sd1: Base) -> None:
+    """Weights that nobody changes are shared with the base when the precision is its own."""
+    from spectral_diffusion.export.checkpoint import merged_pipeline
+
+    deltas = random_adapter(sd1).deltas()
+    merged = merged_pipeline(sd1, deltas, torch.float32)
+    own = {parameter.data_ptr() for parameter in sd1.pipeline.unet.parameters()}
+    shared = [parameter.data_ptr() in own for parameter in merged.unet.parameters()]
+    assert shared.count(False) == sum(key.startswith("unet.") for key in deltas)
+    assert merged.unet is not sd1.pipeline.unet
