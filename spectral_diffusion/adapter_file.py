@@ -156,8 +156,6 @@ def _assemble_concept(number: int, record: dict[str, Any], remaining: dict[str, 
         kind, *path = name.split("/")[1:]
         if kind == "activations" and len(path) == 1 and _LAYER.fullmatch(path[0]):
             activations[path[0]] = remaining.pop(name)
-        elif kind == "embeddings" and len(path) == 1 and path[0] in _ENCODERS:
-            embeddings[path[0]] = remaining.pop(name)
         elif kind == "layers" and len(path) == 2 and _LAYER.fullmatch(path[0]):
             grouped.setdefault(path[0], {})[path[1]] = remaining.pop(name)
         elif kind == "embeddings" and len(path) == 1 and path[0] in _TEXT_ENCODERS:

@@ -26,7 +26,7 @@ def band_misfit(base: Base, adapter: Adapter) -> dict[str, float]:
     """Return per group of layers how far the base's weights `W` are from what the bands were taken from.
 
     It is `|U_b^T W V_b - diag(s_b)| / |diag(s_b)|` in Frobenius norm over all layers and concepts of the group: 0 on the base
-    of the training, but for rounding; 1 where the band means nothing.
+    of the training, but for rounding; 1 where the band means nothing. Imported LoRAs have no bands and count for nothing.
 
     Raises:
         AdapterError: the adapter belongs to another family or its layers do not fit.
@@ -37,6 +37,8 @@ def band_misfit(base: Base, adapter: Adapter) -> dict[str, float]:
     sizes: dict[str, float] = defaultdict(float)
     for concept in adapter.concepts:
         for key, part in concept.layers.items():
+            if part.band is None:
+                continue
             weight = layers[key].weight.detach().float().cpu()
             met = part.band.U.T @ weight @ part.band.V
             errors[layer_group(key)] += float((met - torch.diag(part.band.s)).square().sum())

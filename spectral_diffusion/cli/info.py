@@ -51,7 +51,7 @@ def _compare(adapter: Adapter, base: Base) -> dict[str, Any]:
         misfit = band_misfit(base, adapter)
     except AdapterError as error:
         reason = str(error)
-    same = adapter.fingerprint == base.fingerprint
+    same = adapter.fingerprint == base.fingerprint if adapter.fingerprint else None
     return {"source": base.source, "fits": reason is None, "reason": reason, "trained_on_it": same, "misfit": misfit}
 
 
@@ -61,6 +61,7 @@ def _verdict(base: dict[str, Any]) -> Iterator[str]:
     if not base["fits"]:
         yield f"  does not fit  {base['reason']}"
         return
-    origin = "it was trained on it" if base["trained_on_it"] else "though it was trained on another base of the family"
-    yield f"  fits        {base['source']}; {origin}"
-    yield f"  bands off   {misfit_in_words(base['misfit'])}"
+    origins = {True: "it was trained on it", False: "though it was trained on another base of the family"}
+    yield f"  fits        {base['source']}; {origins.get(base['trained_on_it'], 'what it was trained on is not known')}"
+    if base["misfit"]:
+        yield f"  bands off   {misfit_in_words(base['misfit'])}"

@@ -1,0 +1,185 @@
+"""Import of an ordinary LoRA: kohya's, diffusers' or PEFT's file becomes an adapter of one concept without a band."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from spectral_diffusion.adapter import Adapter, ConceptPart, LayerPart
+from spectral_diffusion.attach import check_fits_base
+from spectral_diffusion.base import Base
+from spectral_diffusion.concept import check_class_word, check_token
+from spectral_diffusion.errors import InputError
+from spectral_diffusion.imports.tensors import peft_scales, read_embedding, read_safetensors, refuse_what_is_no_lora
+from spectral_diffusion.joining import LowRank
+from spectral_diffusion.layer_names import layer_key_of
+
+logger = logging.getLogger(__name__)
+
+_ENDINGS = {
+    ".alpha": "alpha",
+    ".lora_down.weight": "down",
+    ".lora_up.weight": "up",
+    ".lora_A.weight": "down",
+    ".lora_B.weight": "up",
+    ".lora_A.default.weight": "down",
+    ".lora_B.default.weight": "up",
+    ".lora.down.weight": "down",
+    ".lora.up.weight": "up",
+    "_lora.down.weight": "down",
+    "_lora.up.weight": "up",
+    ".lora_linear_layer.down.weight": "down",
+    ".lora_linear_layer.up.weight": "up",
+}
+"""How the names of a module's tensors end in kohya's, PEFT's and diffusers' files, and what they are."""
+
+_FAMILY_OF_TEXT_WIDTH = {768: "sd1", 1024: "sd2", 2048: "sdxl"}
+_EMBEDDING_WIDTHS = {
+    "sd1": {"text_encoder": 768},
+    "sd2": {"text_encoder": 1024},
+    "sdxl": {"text_encoder": 768, "text_encoder_2": 1280},
+}
+
+
+def import_lora(path: Path, *, token: str, class_word: str, embedding: Path | None = None, base: Base | None = None) -> Adapter:
+    """Return the LoRA in the safetensors file `path` as an adapter of one concept, called `token`.
+
+    Args:
+        class_word: what the concept is, or all the words that call it; without an embedding the token stands for them.
+        embedding: the file of the embedding that was trained with the LoRA.
+        base: one that the LoRA must fit; without it the family is told from the shapes.
+
+    Raises:
+        InputError: a file is damaged, not what it should be, or a kind of LoRA that is not supported; or a word is none.
+        AdapterError: it does not fit `base`.
+    """
+    check_token(token)
+    check_class_word(class_word)
+    tensors, metadata = read_safetensors(path)
+    refuse_what_is_no_lora(path, set(tensors), metadata)
+    modules = _modules(path, tensors)
+    configuration = peft_scales(path, metadata)
+    layers: dict[str, LayerPart] = {}
+    for name, parts in modules.items():
+        key = layer_key_of(name)
+        if key is None:
+            raise InputError(f"'{path}' {_what_is_wrong_with(name, parts)}; give a plain LoRA of linear layers.")
+        if key in layers:
+            raise InputError(f"'{path}' changes layer '{key}' twice, under two names; it cannot be used.")
+        layers[key] = _layer(path, name, key, parts, configuration)
+    family = _family(layers, base)
+    vectors = read_embedding(embedding) if embedding else {}
+    if embedding:
+        _check_embedding(embedding, vectors, family)
+    concept = ConceptPart(
+        token=token,
+        class_word=class_word,
+        band=None,
+        parametrisation="lora",
+        embeddings=vectors,
+        layers=layers,
+        settings={"imported": path.name},
+    )
+    adapter = Adapter(family=family, fingerprint="", concepts=(concept,), weights=(1.0,))
+    if base is not None:
+        check_fits_base(base, adapter)
+    return adapter
+
+
+def _modules(path: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
+    """Return the tensors by module and by what they are: `up`, `down`, `alpha`."""
+    modules: dict[str, dict[str, torch.Tensor]] = {}
+    bundled = {name.split(".")[1] for name in tensors if name.startswith("bundle_emb.")}
+    if bundled:
+        logger.warning(
+            "'%s' holds embeddings (%s), which are not read; give the embedding's own file as --embedding.",
+            path,
+            ", ".join(sorted(bundled)),
+        )
+    for name, tensor in tensors.items():
+        if name.startswith("bundle_emb."):
+            continue
+        ending = next((ending for ending in _ENDINGS if name.endswith(ending)), None)
+        if ending is None:
+            raise InputError(f"'{path}' is not a LoRA that is known: it holds '{name}'.")
+        if not tensor.is_floating_point() or not torch.isfinite(tensor.float()).all():
+            raise InputError(f"'{name}' in '{path}' holds NaN, infinite or no floating-point numbers; it cannot be used.")
+        modules.setdefault(name.removesuffix(ending), {})[_ENDINGS[ending]] = tensor.float()
+    if not modules:
+        raise InputError(f"'{path}' holds no LoRA.")
+    return modules
+
+
+def _what_is_wrong_with(name: str, parts: Mapping[str, torch.Tensor]) -> str:
+    if any(tensor.ndim == 4 for tensor in parts.values()):
+        return f"is a LoRA of convolutions too ('{name}')"
+    return f"changes '{name}', which is no layer that a LoRA is known to change"
+
+
+def _layer(path: Path, name: str, key: str, parts: Mapping[str, torch.Tensor], configuration: Mapping[str, Any]) -> LayerPart:
+    if not {"up", "down"} <= parts.keys():
+        raise InputError(f"'{name}' in '{path}' lacks its up or its down matrix; copy the file again.")
+    up, down = (_as_matrix(parts[kind]) for kind in ("up", "down"))
+    if up.ndim != 2 or down.ndim != 2 or up.shape[1] != len(down) or not up.numel() or not down.numel():
+        raise InputError(
+            f"'{name}' in '{path}' has matrices of shape {tuple(up.shape)} and {tuple(down.shape)}, "
+            "expected (out, rank) and (rank, in); it is damaged or no plain LoRA."
+        )
+    if "alpha" in parts and parts["alpha"].numel() != 1:
+        raise InputError(f"The alpha of '{name}' in '{path}' is not one number; copy the file again.")
+    rank = len(down)
+    scale = parts["alpha"].item() / rank if "alpha" in parts else _peft_scale(path, key, rank, configuration)
+    change = LowRank(up=scale * up, down=down.T).balanced()
+    if not all(torch.isfinite(factor).all() for factor in (change.up, change.down)):
+        raise InputError(f"'{name}' in '{path}' comes out as NaN or infinite numbers, by its alpha; it cannot be used.")
+    return LayerPart(band=None, tensors={"up": change.up.contiguous(), "down": change.down.contiguous()})
+
+
+def _as_matrix(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a convolution of one pixel as the matrix that it is; anything else as it stands."""
+    return tensor[:, :, 0, 0] if tensor.ndim == 4 and tensor.shape[2:] == (1, 1) else tensor
+
+
+def _peft_scale(path: Path, key: str, rank: int, configuration: Mapping[str, Any]) -> float:
+    """Return what PEFT multiplies a module without an alpha of its own by: 1, or what its configuration says."""
+    part, _, layer = key.partition(".")
+    prefix = f"{part}." if f"{part}.lora_alpha" in configuration else ""
+    if f"{prefix}lora_alpha" not in configuration:
+        return 1.0
+    if configuration.get(f"{prefix}use_dora"):
+        raise InputError(f"'{path}' is a DoRA, which is not supported; give a plain LoRA of linear layers.")
+    patterns = configuration.get(f"{prefix}alpha_pattern") or {}
+    try:
+        for pattern, own_alpha in patterns.items():
+            if f".{layer}".endswith(f".{pattern.lstrip('^').removeprefix('text_model.')}"):
+                alpha = float(own_alpha)
+                break
+        else:
+            alpha = float(configuration[f"{prefix}lora_alpha"])
+    except (AttributeError, TypeError, ValueError) as error:
+        raise InputError(f"The configuration of the LoRA '{path}' is damaged ({error}); copy it again.") from error
+    return alpha / (rank**0.5 if configuration.get(f"{prefix}use_rslora") else rank)
+
+
+def _family(layers: Mapping[str, LayerPart], base: Base | None) -> str:
+    """Return the family whose cross-attention or text encoder is as wide as that of `layers`, `base`'s when none is."""
+    if any(key.startswith("text_encoder_2.") for key in layers):
+        return "sdxl"
+    reading_text = [part for key, part in layers.items() if key.endswith((".attn2.to_k", ".attn2.to_v"))]
+    encoding_text = [part for key, part in layers.items() if key.startswith("text_encoder.") and "q_proj" in key]
+    widths = [part.shape[1] for part in (*reading_text, *encoding_text)]
+    return _FAMILY_OF_TEXT_WIDTH.get(widths[0] if widths else 0, base.family if base else "mini")
+
+
+def _check_embedding(path: Path, vectors: Mapping[str, torch.Tensor], family: str) -> None:
+    widths = {part: tensor.shape[1] for part, tensor in vectors.items()}
+    expected = _EMBEDDING_WIDTHS.get(family, widths)
+    if widths != expected:
+        raise InputError(
+            f"The embedding '{path}' is {' and '.join(map(str, widths.values()))} wide, a LoRA of family '{family}' needs "
+            f"{' and '.join(map(str, expected.values()))}; give the one that was trained with it."
+        )
