@@ -20,6 +20,7 @@ _HOME = {
     "TrainingProgress": "training",
     "TrainingResult": "training",
     "TrainingSettings": "training",
+    "band_misfit": "fit",
     "export_kohya": "export",
     "fuse": "fusion",
     "generate": "generation",

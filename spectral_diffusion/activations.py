@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import nn
 
 from spectral_diffusion.adapter import input_group
 from spectral_diffusion.base import Base, linear_layers
+from spectral_diffusion.conditioning import prompts
 
 DRAWINGS = 8
 DRAWING_STEPS = 8
@@ -29,12 +30,13 @@ def measure_activations(base: Base, token: str, layer_keys: tuple[str, ...], see
     layers = linear_layers(base, None)
     watched = {input_group(key): layers[key] for key in reversed(layer_keys)}
     grams = {group: torch.zeros(layer.in_features, layer.in_features) for group, layer in watched.items()}
-    prompts = [PROMPTS[number % len(PROMPTS)].format(token) for number in range(DRAWINGS)]
-    with ExitStack() as stack:
-        for group, layer in watched.items():
-            stack.callback(layer.register_forward_pre_hook(_recorder(grams, group)).remove)
+    captions = [PROMPTS[number % len(PROMPTS)].format(token) for number in range(DRAWINGS)]
+    texts = {group: layer for group, layer in watched.items() if group.startswith("text_encoder")}
+    with _recorded(texts, grams):
+        encoded = prompts(base, captions)
+    with _recorded({group: layer for group, layer in watched.items() if group not in texts}, grams):
         base.pipeline(
-            prompts,
+            **encoded,
             num_inference_steps=DRAWING_STEPS,
             guidance_scale=GUIDANCE,
             height=base.resolution,
@@ -45,21 +47,21 @@ def measure_activations(base: Base, token: str, layer_keys: tuple[str, ...], see
     return {group: _thin_factor(gram) for group, gram in grams.items()}
 
 
+@contextmanager
+def _recorded(watched: dict[str, nn.Linear], grams: dict[str, torch.Tensor]) -> Iterator[None]:
+    """While entered, what the `watched` layers read is added to `grams`."""
+    with ExitStack() as stack:
+        for group, layer in watched.items():
+            stack.callback(layer.register_forward_pre_hook(_recorder(grams, group)).remove)
+        yield
+
+
 def _recorder(grams: dict[str, torch.Tensor], group: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
     def record(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        values = inputs[0]
-        is_pair = len(values) == 2 * DRAWINGS
-        flat = (values[DRAWINGS:] if is_pair else values).flatten(0, -2).float()
-        if group.startswith("text_encoder") and len(values) == DRAWINGS and _is_unconditional(grams, group):
-            return
+        flat = inputs[0][-DRAWINGS:].flatten(0, -2).float()  # of a guidance pair, the second half has the prompts
         grams[group] += (flat.T @ flat).cpu()
 
     return record
-
-
-def _is_unconditional(grams: dict[str, torch.Tensor], group: str) -> bool:
-    """The pipeline encodes the prompts first and the negative prompts second: what comes second is not wanted."""
-    return bool(grams[group].trace() > 0)
 
 
 def _thin_factor(gram: torch.Tensor) -> torch.Tensor:

@@ -37,7 +37,8 @@ class ConceptPart:
         class_word: what it is a kind of.
         band: the singular directions that are its own, in every layer.
         parametrisation: a key of `PARAMETRISATIONS`.
-        embedding: `(n, text width)` vectors that the token stands for.
+        embeddings: the vectors that the token stands for, per text encoder (`text_encoder`, in SDXL also `text_encoder_2`),
+            each `(n, width of that encoder)` with one `n`.
         layers: its part in each adapted layer, by layer key.
         activations: per group of layers with one input, a factor `(in, k)` of the Gram matrix of that input (see
             `joining.aligned_sum`); empty when it was not measured.
@@ -48,10 +49,15 @@ class ConceptPart:
     class_word: str
     band: Band
     parametrisation: str
-    embedding: torch.Tensor
+    embeddings: dict[str, torch.Tensor]
     layers: dict[str, LayerPart]
     activations: dict[str, torch.Tensor] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def token_vectors(self) -> int:
+        """How many vectors the token stands for."""
+        return len(next(iter(self.embeddings.values())))
 
     def delta(self, key: str) -> LowRank:
         """Return this concept's change of layer `key`."""
@@ -60,9 +66,9 @@ class ConceptPart:
         return LowRank(up=up, down=down)
 
     def parameters(self) -> int:
-        """Return how many numbers were trained, token embedding included."""
+        """Return how many numbers were trained, token embeddings included."""
         trained = sum(tensor.numel() for part in self.layers.values() for tensor in part.tensors.values())
-        return trained + self.embedding.numel()
+        return trained + sum(vectors.numel() for vectors in self.embeddings.values())
 
 
 @dataclass(frozen=True, kw_only=True)

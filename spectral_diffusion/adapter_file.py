@@ -1,7 +1,7 @@
 """Adapter files: one safetensors with everything an adapter is, its description as JSON in the metadata.
 
-Tensors are named `NUMBER/embedding`, `NUMBER/layers/LAYER/TENSOR` (`U`, `s`, `V` of the band and the trained ones) and
-`NUMBER/activations/GROUP`, where `NUMBER` counts the concepts.
+Tensors are named `NUMBER/embeddings/TEXT_ENCODER`, `NUMBER/layers/LAYER/TENSOR` (`U`, `s`, `V` of the band and the trained
+ones) and `NUMBER/activations/GROUP`, where `NUMBER` counts the concepts.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from spectral_diffusion.spectrum import Spectrum
 
 FORMAT = "spectral-diffusion-adapter"
 FORMAT_VERSION = 1
-_LAYER = re.compile(r"(unet|text_encoder)(\.[A-Za-z0-9_]+)+|text")
+_LAYER = re.compile(r"(unet|text_encoder|text_encoder_2)(\.[A-Za-z0-9_]+)+|text")
+_TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 
 
 def save_adapter(adapter: Adapter, path: Path) -> None:
@@ -36,7 +37,8 @@ def save_adapter(adapter: Adapter, path: Path) -> None:
     """
     tensors: dict[str, torch.Tensor] = {}
     for number, concept in enumerate(adapter.concepts):
-        tensors[f"{number}/embedding"] = concept.embedding
+        for part, vectors in concept.embeddings.items():
+            tensors[f"{number}/embeddings/{part}"] = vectors
         for group, factor in concept.activations.items():
             tensors[f"{number}/activations/{group}"] = factor
         for key, part in concept.layers.items():
@@ -137,7 +139,7 @@ def _assemble_concept(number: int, record: dict[str, Any], remaining: dict[str, 
     if record["parametrisation"] not in PARAMETRISATIONS:
         raise AdapterError(f"its parametrisation '{record['parametrisation']}' is unknown; update this program.")
     start, rank = (int(value) for value in record["band"])
-    embedding = remaining.pop(f"{number}/embedding")
+    embeddings: dict[str, torch.Tensor] = {}
     grouped: dict[str, dict[str, torch.Tensor]] = {}
     activations: dict[str, torch.Tensor] = {}
     for name in [name for name in remaining if name.startswith(f"{number}/")]:
@@ -146,11 +148,12 @@ def _assemble_concept(number: int, record: dict[str, Any], remaining: dict[str, 
             activations[path[0]] = remaining.pop(name)
         elif kind == "layers" and len(path) == 2 and _LAYER.fullmatch(path[0]):
             grouped.setdefault(path[0], {})[path[1]] = remaining.pop(name)
+        elif kind == "embeddings" and len(path) == 1 and path[0] in _TEXT_ENCODERS:
+            embeddings[path[0]] = remaining.pop(name)
         else:
             raise AdapterError(f"tensor '{name}' has a name that no adapter has.")
     layers = {key: _assemble_layer(key, part, record["parametrisation"], rank) for key, part in grouped.items()}
-    if embedding.ndim != 2 or not len(embedding):
-        raise AdapterError(f"the embedding of '{record['token']}' has shape {tuple(embedding.shape)}, expected (n, width).")
+    _check_embeddings(record["token"], embeddings)
     if not layers:
         raise AdapterError(f"the concept '{record['token']}' changes no layer.")
     for key, layer in layers.items():
@@ -160,11 +163,21 @@ def _assemble_concept(number: int, record: dict[str, Any], remaining: dict[str, 
         class_word=str(record["class_word"]),
         band=Band(start=start, rank=rank),
         parametrisation=record["parametrisation"],
-        embedding=embedding,
+        embeddings={part: embeddings[part] for part in _TEXT_ENCODERS if part in embeddings},
         layers=layers,
         activations=activations,
         settings=dict(record["settings"]),
     )
+
+
+def _check_embeddings(token: str, embeddings: dict[str, torch.Tensor]) -> None:
+    if not embeddings:
+        raise AdapterError(f"the concept '{token}' has no embedding.")
+    for vectors in embeddings.values():
+        if vectors.ndim != 2 or not len(vectors):
+            raise AdapterError(f"the embedding of '{token}' has shape {tuple(vectors.shape)}, expected (n, width).")
+    if len({len(vectors) for vectors in embeddings.values()}) > 1:
+        raise AdapterError(f"the embeddings of '{token}' have differing numbers of vectors.")
 
 
 def _check_measurement(key: str, layer: LayerPart, factor: torch.Tensor | None) -> None:

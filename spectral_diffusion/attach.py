@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from spectral_diffusion.adapter import Adapter
-from spectral_diffusion.base import Base, linear_layers
+from spectral_diffusion.base import Base, linear_layers, tokenizer_name
 from spectral_diffusion.errors import AdapterError, InputError
 
 Factors = Callable[[], tuple[torch.Tensor, torch.Tensor]]
@@ -97,17 +97,32 @@ def _any_of(tokens: Collection[str]) -> re.Pattern[str]:
 
 
 def check_new_token(base: Base, token: str) -> None:
-    """Raise `InputError` when `token` is a word that the base's tokenizer already has."""
-    vocabulary = base.pipeline.tokenizer.get_vocab()
-    if any(form in vocabulary for form in (token, token.lower(), f"{token.lower()}</w>")):
-        raise InputError(f"The token '{token}' is already a word of the base; choose another, such as '<{token}-1>'.")
+    """Raise `InputError` when `token` is a word that a tokenizer of the base already has."""
+    for tokenizer in base.tokenizers.values():
+        vocabulary = tokenizer.get_vocab()
+        if any(form in vocabulary for form in (token, token.lower(), f"{token.lower()}</w>")):
+            raise InputError(f"The token '{token}' is already a word of the base; choose another, such as '<{token}-1>'.")
 
 
 @contextmanager
-def with_tokens(base: Base, embeddings: dict[str, torch.Tensor]) -> Iterator[None]:
-    """While entered, the base knows the tokens of `embeddings`, each with its vectors `(n, width)`."""
-    pipeline = base.pipeline
-    tokenizer, holder = pipeline.tokenizer, _embedding_holder(pipeline.text_encoder)
+def with_tokens(base: Base, embeddings: dict[str, dict[str, torch.Tensor]]) -> Iterator[None]:
+    """While entered, the base knows the tokens of `embeddings`, each with its vectors `(n, width)` per text encoder."""
+    for token, vectors in embeddings.items():
+        if vectors.keys() != base.text_encoders.keys():
+            raise AdapterError(
+                f"The token '{token}' has vectors for {', '.join(vectors)}, the base '{base.source}' has "
+                f"{', '.join(base.text_encoders)}; the adapter belongs to a base of another family."
+            )
+        check_new_token(base, token)
+    with ExitStack() as stack:
+        for part in base.text_encoders:
+            stack.enter_context(_one_encoder_with_tokens(base, part, {token: own[part] for token, own in embeddings.items()}))
+        yield
+
+
+@contextmanager
+def _one_encoder_with_tokens(base: Base, part: str, embeddings: dict[str, torch.Tensor]) -> Iterator[None]:
+    tokenizer, holder = base.tokenizers[part], _embedding_holder(base.text_encoders[part])
     frozen = holder.token_embedding
     extended_tokenizer = copy.deepcopy(tokenizer)
     for token, vectors in embeddings.items():
@@ -116,16 +131,15 @@ def with_tokens(base: Base, embeddings: dict[str, torch.Tensor]) -> Iterator[Non
                 f"The embedding of '{token}' is {vectors.shape[1]} wide, the base's text encoder {frozen.embedding_dim}; "
                 "the adapter belongs to a base of another family."
             )
-        check_new_token(base, token)
         words = [token, *(f"{token}_{number}" for number in range(1, len(vectors)))]
         if extended_tokenizer.add_tokens(words) != len(words):
             raise InputError(f"Two concepts use the token '{token}'; train one of them again with another token.")
-    pipeline.tokenizer = extended_tokenizer
+    setattr(base.pipeline, tokenizer_name(part), extended_tokenizer)
     holder.token_embedding = ExtendedEmbedding(frozen, [vectors.to(frozen.weight) for vectors in embeddings.values()])
     try:
         yield
     finally:
-        pipeline.tokenizer = tokenizer
+        setattr(base.pipeline, tokenizer_name(part), tokenizer)
         holder.token_embedding = frozen
 
 
@@ -143,7 +157,7 @@ def attached(base: Base, adapter: Adapter) -> Iterator[None]:
     layers = linear_layers(base, None)
     check_fits_base(base, adapter)
     factors = {key: _constant(delta.up, delta.down, base) for key, delta in adapter.deltas().items()}
-    with with_tokens(base, {concept.token: concept.embedding for concept in adapter.concepts}), hooked(layers, factors):
+    with with_tokens(base, {concept.token: concept.embeddings for concept in adapter.concepts}), hooked(layers, factors):
         yield
 
 

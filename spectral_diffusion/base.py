@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-import logging
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DDIMScheduler, DiffusionPipeline, SchedulerMixin
 from torch import nn
+from transformers import CLIPTokenizer
 
+from spectral_diffusion.checkpoint import PREDICTION_TYPES, family_of, hub_folder, load_folder, load_single_file
 from spectral_diffusion.errors import BaseError
-
-logger = logging.getLogger(__name__)
 
 EMBEDDED_BASE = Path(__file__).resolve().parents[1] / "assets" / "mini-sd"
 """The small Stable Diffusion that ships with the project."""
@@ -22,7 +22,7 @@ EMBEDDED_BASE = Path(__file__).resolve().parents[1] / "assets" / "mini-sd"
 ATTENTION_LAYERS = ("to_q", "to_k", "to_v", "to_out.0", "q_proj", "k_proj", "v_proj", "out_proj")
 """Endings of the linear layers adapted by default: every attention projection (the paper's choice)."""
 
-_FAMILY_OF_TEXT_WIDTH = {768: "sd1", 1024: "sd2"}
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,13 +31,13 @@ class Base:
 
     Attributes:
         pipeline: the diffusers pipeline; its weights are frozen and stay as they are.
-        family: `sd1`, `sd2`, or `mini` for the embedded base; adapters fit within a family only.
+        family: `sd1`, `sd2`, `sdxl`, or `mini` for the embedded base; adapters fit within a family only.
         fingerprint: 16 hexadecimal digits of the content of all attention projections, whatever the path.
         source: what was asked for, for messages.
         embedded: whether this is the base that ships with the project.
     """
 
-    pipeline: StableDiffusionPipeline
+    pipeline: DiffusionPipeline
     family: str
     fingerprint: str
     source: str
@@ -49,72 +49,107 @@ class Base:
         return self.pipeline.unet.device
 
     @property
+    def text_encoders(self) -> dict[str, nn.Module]:
+        """The text encoders by part name: `text_encoder`, and `text_encoder_2` in SDXL."""
+        return _text_encoders(self.pipeline)
+
+    @property
+    def tokenizers(self) -> dict[str, CLIPTokenizer]:
+        """Each text encoder's tokenizer, by the text encoder's part name."""
+        return {part: getattr(self.pipeline, tokenizer_name(part)) for part in self.text_encoders}
+
+    @property
     def resolution(self) -> int:
         """Side in pixels of the pictures that the base was made for."""
         return self.pipeline.unet.config.sample_size * self.pipeline.vae_scale_factor
 
 
-def load_base(source: str | Path | None = None, *, device: str | None = None) -> Base:
+def load_base(
+    source: str | Path | None = None,
+    *,
+    device: str | None = None,
+    prediction_type: str | None = None,
+    configuration: Path | None = None,
+) -> Base:
     """Load a base.
 
     Args:
-        source: a diffusers folder or a hub id; the embedded base when missing.
+        source: a diffusers folder, one checkpoint file or a hub id; the embedded base when missing.
         device: a torch device name; a GPU when there is one, else the CPU.
+        prediction_type: what the base was trained to predict, `epsilon` or `v_prediction`; what it says itself when missing.
+        configuration: a folder of pipeline configurations for a checkpoint file; the shipped one of its family when missing.
 
     Raises:
         BaseError: there is no such base, it is damaged, or its kind is not supported.
     """
     place = str(source) if source is not None else str(EMBEDDED_BASE)
-    pipeline = _load_pipeline(place, embedded=source is None)
-    text_width = pipeline.text_encoder.config.hidden_size
     embedded = source is None or Path(place).resolve() == EMBEDDED_BASE
+    if embedded and not (EMBEDDED_BASE / "model_index.json").exists():
+        raise BaseError(f"The embedded base is missing at '{EMBEDDED_BASE}'; restore it from the repository.")
+    if prediction_type not in (None, *PREDICTION_TYPES):
+        raise BaseError(f"There is no prediction type '{prediction_type}'; choose one of {', '.join(PREDICTION_TYPES)}.")
+    pipeline = _load_pipeline(place, prediction_type, configuration)
+    pipeline.scheduler = _training_scheduler(pipeline.scheduler, prediction_type)
     pipeline.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     pipeline.set_progress_bar_config(disable=True)
-    for model in (pipeline.unet, pipeline.text_encoder, pipeline.vae):
+    for model in (pipeline.unet, pipeline.vae, *_text_encoders(pipeline).values()):
         model.eval().requires_grad_(False)
+    _pool_at_the_end(pipeline)
     return Base(
         pipeline=pipeline,
-        family=_FAMILY_OF_TEXT_WIDTH.get(text_width, "mini"),
+        family=family_of(pipeline),
         fingerprint=_fingerprint(pipeline),
         source=place,
         embedded=embedded,
     )
 
 
-def _load_pipeline(place: str, *, embedded: bool) -> StableDiffusionPipeline:
-    if embedded and not (EMBEDDED_BASE / "model_index.json").exists():
-        raise BaseError(f"The embedded base is missing at '{EMBEDDED_BASE}'; restore it from the repository.")
+def _load_pipeline(place: str, prediction_type: str | None, configuration: Path | None) -> DiffusionPipeline:
     path = Path(place)
     if path.is_file():
+        return load_single_file(path, prediction_type=prediction_type, configuration=configuration)
+    if path.is_dir():
+        return load_folder(path)
+    if not _HUB_ID.fullmatch(place) or path.suffix in (".safetensors", ".ckpt"):
         raise BaseError(
-            f"'{place}' is a single file; give a diffusers folder (one with a 'model_index.json') or a hub id as --base."
+            f"There is no file or folder '{place}'; give a diffusers folder, a checkpoint file or a hub id as --base."
         )
-    if path.is_dir() and not (path / "model_index.json").exists():
-        raise BaseError(f"'{place}' is not a diffusers folder: it has no 'model_index.json'; give one that has as --base.")
-    try:
-        pipeline = StableDiffusionPipeline.from_pretrained(
-            place,
-            torch_dtype=torch.float32,
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
-            low_cpu_mem_usage=True,
-        )
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        remedy = (
-            "the folder is damaged or incomplete; fetch it again"
-            if path.is_dir()
-            else "download it on a machine with a network ('hf download ID --local-dir FOLDER') and give that folder as --base"
-        )
-        raise BaseError(f"The base '{place}' could not be loaded ({reason}); {remedy}.") from error
-    if pipeline.unet.config.in_channels != pipeline.vae.config.latent_channels:
-        raise BaseError(f"'{place}' is an inpainting or editing checkpoint; give a plain text-to-image base.")
-    return pipeline
+    return load_folder(hub_folder(place))
+
+
+def _training_scheduler(scheduler: SchedulerMixin, prediction_type: str | None) -> SchedulerMixin:
+    """Return a scheduler that adds noise as the base was trained with it; those of other kinds scale it in ways of their own."""
+    changes = {} if prediction_type is None else {"prediction_type": prediction_type}
+    if isinstance(scheduler, DDIMScheduler) and not changes:
+        return scheduler
+    if not isinstance(scheduler, DDIMScheduler):
+        changes["clip_sample"] = False
+    return DDIMScheduler.from_config(scheduler.config, **changes)
+
+
+def _pool_at_the_end(pipeline: DiffusionPipeline) -> None:
+    """Let text encoders take their pooled output at the end of the text.
+
+    Released configurations make them look for the highest number instead, which new tokens exceed.
+    """
+    for part, model in _text_encoders(pipeline).items():
+        for module in model.modules():
+            if hasattr(module, "eos_token_id"):
+                module.eos_token_id = getattr(pipeline, tokenizer_name(part)).eos_token_id
+
+
+def _text_encoders(pipeline: DiffusionPipeline) -> dict[str, nn.Module]:
+    models = {part: getattr(pipeline, part, None) for part in ("text_encoder", "text_encoder_2")}
+    return {part: model for part, model in models.items() if model is not None}
+
+
+def tokenizer_name(part: str) -> str:
+    """Return what a pipeline calls the tokenizer of the text encoder `part`."""
+    return part.replace("text_encoder", "tokenizer")
 
 
 def layer_key(part: str, module_path: str) -> str:
-    """Return the stable name of a layer: `unet.PATH` or `text_encoder.PATH` without transformers 4's `text_model.`."""
+    """Return the stable name of a layer: `unet.PATH` or, without the `text_model.` of some versions, `text_encoder.PATH`."""
     return f"{part}.{module_path.removeprefix('text_model.')}"
 
 
@@ -123,15 +158,15 @@ def linear_layers(base: Base, endings: tuple[str, ...] | None = ATTENTION_LAYERS
     return dict(_linear_layers(base.pipeline, endings))
 
 
-def _linear_layers(pipeline: StableDiffusionPipeline, endings: tuple[str, ...] | None) -> Iterator[tuple[str, nn.Linear]]:
-    for part, model in (("text_encoder", pipeline.text_encoder), ("unet", pipeline.unet)):
+def _linear_layers(pipeline: DiffusionPipeline, endings: tuple[str, ...] | None) -> Iterator[tuple[str, nn.Linear]]:
+    for part, model in (*_text_encoders(pipeline).items(), ("unet", pipeline.unet)):
         for path, module in model.named_modules():
             chosen = endings is None or any(f".{path}".endswith(f".{ending}") for ending in endings)
             if chosen and isinstance(module, nn.Linear):
                 yield layer_key(part, path), module
 
 
-def _fingerprint(pipeline: StableDiffusionPipeline) -> str:
+def _fingerprint(pipeline: DiffusionPipeline) -> str:
     digest = hashlib.sha256()
     for key, layer in _linear_layers(pipeline, ATTENTION_LAYERS):
         digest.update(f"{key} {tuple(layer.weight.shape)}\n".encode())

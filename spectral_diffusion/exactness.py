@@ -54,7 +54,7 @@ def export_error(base: Base, adapter: Adapter, lora: Path) -> float:
 
 def _loaded_deltas(base: Base) -> dict[str, torch.Tensor]:
     deltas = {}
-    for part, model in (("unet", base.pipeline.unet), ("text_encoder", base.pipeline.text_encoder)):
+    for part, model in (("unet", base.pipeline.unet), *base.text_encoders.items()):
         for path, module in model.named_modules():
             if hasattr(module, "lora_A") and isinstance(module, nn.Module):
                 name = next(iter(module.lora_A))

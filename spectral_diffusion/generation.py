@@ -15,6 +15,7 @@ from PIL import Image
 from spectral_diffusion.adapter import Adapter
 from spectral_diffusion.attach import attached, expand_prompt, tokens_in
 from spectral_diffusion.base import Base
+from spectral_diffusion.conditioning import prompts
 from spectral_diffusion.errors import InputError
 
 SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -102,7 +103,7 @@ def generate(
     """
     if adapter is not None and not whole:
         adapter = named_only(adapter, drawing.prompt)
-    words = {concept.token: len(concept.embedding) for concept in adapter.concepts} if adapter else {}
+    words = {concept.token: concept.token_vectors for concept in adapter.concepts} if adapter else {}
     class_words = adapter.class_words if adapter else {}
     pictures = []
     context = attached(base, adapter) if adapter is not None and adapter.concepts else nullcontext()
@@ -119,8 +120,7 @@ def generate(
 def _draw(base: Base, drawing: Drawing, words: dict[str, int], seeds: Sequence[int]) -> list[Image.Image]:
     width, height = drawing.size or (base.resolution, base.resolution)
     return base.pipeline(
-        [expand_prompt(drawing.prompt, words)] * len(seeds),
-        negative_prompt=[expand_prompt(drawing.negative_prompt, words)] * len(seeds),
+        **prompts(base, *([expand_prompt(text, words)] * len(seeds) for text in (drawing.prompt, drawing.negative_prompt))),
         num_inference_steps=drawing.steps,
         guidance_scale=drawing.guidance,
         width=width,

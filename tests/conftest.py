@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from narrow_bases import FAMILIES, NarrowBase, save_narrow_base
 from PIL import Image, ImageDraw
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -80,6 +81,12 @@ def tiny_base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_base(tiny_base_folder: Path) -> Base:
     """The tiny random Stable Diffusion, freshly loaded."""
     return load_base(tiny_base_folder, device="cpu")
+
+
+@pytest.fixture(scope="session")
+def narrow_bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, NarrowBase]:
+    """Random bases with the structure of SD1.5, SD2.1 and SDXL, saved as a folder and as one file; leave them as they are."""
+    return {family: save_narrow_base(family, tmp_path_factory.mktemp(f"narrow-{family}")) for family in FAMILIES}
 
 
 @pytest.fixture(scope="session")

@@ -128,7 +128,10 @@ def drop_activations(tensors: Tensors, description: Description) -> None:
     ("change", "message"),
     [
         (put(f"{LAYER}/A", torch.full((64, 2), torch.nan)), "to_q/A' holds NaN or infinite numbers"),
-        (put("0/embedding", torch.full((2, 48), torch.inf)), "0/embedding' holds NaN or infinite numbers"),
+        (
+            put("0/embeddings/text_encoder", torch.full((2, 48), torch.inf)),
+            "0/embeddings/text_encoder' holds NaN or infinite numbers",
+        ),
         (put(f"{LAYER}/c", torch.full((2,), 1e300, dtype=torch.float64)), "holds NaN or infinite numbers"),
         (put(f"{LAYER}/A", torch.zeros(64, 2, dtype=torch.int32)), "holds torch.int32 instead of"),
         (put(f"{LAYER}/A", torch.zeros(64, 3)), r"'A' of layer .*shape \(64, 3\), expected \(64, 2\)"),
@@ -138,15 +141,17 @@ def drop_activations(tensors: Tensors, description: Description) -> None:
         (put(f"{LAYER}/s", torch.zeros(())), "does not have 2 directions"),
         (put(f"{LAYER}/V", None), r"layer 'unet\..*to_q' holds .*expected \['A', 'B', 'U', 'V', 'c', 's'\]"),
         (put(f"{LAYER}/Q_U", torch.zeros(2, 2)), r"to_q' holds .*'Q_U'"),
-        (put("0/embedding", None), "its description is damaged.*0/embedding"),
-        (put("0/embedding", torch.zeros(48)), r"embedding of .* has shape \(48,\), expected \(n, width\)"),
-        (put("0/embedding", torch.zeros(0, 48)), r"embedding of .* has shape \(0, 48\)"),
+        (put("0/embeddings/text_encoder", None), "concept .* has no embedding"),
+        (put("0/embeddings/text_encoder_2", torch.zeros(3, 8)), "embeddings of .* have differing numbers of vectors"),
+        (put("0/embeddings/unet", torch.zeros(2, 8)), "'0/embeddings/unet' has a name that no adapter has"),
+        (put("0/embeddings/text_encoder", torch.zeros(48)), r"embedding of .* has shape \(48,\), expected \(n, width\)"),
+        (put("0/embeddings/text_encoder", torch.zeros(0, 48)), r"embedding of .* has shape \(0, 48\)"),
         (put("0/activations/text", torch.zeros(5, 4)), r"activations of layer .*shape \(5, 4\), expected \(48, k\)"),
         (put("0/layers/../../etc/passwd/A", torch.zeros(1)), "'0/layers/../../etc/passwd/A' has a name that no"),
         (put("0/layers/unet./etc/A", torch.zeros(1)), "has a name that no adapter has"),
         (put("0/activations/..", torch.zeros(1)), "has a name that no adapter has"),
         (put("0/pickle", torch.zeros(1)), "has a name that no adapter has"),
-        (put("2/embedding", torch.zeros(1, 48)), "tensors that do not belong there: 2/embedding"),
+        (put("2/embeddings/text_encoder", torch.zeros(1, 48)), "tensors that do not belong there: 2/embeddings/text_encoder"),
         (put("/etc/passwd", torch.zeros(1)), "tensors that do not belong there: /etc/passwd"),
         (drop_layers, "changes no layer"),
         (drop_activations, "'<V2>' carries no measured activations"),
@@ -179,10 +184,10 @@ def test_a_hostile_file_is_refused_with_its_name_and_the_reason(
 def test_a_description_that_is_none_is_refused(description: str, tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     metadata = {"format": "spectral-diffusion-adapter", "adapter": description}
-    save_file({"0/embedding": torch.zeros(1, 4)}, path, metadata)
+    save_file({"0/embeddings/text_encoder": torch.zeros(1, 4)}, path, metadata)
     with pytest.raises(AdapterError, match="its description is damaged"):
         load_adapter(path)
-    save_file({"0/embedding": torch.zeros(1, 4)}, path, {"format": "spectral-diffusion-adapter"})
+    save_file({"0/embeddings/text_encoder": torch.zeros(1, 4)}, path, {"format": "spectral-diffusion-adapter"})
     with pytest.raises(AdapterError, match="its description is damaged"):
         load_adapter(path)
 

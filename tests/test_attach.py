@@ -23,7 +23,7 @@ def base(tiny_base_folder: Path) -> Base:
 
 def without_tokens(adapter: Adapter, size: int) -> Adapter:
     """Return `adapter` with its vectors replaced by zeros."""
-    concepts = tuple(replace(concept, embedding=torch.zeros(1, size)) for concept in adapter.concepts)
+    concepts = tuple(replace(concept, embeddings={"text_encoder": torch.zeros(1, size)}) for concept in adapter.concepts)
     return replace(adapter, concepts=concepts)
 
 
@@ -93,13 +93,14 @@ def test_a_token_stands_for_its_vectors(base: Base) -> None:
     dog = base.pipeline.tokenizer("dog", add_special_tokens=False).input_ids
     vectors = base.pipeline.text_encoder.get_input_embeddings().weight[dog]
     before = outputs(base, "a dog near a lake")
-    with with_tokens(base, {"<V1>": vectors}):
+    with with_tokens(base, {"<V1>": {"text_encoder": vectors}}):
         for prompt in ("a <V1> near a lake", "a <v1> near a lake"):
             assert same(outputs(base, prompt), before)
 
 
 def test_a_token_of_several_vectors_is_written_as_that_many_words(base: Base) -> None:
-    with with_tokens(base, {"<V1>": torch.randn(3, 48), "<V1>x": torch.randn(1, 48)}):
+    vectors = {"<V1>": {"text_encoder": torch.randn(3, 48)}, "<V1>x": {"text_encoder": torch.randn(1, 48)}}
+    with with_tokens(base, vectors):
         tokenizer = base.pipeline.tokenizer
         first = tokenizer.convert_tokens_to_ids("<V1>")
         ids = tokenizer(expand_prompt("<v1> <V1>x", {"<V1>": 3, "<V1>x": 1}), add_special_tokens=False).input_ids

@@ -164,9 +164,9 @@ def test_diffusers_loads_the_tokens(tiny_base: Base, pair: Adapter, export: Expo
     pipeline = tiny_base.pipeline
     for concept in pair.concepts:
         pipeline.load_textual_inversion(export.embeddings[concept.token], token=concept.token)
-        words = [concept.token, *(f"{concept.token}_{number}" for number in range(1, len(concept.embedding)))]
+        words = [concept.token, *(f"{concept.token}_{number}" for number in range(1, concept.token_vectors))]
         rows = pipeline.text_encoder.get_input_embeddings().weight[pipeline.tokenizer.convert_tokens_to_ids(words)]
-        torch.testing.assert_close(rows, concept.embedding, rtol=HALF_PRECISION, atol=1e-4)
+        torch.testing.assert_close(rows, concept.embeddings["text_encoder"], rtol=HALF_PRECISION, atol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,10 @@ def random_adapter(
         class_word="dog",
         band=Band(start=start, rank=rank),
         parametrisation=form,
-        embedding=torch.randn(vectors, base.pipeline.text_encoder.config.hidden_size, generator=generator),
+        embeddings={
+            part: torch.randn(vectors, model.config.hidden_size, generator=generator)
+            for part, model in base.text_encoders.items()
+        },
         layers=parts,
         activations={group: torch.randn(width, 4, generator=generator) for group, width in widths.items()} if measured else {},
         settings={"steps": 3},

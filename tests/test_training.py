@@ -31,7 +31,7 @@ from spectral_diffusion.spectrum import base_spectrum
 from spectral_diffusion.training import PRESETS, TrainingProgress, TrainingSettings, preset, train
 from spectral_diffusion.training.checkpoint import load_checkpoint, save_checkpoint
 from spectral_diffusion.training.examples import EncodedExamples, encode_examples
-from spectral_diffusion.training.trainable import class_word_vector
+from spectral_diffusion.training.trainable import class_word_vectors
 
 BAND = Band(start=2, rank=2)
 SHORT = TrainingSettings(steps=5, batch=1, rank=2, unet_rate=1e-2, text_encoder_rate=1e-2, isolation=4, checkpoint_every=2)
@@ -84,7 +84,7 @@ def first_step(base: Base, concept: Concept, settings: TrainingSettings = SHORT)
 def trained_tensors(adapter: Adapter) -> dict[str, torch.Tensor]:
     (concept,) = adapter.concepts
     named = {f"{key}/{name}": t for key, part in concept.layers.items() for name, t in part.tensors.items()}
-    return named | {"token": concept.embedding} | concept.activations
+    return named | concept.embeddings | concept.activations
 
 
 def assert_bit_equal(one: Adapter, other: Adapter) -> None:
@@ -106,7 +106,7 @@ def test_only_the_adapter_and_the_token_move(which: str, form: str, concept: Con
         assert all(parameter.grad is None for parameter in model.parameters())
     assert torch.equal(torch.get_rng_state(), random_state)
     assert all(torch.count_nonzero(tensor) for tensor in trained_tensors(adapter).values())
-    assert not torch.equal(adapter.concepts[0].embedding, class_word_vector(base, "dog"))
+    assert not torch.equal(adapter.concepts[0].embeddings["text_encoder"], class_word_vectors(base, "dog")["text_encoder"])
     spectra = base_spectrum(base, linear_layers(base))
     assert spectra.keys() == adapter.concepts[0].layers.keys()
     for key, part in adapter.concepts[0].layers.items():
@@ -127,7 +127,7 @@ def test_a_trained_concept_leaves_the_other_leading_bands_alone(base: Base, undi
 def test_the_rates_of_the_parts_are_their_own(base: Base, concept: Concept) -> None:
     frozen = replace(SHORT, steps=1, text_encoder_rate=0.0, token_rate=0.0)
     (part,) = train(base, concept, BAND, frozen).adapter.concepts
-    assert torch.equal(part.embedding, class_word_vector(base, "dog"))
+    assert torch.equal(part.embeddings["text_encoder"], class_word_vectors(base, "dog")["text_encoder"])
     for key, layer in part.layers.items():
         moved = any(torch.count_nonzero(tensor) for tensor in layer.tensors.values())
         assert moved == key.startswith("unet.")
@@ -146,8 +146,8 @@ def test_the_chosen_layers_are_adapted_whichever_they_are(base: Base, concept: C
 
 def test_several_vectors_stand_for_one_token(base: Base, concept: Concept) -> None:
     adapter = train(base, concept, BAND, replace(SHORT, steps=1, token_vectors=3)).adapter
-    start = class_word_vector(base, "dog").expand(3, -1)
-    moved = (adapter.concepts[0].embedding - start).abs().sum(1)
+    start = class_word_vectors(base, "dog")["text_encoder"].expand(3, -1)
+    moved = (adapter.concepts[0].embeddings["text_encoder"] - start).abs().sum(1)
     assert moved.shape == (3,) and (moved > 0).all()
 
 
@@ -294,7 +294,7 @@ def test_a_loss_that_is_no_number_keeps_the_last_good_state(base: Base, concept:
         train(base, concept, BAND, exploding, checkpoint=state)
     (record,) = [torch.load(state, weights_only=True)["state"]]
     assert record["step"] == 0
-    assert not any(torch.count_nonzero(t) for name, t in record["trainable"].items() if name != "token")
+    assert not any(torch.count_nonzero(t) for name, t in record["trainable"].items() if name != "token/text_encoder")
     assert base.pipeline.tokenizer is tokenizer
     with pytest.raises(TrainingError, match=r"not a number\. Lower the learning rates"):
         train(base, concept, BAND, exploding)
@@ -316,7 +316,9 @@ def test_a_class_word_of_several_pieces_starts_at_their_mean(base: Base) -> None
     table = base.pipeline.text_encoder.get_input_embeddings().weight
     ids = base.pipeline.tokenizer("xylophone zebra", add_special_tokens=False).input_ids
     assert len(ids) > 2
-    torch.testing.assert_close(class_word_vector(base, "xylophone zebra")[0], table[ids].mean(0), rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        class_word_vectors(base, "xylophone zebra")["text_encoder"][0], table[ids].mean(0), rtol=0, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize(

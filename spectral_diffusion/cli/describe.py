@@ -28,7 +28,7 @@ def adapter_data(adapter: Adapter, path: Path) -> dict[str, Any]:
                 "strength": strength,
                 "parameters": concept.parameters(),
                 "layers": len(concept.layers),
-                "token_vectors": len(concept.embedding),
+                "token_vectors": concept.token_vectors,
                 "settings": concept.settings,
             }
             for concept, strength in zip(adapter.concepts, adapter.weights, strict=True)

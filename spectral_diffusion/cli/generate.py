@@ -75,7 +75,6 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
     """Draw the pictures and save each as soon as it is ready."""
     quiet_libraries()
     from spectral_diffusion.adapter_file import load_adapter
-    from spectral_diffusion.attach import check_fits_base
     from spectral_diffusion.generation import generate
 
     drawing = _drawing(arguments)
@@ -83,7 +82,7 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
     check_writable(arguments.out)
     base = load_chosen_base(arguments)
     if adapter is not None:
-        check_fits_base(base, adapter)
+        _check_fit(base, adapter)
         _warn_if_unnamed(adapter, drawing)
     _show_steps(base)
     album = _Album(folder=arguments.out, base_name=Path(base.source).name, last=_last_number(arguments.out))
@@ -107,6 +106,17 @@ def _drawing(arguments: argparse.Namespace) -> Drawing:
     given = {field.name: getattr(arguments, field.name) for field in fields(Drawing)}
     given = {"seed": random_seed()} | {name: value for name, value in given.items() if value is not None}
     return Drawing(**given)
+
+
+def _check_fit(base: Base, adapter: Adapter) -> None:
+    """Refuse an adapter of another family; tell how well one of another base fits."""
+    from spectral_diffusion.attach import check_fits_base
+    from spectral_diffusion.fit import band_misfit, misfit_in_words
+
+    check_fits_base(base, adapter)
+    if adapter.fingerprint != base.fingerprint:
+        misfit = misfit_in_words(band_misfit(base, adapter))
+        logger.warning("The adapter was trained on another base of the family; its bands are off by %s.", misfit)
 
 
 def _warn_if_unnamed(adapter: Adapter, drawing: Drawing) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace, console: Console) -> int:
-    """Show the adapter, and whether it fits the base when one is given."""
+    """Show the adapter, and how well it fits the base when one is given."""
     quiet_libraries()
     from spectral_diffusion.adapter_file import load_adapter
 
@@ -35,7 +36,7 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
     lines = list(adapter_lines(data))
     if arguments.base is not None:
         data["base"] = _compare(adapter, load_chosen_base(arguments))
-        lines.append(_verdict(data["base"]))
+        lines += _verdict(data["base"])
     for line in lines:
         console.say(line)
     console.give(data)
@@ -43,19 +44,23 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
 
 
 def _compare(adapter: Adapter, base: Base) -> dict[str, Any]:
-    from spectral_diffusion.attach import check_fits_base
+    from spectral_diffusion.fit import band_misfit
 
-    reason = None
+    reason, misfit = None, None
     try:
-        check_fits_base(base, adapter)
+        misfit = band_misfit(base, adapter)
     except AdapterError as error:
         reason = str(error)
     same = adapter.fingerprint == base.fingerprint
-    return {"source": base.source, "fits": reason is None, "reason": reason, "trained_on_it": same}
+    return {"source": base.source, "fits": reason is None, "reason": reason, "trained_on_it": same, "misfit": misfit}
 
 
-def _verdict(base: dict[str, Any]) -> str:
+def _verdict(base: dict[str, Any]) -> Iterator[str]:
+    from spectral_diffusion.fit import misfit_in_words
+
     if not base["fits"]:
-        return f"  does not fit  {base['reason']}"
+        yield f"  does not fit  {base['reason']}"
+        return
     origin = "it was trained on it" if base["trained_on_it"] else "though it was trained on another base of the family"
-    return f"  fits        {base['source']}; {origin}"
+    yield f"  fits        {base['source']}; {origin}"
+    yield f"  bands off   {misfit_in_words(base['misfit'])}"

@@ -25,9 +25,17 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_base_options(parser: argparse.ArgumentParser) -> None:
-    """Add `--base` and `--device`."""
+    """Add `--base`, `--prediction-type` and `--device`."""
     parser.add_argument(
-        "--base", metavar="BASE", help="a diffusers folder or a hub id (default: the embedded base, a small toy world)"
+        "--base",
+        metavar="BASE",
+        help="Stable Diffusion 1, 2 or XL: one checkpoint file (.safetensors, .ckpt), a diffusers folder or a hub id "
+        "(default: the embedded base, a small toy world)",
+    )
+    parser.add_argument(
+        "--prediction-type",
+        choices=("epsilon", "v_prediction"),
+        help="what the base was trained to predict (default: what its files say)",
     )
     add_device_option(parser)
 
@@ -49,7 +57,7 @@ def add_out_options(parser: argparse.ArgumentParser, what: str) -> None:
 
 
 def load_chosen_base(arguments: argparse.Namespace) -> Base:
-    """Return the base that `--base` and `--device` ask for.
+    """Return the base that `--base`, `--prediction-type` and `--device` ask for.
 
     Raises:
         BaseError: it cannot be loaded.
@@ -58,7 +66,7 @@ def load_chosen_base(arguments: argparse.Namespace) -> Base:
     from spectral_diffusion.base import load_base
 
     check_device(arguments.device)
-    return load_base(arguments.base, device=arguments.device)
+    return load_base(arguments.base, device=arguments.device, prediction_type=arguments.prediction_type)
 
 
 def check_device(name: str | None) -> None:

@@ -73,7 +73,7 @@ def export_kohya(adapter: Adapter, path: Path, *, dtype: torch.dtype = torch.flo
         if not torch.isfinite(tensor).all():
             raise AdapterError(f"'{name}' holds numbers too large for {dtype}; lower the strengths.")
     for concept in adapter.concepts:
-        embedding = {"emb_params": concept.embedding.to(dtype).contiguous()}
+        embedding = {"emb_params": concept.embeddings["text_encoder"].to(dtype).contiguous()}
         file = embeddings[concept.token]
         write_atomically(file, lambda temporary, embedding=embedding: save_file(embedding, temporary))
     words = {token: file.stem for token, file in embeddings.items()}

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from spectral_diffusion.base import Base
+from spectral_diffusion.conditioning import encode, tokenize
 
 STRANGER = "<stranger-{}>"
 STRANGERS = 4
@@ -30,7 +31,7 @@ _PLACES = (
 
 @dataclass(frozen=True, kw_only=True)
 class InertPool:
-    """Samples to stay inert on: `noisy (n, channels, h, w)`, `times (n)`, token `ids (n, length)`, base `predictions`."""
+    """Samples to stay inert on: `noisy (n, channels, h, w)`, `times (n)`, token `ids`, base `predictions`."""
 
     noisy: torch.Tensor
     times: torch.Tensor
@@ -38,13 +39,15 @@ class InertPool:
     predictions: torch.Tensor
 
 
-def stranger_vectors(base: Base, class_vector: torch.Tensor, seed: int) -> dict[str, torch.Tensor]:
-    """Return the strangers' tokens with a `(1, width)` vector each: the class word's, moved as far as words lie apart."""
+def stranger_vectors(base: Base, class_vectors: dict[str, torch.Tensor], seed: int) -> dict[str, dict[str, torch.Tensor]]:
+    """Return, per stranger and text encoder, a `(1, width)` vector: the class word's, moved as far as words lie apart."""
     generator = torch.Generator().manual_seed(seed)
-    spread = base.pipeline.text_encoder.get_input_embeddings().weight.std().item()
+    spreads = {part: model.get_input_embeddings().weight.std().item() for part, model in base.text_encoders.items()}
     return {
-        STRANGER.format(number): class_vector.mean(0, keepdim=True)
-        + spread * torch.randn(1, class_vector.shape[1], generator=generator).to(class_vector)
+        STRANGER.format(number): {
+            part: vector.mean(0, keepdim=True) + spreads[part] * torch.randn(1, vector.shape[1], generator=generator).to(vector)
+            for part, vector in class_vectors.items()
+        }
         for number in range(STRANGERS)
     }
 
@@ -93,19 +96,5 @@ def build_inert_pool(base: Base, class_word: str, count: int, seed: int) -> Iner
     parts = []
     for start in range(0, count, 32):
         part = slice(start, start + 32)
-        states = pipeline.text_encoder(ids[part]).last_hidden_state
-        parts.append(pipeline.unet(noisy[part], times[part], states).sample)
+        parts.append(pipeline.unet(noisy[part], times[part], **encode(base, ids[part])).sample)
     return InertPool(noisy=noisy, times=times, ids=ids, predictions=torch.cat(parts))
-
-
-def tokenize(base: Base, captions: list[str] | tuple[str, ...]) -> torch.Tensor:
-    """Return token ids `(n, context length)` of `captions`, padded and cut as the pipeline does."""
-    tokenizer = base.pipeline.tokenizer
-    encoded = tokenizer(
-        list(captions),
-        padding="max_length",
-        truncation=True,
-        max_length=tokenizer.model_max_length,
-        return_tensors="pt",
-    )
-    return encoded.input_ids.to(base.device)

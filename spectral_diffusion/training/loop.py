@@ -22,12 +22,13 @@ from spectral_diffusion.attach import check_new_token, expand_prompt, hooked, wi
 from spectral_diffusion.bands import Band
 from spectral_diffusion.base import Base, linear_layers
 from spectral_diffusion.concept import Concept
+from spectral_diffusion.conditioning import encode, prompts, tokenize
 from spectral_diffusion.errors import TrainingError
 from spectral_diffusion.training.checkpoint import load_checkpoint, save_checkpoint
 from spectral_diffusion.training.examples import EncodedExamples, encode_examples
-from spectral_diffusion.training.inertness import InertPool, build_inert_pool, stranger_vectors, tokenize
+from spectral_diffusion.training.inertness import InertPool, build_inert_pool, stranger_vectors
 from spectral_diffusion.training.settings import TrainingSettings
-from spectral_diffusion.training.trainable import Trainable, build_trainable, class_word_vector
+from spectral_diffusion.training.trainable import Trainable, build_trainable, class_word_vectors
 
 logger = logging.getLogger(__name__)
 
@@ -80,11 +81,11 @@ def train(
         TrainingError: the loss is not a number; the last good state is in `checkpoint`.
     """
     check_new_token(base, concept.token)
-    class_vector = class_word_vector(base, concept.class_word)
-    trainable = build_trainable(base, band, class_vector, settings)
+    class_vectors = class_word_vectors(base, concept.class_word)
+    trainable = build_trainable(base, band, class_vectors, settings)
     examples = encode_examples(base, concept, settings.seed)
-    strangers = stranger_vectors(base, class_vector, settings.seed)
-    with with_tokens(base, {concept.token: trainable.token} | strangers):
+    strangers = stranger_vectors(base, class_vectors, settings.seed)
+    with with_tokens(base, {concept.token: trainable.embeddings} | strangers):
         pool = build_inert_pool(base, concept.class_word, INERT_SAMPLES, settings.seed)
         run = _Run(base, concept, trainable, settings, examples, pool, checkpoint)
         with hooked(linear_layers(base, settings.layers), trainable.factors()):
@@ -97,7 +98,7 @@ def train(
         class_word=concept.class_word,
         band=band,
         parametrisation=settings.parametrisation,
-        embedding=trainable.token.detach().cpu().clone(),
+        embeddings={part: vectors.detach().cpu().clone() for part, vectors in trainable.embeddings.items()},
         layers=trainable.layer_parts(),
         activations=activations,
         settings=asdict(settings) | {"steps_done": run.step},
@@ -132,7 +133,7 @@ class _Run:
             [
                 {"params": trainable.parameters("unet"), "rate": settings.unet_rate},
                 {"params": trainable.parameters("text_encoder"), "rate": settings.text_encoder_rate},
-                {"params": [trainable.token], "rate": settings.token_rate, "weight_decay": 0.0},
+                {"params": list(trainable.embeddings.values()), "rate": settings.token_rate, "weight_decay": 0.0},
             ],
             betas=(0.9, 0.999),
             weight_decay=settings.weight_decay,
@@ -149,7 +150,7 @@ class _Run:
         outcome = asdict(self.settings) | {"checkpoint_every": None, "sample_every": None}
         first_layer = next(iter(self.trainable.layers.values()))
         digest.update(json.dumps([outcome, concept.token, concept.class_word, self.base.fingerprint]).encode())
-        digest.update(json.dumps(self.examples.captions).encode())
+        digest.update(json.dumps([self.examples.captions, list(self.trainable.embeddings)]).encode())
         digest.update(self.examples.latents.cpu().numpy().tobytes())
         digest.update(self.examples.masks.cpu().numpy().tobytes())
         digest.update(first_layer.band.U.cpu().numpy().tobytes())
@@ -233,8 +234,7 @@ class _Run:
         if self.settings.inertness:
             noisy, ids = torch.cat([noisy, pool.noisy[inert]]), torch.cat([ids, pool.ids[inert]])
             times = torch.cat([times, pool.times[inert]])
-        states = self.base.pipeline.text_encoder(ids).last_hidden_state
-        predicted = self.base.pipeline.unet(noisy, times, states).sample.float()
+        predicted = self.base.pipeline.unet(noisy, times, **encode(self.base, ids)).sample.float()
         target = _target(scheduler, clean, noise, times[:batch])
         weights = masks + (1 - masks) * self.settings.background
         masked = ((predicted[:batch] - target) ** 2 * weights).mean()
@@ -249,7 +249,7 @@ class _Run:
             return ()
         with torch.no_grad():
             drawn = self.base.pipeline(
-                [f"a photo of {self.words}"] * 2,
+                **prompts(self.base, [f"a photo of {self.words}"] * 2),
                 num_inference_steps=15,
                 height=self.base.resolution,
                 width=self.base.resolution,

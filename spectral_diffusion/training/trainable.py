@@ -1,4 +1,4 @@
-"""What a training moves: the token's vectors and, per layer, the tensors of the concept's band."""
+"""What a training moves: the token's vectors in each text encoder and, per layer, the tensors of the concept's band."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Trainable:
     """Everything that an optimiser step moves."""
 
     parametrisation: str
-    token: torch.Tensor
+    embeddings: dict[str, torch.Tensor]
     layers: dict[str, TrainableLayer]
 
     def factors(self) -> dict[str, Factors]:
@@ -44,8 +44,8 @@ class Trainable:
         return {key: of(layer) for key, layer in self.layers.items()}
 
     def parameters(self, part: str) -> list[torch.Tensor]:
-        """Return the trained tensors of `part`, `unet` or `text_encoder`."""
-        return [tensor for key, layer in self.layers.items() if key.startswith(f"{part}.") for tensor in layer.tensors.values()]
+        """Return the trained tensors of the layers of `part`: `unet`, or `text_encoder` for all text encoders."""
+        return [tensor for key, layer in self.layers.items() if key.startswith(part) for tensor in layer.tensors.values()]
 
     def confine(self) -> None:
         """Take out of every layer what lies in other concepts' bands."""
@@ -56,12 +56,14 @@ class Trainable:
     def state(self) -> dict[str, torch.Tensor]:
         """Return a copy of every trained tensor by name."""
         named = {f"{key}/{name}": tensor for key, layer in self.layers.items() for name, tensor in layer.tensors.items()}
-        return {name: tensor.detach().clone() for name, tensor in (named | {"token": self.token}).items()}
+        named |= {f"token/{part}": vectors for part, vectors in self.embeddings.items()}
+        return {name: tensor.detach().clone() for name, tensor in named.items()}
 
     @torch.no_grad()
     def load(self, state: dict[str, torch.Tensor]) -> None:
         """Put back what `state` returned."""
-        self.token.copy_(state["token"])
+        for part, vectors in self.embeddings.items():
+            vectors.copy_(state[f"token/{part}"])
         for key, layer in self.layers.items():
             for name, tensor in layer.tensors.items():
                 tensor.copy_(state[f"{key}/{name}"])
@@ -77,7 +79,7 @@ class Trainable:
         }
 
 
-def build_trainable(base: Base, band: Band, class_vector: torch.Tensor, settings: TrainingSettings) -> Trainable:
+def build_trainable(base: Base, band: Band, class_vectors: dict[str, torch.Tensor], settings: TrainingSettings) -> Trainable:
     """Return what will be trained, at its start: all tensors zero, the token's vectors those of the class word.
 
     Raises:
@@ -98,8 +100,11 @@ def build_trainable(base: Base, band: Band, class_vector: torch.Tensor, settings
         kept = _columns(spectrum, [i for i in range(reserved) if not band.start <= i < band.stop], base.device)
         tensors = {name: tensor.requires_grad_(True) for name, tensor in form.initial(own).items()}
         trainable_layers[key] = TrainableLayer(band=own, tensors=tensors, U_kept=kept.U, V_kept=kept.V)
-    token = class_vector.detach().clone().repeat(settings.token_vectors, 1).requires_grad_(True)
-    return Trainable(parametrisation=settings.parametrisation, token=token, layers=trainable_layers)
+    embeddings = {
+        part: vector.detach().clone().repeat(settings.token_vectors, 1).requires_grad_(True)
+        for part, vector in class_vectors.items()
+    }
+    return Trainable(parametrisation=settings.parametrisation, embeddings=embeddings, layers=trainable_layers)
 
 
 def _columns(spectrum: Spectrum, columns: list[int], device: torch.device) -> Spectrum:
@@ -109,15 +114,17 @@ def _columns(spectrum: Spectrum, columns: list[int], device: torch.device) -> Sp
     return Spectrum(U=take(spectrum.U), s=take(spectrum.s), V=take(spectrum.V))
 
 
-def class_word_vector(base: Base, class_word: str) -> torch.Tensor:
-    """Return `(1, width)`, the mean of the embeddings of the class word's pieces.
+def class_word_vectors(base: Base, class_word: str) -> dict[str, torch.Tensor]:
+    """Return per text encoder `(1, width)`, the mean of the embeddings of the class word's pieces.
 
     Raises:
         InputError: the tokenizer makes nothing of the class word.
     """
-    tokenizer = base.pipeline.tokenizer
-    ids = tokenizer(class_word, add_special_tokens=False).input_ids
-    if not ids:
-        raise InputError(f"The class word '{class_word}' is empty to the base's tokenizer; choose a word such as 'dog'.")
-    weight = base.pipeline.text_encoder.get_input_embeddings().weight
-    return weight[torch.tensor(ids, device=weight.device)].mean(0, keepdim=True).detach()
+    vectors = {}
+    for part, tokenizer in base.tokenizers.items():
+        ids = tokenizer(class_word, add_special_tokens=False).input_ids
+        if not ids:
+            raise InputError(f"The class word '{class_word}' is empty to the base's tokenizer; choose a word such as 'dog'.")
+        weight = base.text_encoders[part].get_input_embeddings().weight
+        vectors[part] = weight[torch.tensor(ids, device=weight.device)].mean(0, keepdim=True).detach()
+    return vectors
