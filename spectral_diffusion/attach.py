@@ -19,6 +19,8 @@ from spectral_diffusion.errors import AdapterError, InputError
 
 Factors = Callable[[], tuple[torch.Tensor, torch.Tensor]]
 """Gives a layer's `up (out, k)` and `down (in, k)` at the moment of the forward pass."""
+Gate = Callable[[str, torch.Tensor], torch.Tensor]
+"""Gives, for a layer's key and its inputs `(batch, n, in)`, how much each of the `k` columns counts, `(1, n or 1, k)`."""
 
 
 class Switch:
@@ -28,22 +30,27 @@ class Switch:
 
 
 @contextmanager
-def hooked(layers: dict[str, nn.Linear], factors: dict[str, Factors], switch: Switch | None = None) -> Iterator[None]:
-    """While entered, layer `key` gives `W x + up (down^T x)`; the dense weight is never formed."""
+def hooked(
+    layers: dict[str, nn.Linear], factors: dict[str, Factors], switch: Switch | None = None, gate: Gate | None = None
+) -> Iterator[None]:
+    """While entered, layer `key` gives `W x + up (g * down^T x)`, `g` being 1 without a gate; no dense weight is formed."""
     switch = switch or Switch()
 
-    def hook_for(factor: Factors) -> Callable[[nn.Module, tuple[torch.Tensor], torch.Tensor], torch.Tensor | None]:
+    def hook_for(key: str, factor: Factors) -> Callable[[nn.Module, tuple[torch.Tensor], torch.Tensor], torch.Tensor | None]:
         def hook(module: nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor | None:
             if not switch.on:
                 return None
             up, down = factor()
-            return output + (inputs[0] @ down.to(output.dtype)) @ up.T.to(output.dtype)
+            read = inputs[0] @ down.to(output.dtype)
+            if gate is not None:
+                read = read * gate(key, inputs[0])
+            return output + read @ up.T.to(output.dtype)
 
         return hook
 
     with ExitStack() as stack:
         for key, factor in factors.items():
-            handle = layers[key].register_forward_hook(hook_for(factor))
+            handle = layers[key].register_forward_hook(hook_for(key, factor))
             stack.callback(handle.remove)
         yield
 
@@ -148,8 +155,11 @@ def _embedding_holder(text_encoder: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def attached(base: Base, adapter: Adapter) -> Iterator[None]:
+def attached(base: Base, adapter: Adapter, gate: Gate | None = None) -> Iterator[None]:
     """While entered, `base.pipeline` draws with `adapter`; afterwards the base is bit for bit what it was.
+
+    Args:
+        gate: how much each column of the joined factors counts, position by position; all fully when missing.
 
     Raises:
         AdapterError: the adapter belongs to another family or its layers do not fit.
@@ -157,7 +167,10 @@ def attached(base: Base, adapter: Adapter) -> Iterator[None]:
     layers = linear_layers(base, None)
     check_fits_base(base, adapter)
     factors = {key: _constant(delta.up, delta.down, base) for key, delta in adapter.deltas().items()}
-    with with_tokens(base, {concept.token: concept.embeddings for concept in adapter.concepts}), hooked(layers, factors):
+    with (
+        with_tokens(base, {concept.token: concept.embeddings for concept in adapter.concepts}),
+        hooked(layers, factors, gate=gate),
+    ):
         yield
 
 

@@ -6,8 +6,9 @@ Attention processors and hooks are put on for a while and always taken off; no w
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from spectral_diffusion.adapter import Adapter
+from spectral_diffusion.attach import Gate
 from spectral_diffusion.regions import shares_at
 
 
@@ -55,22 +58,41 @@ class Layout:
             self.current = before
 
 
-def limit_to_place(layout: Layout, place: int, of_text: bool, inputs: torch.Tensor) -> torch.Tensor | float:
-    """Return how much a concept placed in region `place` may change what a layer makes of `inputs (batch, n, width)`.
+def confining_gate(adapter: Adapter, layout: Layout, places: Mapping[str, int]) -> Gate:
+    """Return the gate that lets each concept act in its own region only.
+
+    While a region's prompt is read only the concepts placed there count. While the whole picture is, a concept changes what
+    a layer makes of a position as far as the position belongs to its region, and no words.
 
     Args:
-        of_text: whether the inputs are words, as in the text encoder and in the keys and values of cross-attention;
-            else they are positions of the picture.
-
-    Returns:
-        a number, or shares `(1, n, 1)`.
+        places: token to the number of its region; a concept without a place acts everywhere.
     """
-    if layout.current is not None:
-        return float(layout.current == place)
-    if of_text:
-        return 0.0
-    shares = layout.at(inputs.shape[1])
-    return 0.0 if shares is None else shares[place].flatten()[None, :, None].to(inputs)
+
+    @functools.cache
+    def columns(key: str) -> tuple[tuple[int | None, int], ...]:
+        having = [concept for concept in adapter.concepts if key in concept.layers]
+        return tuple((places.get(concept.token), concept.delta(key).rank) for concept in having)
+
+    def gate(key: str, inputs: torch.Tensor) -> torch.Tensor:
+        shares = None if layout.current is not None or not _has_positions(key) else layout.at(inputs.shape[1])
+        parts = []
+        for place, rank in columns(key):
+            if place is None or place == layout.current:
+                part = torch.ones(1)
+            elif shares is None:
+                part = torch.zeros(1)
+            else:
+                part = shares[place].flatten()
+            parts.append(part[:, None].expand(-1, rank))
+        longest = max(len(part) for part in parts)
+        return torch.cat([part.expand(longest, -1) for part in parts], dim=1)[None].to(inputs)
+
+    return gate
+
+
+def _has_positions(key: str) -> bool:
+    """Tell whether a layer reads positions of the picture; the others read words or the time."""
+    return ".transformer_blocks." in key and ".attn2.to_k" not in key and ".attn2.to_v" not in key
 
 
 class _RegionalProcessor:

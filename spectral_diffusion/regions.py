@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +20,7 @@ SOFT_EDGE = 0.04
 LEAST_SIDE = 0.05
 """A region smaller than this fraction of the picture in either direction holds nothing that could be drawn."""
 MOST_REGIONS = 16
+"""More would be too small to draw in."""
 
 Box = tuple[float, float, float, float]
 
@@ -69,6 +73,41 @@ def parse_region(text: str) -> Region:
     if not equals:
         raise InputError(f"The region '{text}' has no prompt; write it after a '=', as in 0.05,0.2,0.45,0.95=<V1>.")
     return Region(prompt=prompt.strip(), box=(left, top, right, bottom))
+
+
+def read_regions(file: Path) -> tuple[Region, ...]:
+    """Return the regions in a JSON file: a list of `{"prompt": ..., "box": [left, top, right, bottom]}`, lowest first.
+
+    `negative_prompt` and `mask`, the path of a painted form beside the file, may stand there too.
+
+    Raises:
+        InputError: the file cannot be read, or an entry is not a region; it is named by its number.
+    """
+    try:
+        entries = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"The regions in '{file}' cannot be read ({error}); give a JSON file with a list of regions.") from error
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise InputError(f'\'{file}\' holds no list of regions; write [{{"prompt": "<V1>", "box": [0, 0, 0.5, 1]}}].')
+    return tuple(_region_from(entry, number, file) for number, entry in enumerate(entries, start=1))
+
+
+def _region_from(entry: dict[str, Any], number: int, file: Path) -> Region:
+    unknown = entry.keys() - {"prompt", "box", "negative_prompt", "mask"}
+    if unknown:
+        raise InputError(f"Region {number} of '{file}' has a field '{min(unknown)}', which no region has; remove it.")
+    try:
+        mask = Image.open(file.parent / entry["mask"]).convert("L") if "mask" in entry else None
+        box = tuple(float(edge) for edge in entry.get("box", (0, 0, 1, 1)))
+        left, top, right, bottom = box
+        return Region(
+            prompt=str(entry["prompt"]),
+            box=(left, top, right, bottom),
+            negative_prompt=str(entry.get("negative_prompt", "")),
+            mask=mask,
+        )
+    except (KeyError, TypeError, ValueError, OSError) as error:
+        raise InputError(f"Region {number} of '{file}' is not complete ({error}); it needs a prompt and a box.") from error
 
 
 def suggest_regions(prompt: str, tokens: Sequence[str]) -> tuple[Region, ...]:
