@@ -19,6 +19,8 @@ from spectral_diffusion.errors import AdapterError, InputError
 
 Factors = Callable[[], tuple[torch.Tensor, torch.Tensor]]
 """Gives a layer's `up (out, k)` and `down (in, k)` at the moment of the forward pass."""
+Gate = Callable[[str, torch.Tensor], torch.Tensor]
+"""Gives, for a layer's key and what it reads, `(batch, n, k)`, how much each column counts at each position, `(1, n or 1, k)`."""
 
 
 class Switch:
@@ -28,24 +30,30 @@ class Switch:
 
 
 @contextmanager
-def hooked(layers: dict[str, nn.Linear], factors: dict[str, Factors], switch: Switch | None = None) -> Iterator[None]:
-    """While entered, layer `key` gives `W x + up (down^T x)`; the dense weight is never formed."""
+def hooked(
+    layers: dict[str, nn.Linear], factors: dict[str, Factors], switch: Switch | None = None, gate: Gate | None = None
+) -> Iterator[None]:
+    """While entered, layer `key` gives `W x + up (g * down^T x)`, `g` being 1 without a gate; no dense weight is formed."""
     switch = switch or Switch()
 
-    def hook_for(factor: Factors) -> Callable[[nn.Module, tuple[torch.Tensor], torch.Tensor], torch.Tensor | None]:
+    def hook_for(key: str, factor: Factors) -> Callable[[nn.Module, tuple[torch.Tensor], torch.Tensor], torch.Tensor | None]:
         def hook(module: nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor | None:
             if not switch.on:
                 return None
             up, down = (tensor.to(output.dtype) for tensor in factor())
-            if isinstance(module, nn.Conv2d):
-                return output + (inputs[0].movedim(1, -1) @ down @ up.T).movedim(-1, 1)
-            return output + inputs[0] @ down @ up.T
+            is_convolution = isinstance(module, nn.Conv2d)
+            read = (inputs[0].movedim(1, -1) if is_convolution else inputs[0]) @ down
+            if gate is not None:
+                positions = read.reshape(len(read), -1, read.shape[-1])
+                read = (positions * gate(key, positions)).view_as(read)
+            change = read @ up.T
+            return output + (change.movedim(-1, 1) if is_convolution else change)
 
         return hook
 
     with ExitStack() as stack:
         for key, factor in factors.items():
-            handle = layers[key].register_forward_hook(hook_for(factor))
+            handle = layers[key].register_forward_hook(hook_for(key, factor))
             stack.callback(handle.remove)
         yield
 
@@ -148,8 +156,11 @@ def _embedding_holder(text_encoder: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def attached(base: Base, adapter: Adapter) -> Iterator[None]:
+def attached(base: Base, adapter: Adapter, gate: Gate | None = None) -> Iterator[None]:
     """While entered, `base.pipeline` draws with `adapter`; afterwards the base is bit for bit what it was.
+
+    Args:
+        gate: how much each column of the joined factors counts, position by position; all fully when missing.
 
     Raises:
         AdapterError: the adapter belongs to another family or its layers do not fit.
@@ -158,7 +169,7 @@ def attached(base: Base, adapter: Adapter) -> Iterator[None]:
     check_fits_base(base, adapter)
     factors = {key: _constant(delta.up, delta.down, base) for key, delta in adapter.deltas().items()}
     tokens = {concept.token: concept.embeddings for concept in adapter.concepts if concept.embeddings}
-    with with_tokens(base, tokens), hooked(layers, factors):
+    with with_tokens(base, tokens), hooked(layers, factors, gate=gate):
         yield
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +16,10 @@ from PIL import Image
 from spectral_diffusion.adapter import Adapter
 from spectral_diffusion.attach import attached, expand_prompt, tokens_in
 from spectral_diffusion.base import Base
-from spectral_diffusion.conditioning import prompts
+from spectral_diffusion.conditioning import encode, prompts, tokenize
 from spectral_diffusion.errors import InputError
+from spectral_diffusion.regional_attention import Layout, confining_gate, regional_attention
+from spectral_diffusion.regions import MOST_REGIONS, Region, coverage, shares_at
 
 SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "DDIM": ("DDIMScheduler", {}),
@@ -38,6 +41,10 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
 class Drawing:
     """What to draw and how; `size` is `(width, height)` in pixels, the base's own when missing.
 
+    Attributes:
+        regions: parts of the picture with prompts of their own, later ones on top; `prompt` is read everywhere else.
+        confined: whether a concept that a region names acts in that region only.
+
     Raises:
         InputError: a value is out of range; the message names the field.
     """
@@ -50,6 +57,8 @@ class Drawing:
     guidance: float = 5.0
     scheduler: str = "DDIM"
     size: tuple[int, int] | None = None
+    regions: tuple[Region, ...] = ()
+    confined: bool = False
 
     def __post_init__(self) -> None:
         if not self.prompt.strip():
@@ -63,6 +72,13 @@ class Drawing:
             raise InputError(f"There is no sampler '{self.scheduler}'; choose one of {', '.join(SCHEDULERS)}.")
         if self.size is not None and any(edge < 8 or edge % 8 for edge in self.size):
             raise InputError(f"size must be multiples of 8 pixels, got {self.size[0]} x {self.size[1]}.")
+        if len(self.regions) > MOST_REGIONS:
+            raise InputError(f"{len(self.regions)} regions do not fit into one picture; give at most {MOST_REGIONS}.")
+
+    @property
+    def words(self) -> str:
+        """Everything that the picture is drawn from, the regions' prompts included."""
+        return "\n".join([self.prompt, *(region.prompt for region in self.regions)])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,20 +116,66 @@ def generate(
 
     Raises:
         AdapterError: the adapter does not fit the base.
+        InputError: a region names a token that the adapter does not have.
     """
+    _check_regions(drawing, adapter.tokens if adapter else ())
     if adapter is not None and not whole:
-        adapter = named_only(adapter, drawing.prompt)
+        adapter = named_only(adapter, drawing.words)
     words = {concept.token: concept.words for concept in adapter.concepts} if adapter else {}
     class_words = adapter.class_words if adapter else {}
     pictures = []
-    context = attached(base, adapter) if adapter is not None and adapter.concepts else nullcontext()
-    with context, _scheduler(base, drawing.scheduler):
+    layout = _layout(base, drawing)
+    with _concepts(base, drawing, adapter, layout), _regions(base, drawing, words, layout), _scheduler(base, drawing.scheduler):
         for seeds in _batches(range(drawing.seed, drawing.seed + drawing.count), batch):
             for seed, image in zip(seeds, _draw(base, drawing, words, seeds), strict=True):
                 picture = Picture(image=image, seed=seed, drawing=drawing, tokens=tuple(words), class_words=dict(class_words))
                 on_picture(picture)
                 pictures.append(picture)
     return pictures
+
+
+def _check_regions(drawing: Drawing, tokens: Sequence[str]) -> None:
+    for region in drawing.regions:
+        unknown = [word for word in re.findall(r"<[^<>\s]+>", region.prompt) if not tokens_in(word, tokens)]
+        if unknown:
+            having = f"has {', '.join(tokens)}" if tokens else "is missing"
+            raise InputError(f"A region names '{unknown[0]}', but the adapter {having}; name one of its tokens or a plain word.")
+
+
+def _layout(base: Base, drawing: Drawing) -> Layout | None:
+    if not drawing.regions:
+        return None
+    width, height = drawing.size or (base.resolution, base.resolution)
+    factor = base.pipeline.vae_scale_factor
+    return Layout(shares=shares_at(coverage(drawing.regions, width, height), height // factor, width // factor))
+
+
+def _concepts(base: Base, drawing: Drawing, adapter: Adapter | None, layout: Layout | None) -> AbstractContextManager[None]:
+    """Return the context in which the base draws with `adapter`, each concept in its place where the drawing asks for that."""
+    if adapter is None or not adapter.concepts:
+        return nullcontext()
+    if layout is None or not drawing.confined:
+        return attached(base, adapter)
+    places = {
+        token: number for number, region in enumerate(drawing.regions) for token in tokens_in(region.prompt, adapter.tokens)
+    }
+    return attached(base, adapter, confining_gate(adapter, layout, places))
+
+
+@contextmanager
+def _regions(base: Base, drawing: Drawing, words: dict[str, str], layout: Layout | None) -> Iterator[None]:
+    """While entered, each region of the drawing is drawn from its own prompt."""
+    if layout is None:
+        yield
+        return
+    texts = []
+    for number, region in enumerate(drawing.regions):
+        captions = [expand_prompt(text, words) for text in (region.negative_prompt or drawing.negative_prompt, region.prompt)]
+        guided = drawing.guidance > 1  # the pipeline reads no negative prompt otherwise
+        with layout.reading(number), torch.no_grad():
+            texts.append(encode(base, tokenize(base, captions if guided else captions[1:]))["encoder_hidden_states"])
+    with regional_attention(base.pipeline.unet, layout, texts):
+        yield
 
 
 @torch.no_grad()

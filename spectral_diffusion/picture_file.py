@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from PIL import PngImagePlugin
 
@@ -37,6 +38,16 @@ def _quoted(value: str) -> str:
     return json.dumps(value, ensure_ascii=False) if any(mark in value for mark in ",:\n") else value
 
 
+def _own_settings(picture: Picture) -> dict[str, Any]:
+    """Return what the infotext has no room for; a painted mask is not kept."""
+    regions = [
+        {"prompt": region.prompt, "box": list(region.box), "negative_prompt": region.negative_prompt}
+        for region in picture.drawing.regions
+    ]
+    own: dict[str, Any] = {"class_words": picture.class_words}
+    return own | ({"regions": regions, "confined": picture.drawing.confined} if regions else {})
+
+
 def save_picture(picture: Picture, path: Path, base_name: str) -> None:
     """Write `picture` as PNG to `path` with its settings inside.
 
@@ -45,5 +56,5 @@ def save_picture(picture: Picture, path: Path, base_name: str) -> None:
     """
     chunks = PngImagePlugin.PngInfo()
     chunks.add_itxt("parameters", infotext(picture, base_name))
-    chunks.add_itxt(OWN_CHUNK, json.dumps({"class_words": picture.class_words}, ensure_ascii=False))
+    chunks.add_itxt(OWN_CHUNK, json.dumps(_own_settings(picture), ensure_ascii=False))
     write_atomically(path, lambda temporary: picture.image.save(temporary, "PNG", pnginfo=chunks))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from spectral_diffusion.adapter import Adapter
     from spectral_diffusion.base import Base
     from spectral_diffusion.generation import Drawing, Picture
+    from spectral_diffusion.regions import Region
 
 SUMMARY = "draw pictures, with an adapter or without"
 
@@ -30,6 +32,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", required=True, metavar="TEXT", help='what to draw, such as "<V1> near a lake"')
     parser.add_argument("--negative-prompt", metavar="TEXT", help="what not to draw")
     _add_drawing_options(parser)
+    parser.add_argument(
+        "--region",
+        action="append",
+        default=[],
+        metavar="BOX=TEXT",
+        help='draw TEXT in a part of the picture: "0.05,0.2,0.45,0.95=<V1>" (left, top, right, bottom as fractions); repeatable',
+    )
+    parser.add_argument(
+        "--regions", metavar="FILE", help="a JSON list of regions; 'auto' gives each token of the prompt a column of its own"
+    )
+    parser.add_argument("--confined", action="store_true", default=None, help="let each concept act in its own region only")
     parser.add_argument("--batch", type=int, default=8, metavar="N", help="pictures at once (default: %(default)s)")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where the pictures are added")
     parser.add_argument(
@@ -77,8 +90,8 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
     from spectral_diffusion.adapter_file import load_adapter
     from spectral_diffusion.generation import generate
 
-    drawing = _drawing(arguments)
     adapter = load_adapter(arguments.adapter) if arguments.adapter else None
+    drawing = _drawing(arguments, adapter.tokens if adapter else ())
     check_writable(arguments.out)
     base = load_chosen_base(arguments)
     if adapter is not None:
@@ -97,15 +110,27 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
     return 0
 
 
-def _drawing(arguments: argparse.Namespace) -> Drawing:
+def _drawing(arguments: argparse.Namespace, tokens: Sequence[str]) -> Drawing:
     """Return what to draw: what was given goes before the defaults of `Drawing`."""
     from spectral_diffusion.generation import Drawing, random_seed
 
     if arguments.batch < 1:
         raise InputError(f"batch must be at least 1, got {arguments.batch}.")
     given = {field.name: getattr(arguments, field.name) for field in fields(Drawing)}
+    given["regions"] = _regions(arguments, tokens)
     given = {"seed": random_seed()} | {name: value for name, value in given.items() if value is not None}
     return Drawing(**given)
+
+
+def _regions(arguments: argparse.Namespace, tokens: Sequence[str]) -> tuple[Region, ...]:
+    from spectral_diffusion.regions import parse_region, read_regions, suggest_regions
+
+    listed: tuple[Region, ...] = ()
+    if arguments.regions == "auto":
+        listed = suggest_regions(arguments.prompt, tokens)
+    elif arguments.regions is not None:
+        listed = read_regions(Path(arguments.regions))
+    return (*listed, *(parse_region(text) for text in arguments.region))
 
 
 def _check_fit(base: Base, adapter: Adapter) -> None:
@@ -122,7 +147,7 @@ def _check_fit(base: Base, adapter: Adapter) -> None:
 def _warn_if_unnamed(adapter: Adapter, drawing: Drawing) -> None:
     from spectral_diffusion.generation import named_only
 
-    if not named_only(adapter, drawing.prompt).concepts:
+    if not named_only(adapter, drawing.words).concepts:
         logger.warning("The prompt names none of the adapter's concepts (%s).", ", ".join(adapter.tokens))
 
 

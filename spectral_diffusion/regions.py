@@ -1,0 +1,157 @@
+"""Regions: parts of a picture with a prompt of their own, and how much each covers every position."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageFilter
+
+from spectral_diffusion.errors import InputError
+
+SOFT_EDGE = 0.04
+"""Width of the edge over which a region fades out, in fractions of the picture's side."""
+LEAST_SIDE = 0.05
+"""A region smaller than this fraction of the picture in either direction holds nothing that could be drawn."""
+MOST_REGIONS = 16
+"""More would be too small to draw in."""
+
+Box = tuple[float, float, float, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Region:
+    """A part of the picture that is drawn from its own prompt.
+
+    Attributes:
+        prompt: what stands there.
+        box: `(left, top, right, bottom)` in fractions of the picture.
+        negative_prompt: what shall not be there.
+        mask: a painted form instead of the whole box, any size, white where the region is; it is laid over the picture.
+
+    Raises:
+        InputError: the prompt is empty or the box lies outside the picture, is inverted or too small; the box is named.
+    """
+
+    prompt: str
+    box: Box = (0.0, 0.0, 1.0, 1.0)
+    negative_prompt: str = ""
+    mask: Image.Image | None = None
+
+    def __post_init__(self) -> None:
+        left, top, right, bottom = self.box
+        where = f"The region {','.join(f'{edge:g}' for edge in self.box)}"
+        if not self.prompt.strip():
+            raise InputError(f"{where} has no prompt; say what stands there.")
+        if not all(0.0 <= edge <= 1.0 for edge in self.box):
+            raise InputError(f"{where} leaves the picture; its edges are fractions from 0 to 1: left, top, right, bottom.")
+        if right <= left or bottom <= top:
+            raise InputError(f"{where} is empty; its edges are left, top, right, bottom, with left < right and top < bottom.")
+        if min(right - left, bottom - top) < LEAST_SIDE:
+            raise InputError(f"{where} is too small to draw in; make it at least {LEAST_SIDE:g} wide and high.")
+        if self.mask is not None and self.mask.convert("L").getbbox() is None:
+            raise InputError(f"{where} has a mask without a white pixel; paint where the region is.")
+
+
+def parse_region(text: str) -> Region:
+    """Return the region that `LEFT,TOP,RIGHT,BOTTOM=PROMPT` describes, such as `0.05,0.2,0.45,0.95=<V1>`.
+
+    Raises:
+        InputError: it is not of that form, or the region is not possible.
+    """
+    edges, equals, prompt = text.partition("=")
+    try:
+        left, top, right, bottom = (float(edge) for edge in edges.split(","))
+    except ValueError as error:
+        raise InputError(f"The region '{text}' is not of the form 0.05,0.2,0.45,0.95=<V1>.") from error
+    if not equals:
+        raise InputError(f"The region '{text}' has no prompt; write it after a '=', as in 0.05,0.2,0.45,0.95=<V1>.")
+    return Region(prompt=prompt.strip(), box=(left, top, right, bottom))
+
+
+def read_regions(file: Path) -> tuple[Region, ...]:
+    """Return the regions in a JSON file: a list of `{"prompt": ..., "box": [left, top, right, bottom]}`, lowest first.
+
+    `negative_prompt` and `mask`, the path of a painted form beside the file, may stand there too.
+
+    Raises:
+        InputError: the file cannot be read, or an entry is not a region; it is named by its number.
+    """
+    try:
+        entries = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"The regions in '{file}' cannot be read ({error}); give a JSON file with a list of regions.") from error
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise InputError(f'\'{file}\' holds no list of regions; write [{{"prompt": "<V1>", "box": [0, 0, 0.5, 1]}}].')
+    return tuple(_region_from(entry, number, file) for number, entry in enumerate(entries, start=1))
+
+
+def _region_from(entry: dict[str, Any], number: int, file: Path) -> Region:
+    unknown = entry.keys() - {"prompt", "box", "negative_prompt", "mask"}
+    if unknown:
+        raise InputError(f"Region {number} of '{file}' has a field '{min(unknown)}', which no region has; remove it.")
+    try:
+        mask = Image.open(file.parent / entry["mask"]).convert("L") if "mask" in entry else None
+        box = tuple(float(edge) for edge in entry.get("box", (0, 0, 1, 1)))
+        left, top, right, bottom = box
+        return Region(
+            prompt=str(entry["prompt"]),
+            box=(left, top, right, bottom),
+            negative_prompt=str(entry.get("negative_prompt", "")),
+            mask=mask,
+        )
+    except (KeyError, TypeError, ValueError, OSError) as error:
+        raise InputError(f"Region {number} of '{file}' is not complete ({error}); it needs a prompt and a box.") from error
+
+
+def suggest_regions(prompt: str, tokens: Sequence[str]) -> tuple[Region, ...]:
+    """Return columns of equal width, one for each of `tokens` that `prompt` names, in the order in which it names them."""
+    places = {token: found.start() for token in tokens if (found := re.search(re.escape(token), prompt, re.IGNORECASE))}
+    named = sorted(places, key=places.__getitem__)
+    width = 1.0 / max(1, len(named))
+    return tuple(
+        Region(prompt=f"a {token}", box=(number * width, 0.1, min(1.0, (number + 1) * width), 1.0))
+        for number, token in enumerate(named)
+    )
+
+
+def coverage(regions: Sequence[Region], width: int, height: int) -> torch.Tensor:
+    """Return `(regions, height, width)` shares in [0, 1]: how much of each position belongs to each region.
+
+    Later regions lie on top of earlier ones; what the shares leave to 1 belongs to the context.
+    """
+    own = torch.stack([_extent(region, width, height) for region in regions])
+    above = torch.ones(height, width)
+    for index in range(len(regions) - 1, -1, -1):
+        own[index], above = own[index] * above, above * (1 - own[index])
+    return own
+
+
+def _extent(region: Region, width: int, height: int) -> torch.Tensor:
+    left, top, right, bottom = region.box
+    extent = _fading(left, right, width)[None, :] * _fading(top, bottom, height)[:, None]
+    if region.mask is None:
+        return extent
+    soft = region.mask.convert("L").resize((width, height), Image.Resampling.BILINEAR)
+    soft = soft.filter(ImageFilter.GaussianBlur(SOFT_EDGE / 2 * max(width, height)))
+    values = torch.frombuffer(bytearray(soft.tobytes()), dtype=torch.uint8).view(height, width)
+    return extent * values.float() / 255
+
+
+def _fading(start: float, stop: float, count: int) -> torch.Tensor:
+    """Return `(count,)`: 1 between `start` and `stop`, fading to 0 at these edges except where they are the picture's."""
+    centres = (torch.arange(count) + 0.5) / count
+    rise = torch.ones(count) if start <= 0.0 else ((centres - start) / SOFT_EDGE).clamp(0, 1)
+    fall = torch.ones(count) if stop >= 1.0 else ((stop - centres) / SOFT_EDGE).clamp(0, 1)
+    return rise * fall
+
+
+def shares_at(shares: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+    """Return `shares (regions, height, width)` on a grid of `rows x columns` positions."""
+    return F.interpolate(shares[None], size=(rows, columns), mode="area")[0]

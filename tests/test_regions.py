@@ -1,0 +1,210 @@
+"""Regions: each concept in its place, and nothing left behind on the base."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, PngImagePlugin
+from test_parametrisations import random_adapter, shared_base
+
+from spectral_diffusion.adapter import Adapter
+from spectral_diffusion.base import Base
+from spectral_diffusion.cli import main
+from spectral_diffusion.errors import InputError
+from spectral_diffusion.fusion import fuse
+from spectral_diffusion.generation import Drawing, Picture, generate
+from spectral_diffusion.picture_file import save_picture
+from spectral_diffusion.regional_attention import Layout, confining_gate
+from spectral_diffusion.regions import Region, coverage, parse_region, read_regions, suggest_regions
+
+SELF = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+WORDS = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
+LEFT, RIGHT = (0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 1.0)
+
+
+@pytest.fixture
+def base(tiny_base_folder: Path) -> Base:
+    return shared_base("tiny", tiny_base_folder)
+
+
+@pytest.fixture
+def pair(base: Base) -> Adapter:
+    return fuse([random_adapter(base), random_adapter(base, token="<V2>", start=2, seed=1)], method="sum")
+
+
+def draw(base: Base, adapter: Adapter | None = None, prompt: str = "near a lake", **options: object) -> Picture:
+    (picture,) = generate(base, Drawing(prompt=prompt, seed=3, steps=3, **options), adapter)
+    return picture
+
+
+def pixels(picture: Picture) -> np.ndarray:
+    return np.asarray(picture.image, dtype=int)
+
+
+def test_shares_are_whole_and_later_regions_lie_on_top() -> None:
+    shares = coverage([Region(prompt="a", box=LEFT), Region(prompt="b", box=(0.25, 0.25, 0.75, 0.75))], 64, 64)
+    assert (shares >= 0).all() and (shares.sum(0) <= 1 + 1e-6).all()
+    assert shares[:, 32, 5].tolist() == [1, 0] and shares[:, 32, 32].tolist() == [0, 1] and shares[:, 5, 60].tolist() == [0, 0]
+    edge = shares[0, 32, :32]
+    assert 0 < shares[0, 5, 30] < 1 and edge[0] == 1  # soft towards the picture, hard at the picture's own edge
+
+
+def test_a_painted_mask_gives_the_region_its_form() -> None:
+    mask = Image.new("L", (32, 32), 0)
+    mask.paste(255, (0, 0, 16, 32))
+    (share,) = coverage([Region(prompt="a", mask=mask)], 64, 64)
+    assert share[32, 5] == 1 and share[32, 60] == 0 and 0 < share[32, 31] < 1
+
+
+def test_a_layout_knows_every_grid_of_a_unet() -> None:
+    layout = Layout(shares=coverage([Region(prompt="a", box=LEFT)], 13, 9))
+    for rows, columns in ((9, 13), (5, 7), (3, 4), (2, 2), (1, 1)):
+        assert layout.at(rows * columns).shape == (1, rows, columns)
+    assert layout.at(50) is None
+
+
+@pytest.mark.parametrize("guidance", [1.0, 4.0])
+def test_one_region_over_the_whole_picture_is_the_plain_prompt(guidance: float, base: Base, pair: Adapter) -> None:
+    plain = draw(base, pair, "<V1> asleep", guidance=guidance, negative_prompt="rain")
+    whole = draw(
+        base, pair, guidance=guidance, regions=(Region(prompt="<V1> asleep", negative_prompt="rain"),), negative_prompt="snow"
+    )
+    other = draw(base, pair, guidance=guidance)
+    assert np.abs(pixels(plain) - pixels(whole)).max() <= 1
+    assert np.abs(pixels(plain) - pixels(other)).max() > 5
+
+
+def test_disjoint_regions_are_the_same_in_any_order(base: Base, pair: Adapter) -> None:
+    regions = (Region(prompt="<V1>", box=LEFT), Region(prompt="<V2>", box=RIGHT))
+    for confined in (False, True):
+        one = draw(base, pair, regions=regions, confined=confined)
+        other = draw(base, pair, regions=regions[::-1], confined=confined)
+        assert np.abs(pixels(one) - pixels(other)).max() <= 1
+
+
+def test_overlapping_regions_have_an_order(base: Base) -> None:
+    regions = (Region(prompt="a dog", box=LEFT), Region(prompt="a red car at night", box=(0.0, 0.0, 0.6, 1.0)))
+    assert np.abs(pixels(draw(base, regions=regions)) - pixels(draw(base, regions=regions[::-1]))).max() > 3
+
+
+def test_a_confined_concept_acts_in_its_own_region_only(pair: Adapter) -> None:
+    layout = Layout(shares=coverage([Region(prompt="a", box=LEFT), Region(prompt="b", box=RIGHT)], 16, 16))
+    gate = confining_gate(pair, layout, {"<V1>": 0})
+    rank = pair.concepts[0].delta(SELF).rank
+    places = gate(SELF, torch.zeros(1, 64, 4))
+    assert places.shape == (1, 64, 2 * rank)
+    grid = places.view(8, 8, 2 * rank)
+    assert (grid[:, :3, :rank] == 1).all() and (grid[:, 4:, :rank] == 0).all()
+    assert (grid[..., rank:] == 1).all()  # <V2> has no place, so it acts everywhere
+    assert gate(WORDS, torch.zeros(1, 7, 4)).flatten().tolist() == [0] * rank + [1] * rank
+    for region, share in ((0, 1), (1, 0)):
+        with layout.reading(region):
+            for key in (SELF, WORDS):
+                assert gate(key, torch.zeros(1, 64, 4)).flatten().tolist() == [share] * rank + [1] * rank
+
+
+def test_confined_over_the_whole_picture_is_the_adapter_itself(base: Base, pair: Adapter) -> None:
+    region = (Region(prompt="<V1> asleep"),)
+    free, confined = (draw(base, pair, "<V1> asleep", regions=region, confined=confined) for confined in (False, True))
+    assert np.abs(pixels(free) - pixels(confined)).max() <= 1
+
+
+def test_everything_is_taken_off_after_an_error(base: Base, pair: Adapter) -> None:
+    processors = dict(base.pipeline.unet.attn_processors)
+    with pytest.raises(RuntimeError, match="stopped"):
+        generate(
+            base,
+            Drawing(prompt="a lake", steps=1, regions=(Region(prompt="<V1>"),), confined=True),
+            pair,
+            on_picture=lambda picture: (_ for _ in ()).throw(RuntimeError("stopped")),
+        )
+    assert base.pipeline.unet.attn_processors == processors
+    assert not any(module._forward_hooks for module in base.pipeline.unet.modules())
+
+
+def test_a_picture_says_where_its_regions_were(base: Base, tmp_path: Path) -> None:
+    picture = draw(base, regions=(Region(prompt="a dog", box=LEFT, negative_prompt="rain"),), confined=True)
+    save_picture(picture, tmp_path / "picture.png", "tiny")
+    with Image.open(tmp_path / "picture.png") as file:
+        assert isinstance(file, PngImagePlugin.PngImageFile)
+        own = json.loads(file.text["spectral_diffusion"])
+    assert own["regions"] == [{"prompt": "a dog", "box": [0, 0, 0.5, 1], "negative_prompt": "rain"}] and own["confined"]
+
+
+def test_regions_are_suggested_in_the_order_of_the_prompt() -> None:
+    regions = suggest_regions("<V2> and <V1> near a lake", ["<V1>", "<V2>", "<V3>"])
+    assert [(region.prompt, region.box[0], region.box[2]) for region in regions] == [("a <V2>", 0, 0.5), ("a <V1>", 0.5, 1)]
+    assert suggest_regions("a lake", ["<V1>"]) == ()
+
+
+def test_regions_are_read_from_text_and_file(tmp_path: Path) -> None:
+    assert parse_region("0.05, 0.2,0.45,0.95 = <V1>") == Region(prompt="<V1>", box=(0.05, 0.2, 0.45, 0.95))
+    Image.new("L", (4, 4), 255).save(tmp_path / "form.png")
+    file = tmp_path / "regions.json"
+    file.write_text(json.dumps([{"prompt": "<V1>", "box": LEFT, "mask": "form.png"}, {"prompt": "a cat"}]), encoding="utf-8")
+    first, second = read_regions(file)
+    assert first.mask is not None and first.box == LEFT and second == Region(prompt="a cat")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("0,0,1.2,1=a", "leaves the picture; its edges are fractions"),
+        ("-0.1,0,1,1=a", "leaves the picture"),
+        ("nan,0,1,1=a", "leaves the picture"),
+        ("0.6,0,0.4,1=a", "is empty; its edges are left, top, right, bottom"),
+        ("0.5,0,0.5,1=a", "is empty"),
+        ("0.5,0,0.51,1=a", "is too small to draw in"),
+        ("0,0,1,1", "has no prompt"),
+        ("0,0,1,1= ", "has no prompt"),
+        ("0,0,1=a", "is not of the form"),
+        ("left=a", "is not of the form"),
+    ],
+)
+def test_an_impossible_region_is_named(text: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        parse_region(text)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "cannot be read"),
+        ('{"prompt": "a"}', "holds no list of regions"),
+        ('[{"prompt": "a"}, {"box": [0, 0, 1, 1]}]', "Region 2 of .* is not complete"),
+        ('[{"prompt": "a", "box": [0, 0, 1]}]', "Region 1 of .* is not complete"),
+        ('[{"prompt": "a", "mask": "missing.png"}]', "Region 1 of .* is not complete"),
+        ('[{"prompt": "a", "colour": 1}]', "has a field 'colour', which no region has"),
+    ],
+)
+def test_an_impossible_file_of_regions_is_named(content: str, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "regions.json"
+    file.write_text(content, encoding="utf-8")
+    with pytest.raises(InputError, match=message):
+        read_regions(file)
+
+
+def test_a_mask_without_a_white_pixel_and_too_many_regions_are_refused(base: Base, pair: Adapter) -> None:
+    with pytest.raises(InputError, match="a mask without a white pixel"):
+        Region(prompt="a", mask=Image.new("L", (4, 4), 0))
+    with pytest.raises(InputError, match="17 regions do not fit into one picture; give at most 16"):
+        Drawing(prompt="a", regions=(Region(prompt="a"),) * 17)
+    with pytest.raises(InputError, match="A region names '<V9>', but the adapter has <V1>, <V2>"):
+        draw(base, pair, regions=(Region(prompt="a <V9>"),))
+    with pytest.raises(InputError, match="A region names '<V9>', but the adapter is missing"):
+        draw(base, regions=(Region(prompt="a <V9>"),))
+
+
+def test_the_command_line_draws_regions(tiny_base_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["generate", "--base", str(tiny_base_folder), "--prompt", "a lake", "--steps", "1", "--seed", "1", "--out"]
+    plain, regional = tmp_path / "plain", tmp_path / "regional"
+    assert main([*words, str(plain)]) == 0
+    assert main([*words, str(regional), "--region", "0,0,0.5,1=a red car at night", "--confined"]) == 0
+    first, second = (Image.open(folder / "0001-1.png").tobytes() for folder in (plain, regional))
+    assert first != second
+    assert main([*words, str(plain), "--region", "0,0,2,1=a"]) == 1
+    assert "leaves the picture" in capsys.readouterr().err
