@@ -47,8 +47,8 @@ def narrow_base(family: str, folder: Path) -> Base:
 @pytest.fixture(scope="module")
 def adapter(base: Base) -> Adapter:
     """Two spectral concepts on the attention layers and a LoRA of differing ranks on every layer that LoRAs change."""
-    dog = random_adapter(base, vectors=2, size=0.15)
-    cat = random_adapter(base, "rotational", token="<V2>", start=2, rank=3, size=0.15, seed=1)
+    dog = random_adapter(base, vectors=2, size=0.05)
+    cat = random_adapter(base, "rotational", token="<V2>", start=2, rank=3, size=0.05, seed=1)
     return fuse([dog, cat, random_lora(base)], strengths=[1.0, 0.7, 0.5], method="sum")
 
 
@@ -59,7 +59,7 @@ def random_lora(base: Base, token: str = "<V3>", seed: int = 2) -> Adapter:
     for number, (key, layer) in enumerate(linear_layers(base, None).items()):
         if any(key.endswith(f".{ending}") for ending in ENDINGS):
             out_side, in_side = layer.weight.shape[:2]
-            up, down = (0.15 * torch.randn(size, 1 + number % 3, generator=generator) for size in (out_side, in_side))
+            up, down = (0.05 * torch.randn(size, 1 + number % 3, generator=generator) for size in (out_side, in_side))
             layers[key] = LayerPart(band=None, tensors={"up": up, "down": down})
     concept = ConceptPart(
         token=token, class_word="snow", band=None, parametrisation="lora", embeddings={}, layers=layers, settings={}
@@ -140,8 +140,8 @@ def picture(base: Base, adapter: Adapter | None) -> np.ndarray:
 
 
 def picture_of_reader(base: Base) -> np.ndarray:
-    """Draw all concepts from loaded files, typing what their users type."""
-    return drawn_with(base, prompt=PROMPT.replace("<V3>", "snow"), negative_prompt="")
+    """Draw all concepts from loaded files, typing every word: diffusers expands tokens in lower case only."""
+    return drawn_with(base, prompt="<V1> <V1>_1 and <V2> near snow", negative_prompt="")
 
 
 def drawn_with(base: Base, **conditioning: object) -> np.ndarray:
