@@ -18,7 +18,7 @@ def fusion_error(base: Base, adapter: Adapter) -> float:
     Compared in Frobenius norm with the sum of the concepts' dense deltas are the joined low-rank delta, and the base with
     every concept's band replaced in one singular value decomposition, less the base. Additive parametrisation only.
     """
-    layers = linear_layers(base)
+    layers = linear_layers(base, None)
     worst = 0.0
     for key in adapter.layer_keys():
         parts = [concept for concept in adapter.concepts if key in concept.layers]

@@ -12,7 +12,7 @@ from spectral_diffusion.errors import AdapterError, BandError
 logger = logging.getLogger(__name__)
 
 DEFAULT_METHOD = "aligned"
-"""The aligned sum is meant to keep more identity than the plain sum; on the present base that is not measured yet."""
+"""It keeps more identity than the plain sum: two concepts on the embedded base, see `benchmarks/README.md`."""
 
 
 def fuse(

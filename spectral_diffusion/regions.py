@@ -111,13 +111,20 @@ def _region_from(entry: dict[str, Any], number: int, file: Path) -> Region:
 
 
 def suggest_regions(prompt: str, tokens: Sequence[str]) -> tuple[Region, ...]:
-    """Return columns of equal width, one for each of `tokens` that `prompt` names, in the order in which it names them."""
-    places = {token: found.start() for token in tokens if (found := re.search(re.escape(token), prompt, re.IGNORECASE))}
-    named = sorted(places, key=places.__getitem__)
-    width = 1.0 / max(1, len(named))
+    """Return columns of equal width, one for each of `tokens` that `prompt` names, in the order in which it names them.
+
+    Each column's prompt is the whole one with its own token in place of all: `<V1> and <V2> near a lake` gives
+    `<V1> near a lake` and `<V2> near a lake`, so that the scene goes on from column to column.
+    """
+    found = {token: match for token in tokens if (match := re.search(re.escape(token), prompt, re.IGNORECASE))}
+    named = sorted(found, key=lambda token: found[token].start())
+    if not named:
+        return ()
+    before, after = prompt[: found[named[0]].start()], prompt[max(match.end() for match in found.values()) :]
+    edges = [number / len(named) for number in range(len(named) + 1)]
     return tuple(
-        Region(prompt=f"a {token}", box=(number * width, 0.1, min(1.0, (number + 1) * width), 1.0))
-        for number, token in enumerate(named)
+        Region(prompt=f"{before}{token}{after}", box=(left, 0.0, right, 1.0))
+        for token, left, right in zip(named, edges[:-1], edges[1:], strict=True)
     )
 
 

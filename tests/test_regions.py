@@ -136,8 +136,12 @@ def test_a_picture_says_where_its_regions_were(base: Base, tmp_path: Path) -> No
 
 
 def test_regions_are_suggested_in_the_order_of_the_prompt() -> None:
-    regions = suggest_regions("<V2> and <V1> near a lake", ["<V1>", "<V2>", "<V3>"])
-    assert [(region.prompt, region.box[0], region.box[2]) for region in regions] == [("a <V2>", 0, 0.5), ("a <V1>", 0.5, 1)]
+    regions = suggest_regions("a photo of <V2> and <V1> near a lake", ["<V1>", "<V2>", "<V3>"])
+    assert [(region.prompt, region.box) for region in regions] == [
+        ("a photo of <V2> near a lake", LEFT),
+        ("a photo of <V1> near a lake", RIGHT),
+    ]
+    assert suggest_regions("<V1> asleep", ["<V1>"]) == (Region(prompt="<V1> asleep"),)
     assert suggest_regions("a lake", ["<V1>"]) == ()
 
 

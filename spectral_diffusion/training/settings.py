@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from spectral_diffusion.base import ATTENTION_LAYERS, Base
+from spectral_diffusion.base import ATTENTION_LAYERS, FEED_FORWARD_LAYERS, Base
 from spectral_diffusion.errors import InputError
 from spectral_diffusion.parametrisations import PARAMETRISATIONS
 
@@ -69,7 +69,16 @@ _FOR_REAL_BASES = {
     "balanced": replace(_PAPER, steps=800),
     "best": _PAPER,
 }
-_EMBEDDED = replace(_PAPER, batch=4, unet_rate=5e-4, text_encoder_rate=2e-4, token_rate=5e-3, inertness=2.0)
+# The embedded base has attention at two coarse levels only; without its feed-forward layers no identity comes out.
+_EMBEDDED = replace(
+    _PAPER,
+    batch=4,
+    unet_rate=1e-3,
+    text_encoder_rate=3e-4,
+    token_rate=5e-3,
+    isolation=4,
+    layers=(*ATTENTION_LAYERS, *FEED_FORWARD_LAYERS),
+)
 _FOR_EMBEDDED_BASE = {
     "fast": replace(_EMBEDDED, steps=150),
     "balanced": replace(_EMBEDDED, steps=300),
