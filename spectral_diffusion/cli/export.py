@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from spectral_diffusion.cli.console import Console, quiet_libraries
 from spectral_diffusion.cli.options import add_json_option, add_out_options
 from spectral_diffusion.cli.outputs import check_output
-
-if TYPE_CHECKING:
-    from spectral_diffusion.export import Export
 
 SUMMARY = "write an adapter as a LoRA that AUTOMATIC1111, ComfyUI and diffusers read"
 
@@ -30,11 +25,11 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
     check_output(arguments.out, force=arguments.force, inputs=[arguments.adapter])
     quiet_libraries()
     from spectral_diffusion.adapter_file import load_adapter
-    from spectral_diffusion.export import export_kohya
+    from spectral_diffusion.export import export_kohya, instructions
 
     adapter = load_adapter(arguments.adapter)
     export = export_kohya(adapter, arguments.out)
-    for line in _instructions(export, adapter.family):
+    for line in instructions(export, adapter.family):
         console.say(line)
     console.give(
         {
@@ -46,18 +41,3 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
         }
     )
     return 0
-
-
-def _instructions(export: Export, family: str) -> Iterator[str]:
-    lora, words = export.lora.name, list(export.trigger_words.values())
-    embeddings = ", ".join(path.name for path in export.embeddings.values())
-    yield (
-        f"AUTOMATIC1111: put {lora} and {export.description.name} into models/Lora, {embeddings} into embeddings; "
-        f"type: <lora:{export.lora.stem}:1> {' and '.join(words)}"
-    )
-    yield (
-        f"ComfyUI: put {lora} into models/loras, {embeddings} into models/embeddings; "
-        f"load the LoRA and type: {' and '.join(f'embedding:{word}' for word in words)}"
-    )
-    if family == "mini":
-        yield "This adapter belongs to the embedded base, which only diffusers loads."
