@@ -74,9 +74,10 @@ class Worker:
             if name is None:
                 time.sleep(_PAUSE)
             elif not self.store.job(name).state.ended:
-                self._do(name)
+                self.do(name)
 
-    def _do(self, name: str) -> None:
+    def do(self, name: str) -> None:
+        """Do the job called `name`, which was taken, and write how it ended."""
         context = TaskContext(self.store, name, self.leaving)
         job = self.store.job(name)
         with _log_into(context.folder / "log.txt"):
