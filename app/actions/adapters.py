@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from app.actions.concepts import concept_cards
 from app.actions.studio import Studio, plain_name
 from spectral_diffusion.adapter import METHODS, Adapter
 from spectral_diffusion.adapter_file import load_adapter
@@ -116,9 +115,9 @@ def export(studio: Studio, name: str, precision: str = "fp16") -> str:
     return studio.jobs.submit("export", f"Export {path.stem}", arguments)
 
 
-def library_tokens(studio: Studio, name: str | None) -> list[str]:
-    """Return the tokens that a prompt for the adapter called `name` may hold; those of all concepts without one."""
-    return list(_load(studio, name).tokens) if name else [card.token for card in concept_cards(studio)]
+def library_tokens(studio: Studio, name: str) -> list[str]:
+    """Return the tokens that a prompt for the adapter called `name` may hold."""
+    return list(_load(studio, name).tokens)
 
 
 def _load(studio: Studio, name: str) -> Adapter:

@@ -56,7 +56,8 @@ def _activity(studio: Studio) -> str:
     queue = f'<span class="sd-muted">{len(waiting)} waiting</span>' if waiting else ""
     if running is not None:
         done, total, words = progress(studio, running)
-        middle = f'<span class="sd-grow"><strong>{markup.text(running.title)}</strong> <span class="sd-muted">{markup.text(words)}</span></span>'
+        title = f"<strong>{markup.text(running.title)}</strong>"
+        middle = f'<span class="sd-grow">{title} <span class="sd-muted">{markup.text(words)}</span></span>'
         inner = middle + markup.bar(done, total, running.title) + queue + markup.job_buttons(running, waiting)
     elif lost is not None:
         middle = (
@@ -89,7 +90,7 @@ def _listing(studio: Studio, log: str) -> str:
 
 
 def _job(studio: Studio, job: Job, waiting: list[str], *, shows_log: bool) -> str:
-    reason = f'<p class="sd-reason">{markup.text(job.reason)}</p>' if job.reason else ""
+    reason = markup.refusal(job.reason) if job.reason else ""
     log = f"<pre>{markup.text(studio.jobs.log(job.name)[-8000:] or 'Nothing was logged.')}</pre>" if shows_log else ""
     label = "Hide log" if shows_log else "Log"
     buttons = markup.job_buttons(job, waiting) + markup.button(

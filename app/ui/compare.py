@@ -11,7 +11,7 @@ from app.actions.adapters import adapter_cards
 from app.actions.studio import Studio
 from app.jobs import State
 from app.ui import markup
-from app.ui.live import EVENT, Live, attempt
+from app.ui.live import EVENT, Live, attempt, several
 from spectral_diffusion.adapter import METHODS
 from spectral_diffusion.comparison import AXES, Axis
 from spectral_diffusion.generation import Drawing
@@ -35,7 +35,7 @@ def build_compare(studio: Studio, live: Live) -> None:
         gr.CheckboxGroup(
             [], label="Adapters", info="The first one draws, unless an axis is “adapter”.", elem_id="compare-adapters"
         ),
-        lambda: gr.update(choices=[(f"{card.label} as “{card.path.stem}”", card.name) for card in adapter_cards(studio)]),
+        lambda: several([(f"{card.label} as “{card.path.stem}”", card.name) for card in adapter_cards(studio)]),
     )
     prompt = gr.Textbox(label="Prompt", placeholder="<poodle> near a lake", max_length=2000, elem_id="compare-prompt")
     with gr.Row():
@@ -91,4 +91,4 @@ def _result(studio: Studio, result: dict[str, Any], title: str) -> str:
         + markup.link(scores, "Save table (CSV)", download=True)
     )
     picture = markup.image(sheet, f"{title}: a grid of pictures with scores", kind="sd-sheet")
-    return f'<h3 class="sd-section">{markup.text(title)}</h3><div class="sd-scroll">{picture}</div><div class="sd-row sd-end">{links}</div>'
+    return f'{markup.heading(title)}<div class="sd-scroll">{picture}</div><div class="sd-row sd-end">{links}</div>'

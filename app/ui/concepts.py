@@ -168,7 +168,7 @@ def _welcome(studio: Studio) -> str:
     )
     if not fresh or library.SAMPLES[0] not in library.concept_names(studio):
         return ""
-    words = "Three sample concepts are ready. The tour trains two of them, fuses them, draws both in one picture and exports the file."
+    words = "Three sample concepts are ready. The tour trains two, fuses them, draws both in one picture and exports the file."
     return (
         f'<div class="sd-welcome"><p><strong>First time here?</strong> {words}</p>'
         f"{markup.button('tour', '', 'Run the whole tour', kind='sd-primary')}</div>"
@@ -194,11 +194,12 @@ def _card(card: library.ConceptCard, *, chosen: bool) -> str:
         band = f"band {card.job.result['band']}" if card.job is not None and card.job.result else "trained"
         state = markup.badge(band, "sd-done") + state
     count = f"{len(card.photos)} photo{'s' if len(card.photos) != 1 else ''}"
+    state = state or markup.badge("not trained")
+    opens = f'data-do="open" data-name="{markup.text(card.name)}" aria-pressed="{"true" if chosen else "false"}"'
     return (
-        f'<button type="button" class="sd-card {"sd-chosen" if chosen else ""}" data-do="open" data-name="{markup.text(card.name)}" '
-        f'aria-pressed="{"true" if chosen else "false"}">{cover}<span class="sd-body"><strong>{markup.text(card.token)}</strong>'
-        f'<span class="sd-muted">{markup.text(card.class_word)}, {count}</span><span class="sd-row">{state or markup.badge("not trained")}</span>'
-        "</span></button>"
+        f'<button type="button" class="sd-card {"sd-chosen" if chosen else ""}" {opens}>{cover}<span class="sd-body">'
+        f'<strong>{markup.text(card.token)}</strong><span class="sd-muted">{markup.text(card.class_word)}, {count}</span>'
+        f'<span class="sd-row">{state}</span></span></button>'
     )
 
 
@@ -206,7 +207,8 @@ def _title(studio: Studio, name: str | None) -> str:
     card = _card_of(studio, name)
     if card is None:
         return ""
-    return f'<h2 class="sd-section"><code>{markup.text(card.token)}</code> <span class="sd-muted">a {markup.text(card.class_word)}</span></h2>'
+    class_word = f'<span class="sd-muted">a {markup.text(card.class_word)}</span>'
+    return f'<h2 class="sd-section"><code>{markup.text(card.token)}</code> {class_word}</h2>'
 
 
 def _card_of(studio: Studio, name: str | None) -> library.ConceptCard | None:
@@ -231,12 +233,13 @@ def _photos(studio: Studio, name: str | None) -> str:
 
 def _photo(photo: library.PhotoCard) -> str:
     name = markup.text(photo.name)
-    mask = "Mask ✓" if photo.masked else "Mask"
+    picture = markup.image(photo.thumbnail, f"{photo.name}: {photo.caption}")
+    caption = f'data-do="caption" data-name="{name}" aria-label="Caption of {name}" value="{markup.text(photo.caption)}"'
+    mask = markup.button("edit", photo.name, "Mask ✓" if photo.masked else "Mask", title=f"Mask and crops of {photo.name}")
+    remove = markup.button("remove-photo", photo.name, "✕", kind="sd-quiet", title=f"Remove {photo.name}")
     return (
-        f'<div class="sd-card">{markup.image(photo.thumbnail, f"{photo.name}: {photo.caption}")}<div class="sd-body">'
-        f'<input class="sd-field" data-do="caption" data-name="{name}" aria-label="Caption of {name}" value="{markup.text(photo.caption)}" '
-        f'maxlength="300"><div>{markup.button("edit", photo.name, mask, title=f"Mask and crops of {photo.name}")}'
-        f"{markup.button('remove-photo', photo.name, 'Remove', kind='sd-quiet', title=f'Remove {photo.name}')}</div></div></div>"
+        f'<div class="sd-card">{picture}<div class="sd-body"><input class="sd-field" {caption} maxlength="300">'
+        f'<div class="sd-tools">{mask}{remove}</div></div></div>'
     )
 
 
@@ -244,24 +247,24 @@ def _findings(found: list[library.Finding]) -> str:
     if not found:
         return ""
     items = "".join(
-        f'<li class="{"" if finding.used else "sd-no"}"><strong>{markup.text(finding.name)}</strong> {markup.text(finding.text)}</li>'
-        for finding in found
+        f'<li class="{"sd-yes" if one.used else "sd-no"}"><strong>{markup.text(one.name)}</strong> {markup.text(one.text)}</li>'
+        for one in found
     )
     used = sum(finding.used for finding in found)
-    return f'<p class="sd-muted">{used} of {len(found)} files are used.</p><ul class="sd-findings">{items}</ul>'
+    return f'{markup.muted(f"{used} of {len(found)} files are used.")}<ul class="sd-findings">{items}</ul>'
 
 
 def _expected(studio: Studio) -> str:
     expected = expectations(studio)
     if not expected:
-        return '<p class="sd-muted">Looking at the base …</p>'
+        return markup.muted("Looking at the base …")
     words = ", ".join(
         f"{name}: {e.steps} steps" + ("" if e.seconds is None else f" in about {markup.duration(e.seconds)}")
         for name, e in expected.items()
     )
     first = next(iter(expected.values()))
     memory = f"; about {first.memory / 1e9:.1f} GB of memory" if first.memory else "; times are known after the first training"
-    return f'<p class="sd-muted">{words}{memory}.</p>'
+    return markup.muted(f"{words}{memory}.")
 
 
 def _training(studio: Studio, name: str | None) -> str:
@@ -273,20 +276,19 @@ def _training(studio: Studio, name: str | None) -> str:
     if job.state is State.RUNNING and view.steps:
         parts.append(markup.bar(view.step, view.steps, f"training of {card.token}"))
         speed = f"step {view.step} of {view.steps}, {view.speed:.1f} steps per second, {markup.duration(view.remaining)} left"
-        parts.append(f'<p class="sd-muted">{speed}</p>')
+        parts.append(markup.muted(speed))
     elif job.state is State.DONE:
-        parts.append(
-            f'<p class="sd-muted">{job.result["steps"]} steps in {markup.duration(job.result["seconds"])}, directions {job.result["band"]}.</p>'
-        )
+        steps, seconds, band = (job.result[key] for key in ("steps", "seconds", "band"))
+        parts.append(markup.muted(f"{steps} steps in {markup.duration(seconds)}, directions {band}."))
     elif view.step and job.state in (State.CANCELLED, State.INTERRUPTED):
-        parts.append(f'<p class="sd-muted">Stopped after step {view.step} of {view.steps}; what was learnt is kept.</p>')
+        parts.append(markup.muted(f"Stopped after step {view.step} of {view.steps}; what was learnt is kept."))
     if job.reason:
-        parts.append(f'<p class="sd-reason">{markup.text(job.reason)}</p>')
+        parts.append(markup.refusal(job.reason))
     if view.steps:
         parts.append(loss_curve(view.losses, view.steps))
     if view.samples:
         parts.append(f'<div class="sd-strip">{"".join(map(_sample, view.samples))}</div>')
-    return "".join(parts)
+    return f'<div class="sd-stack">{"".join(parts)}</div>'
 
 
 def _sample(path: Path) -> str:
@@ -301,7 +303,8 @@ def _crops(studio: Studio, name: str, photo: str) -> str:
     except SpectralDiffusionError:
         return ""
     pictures = "".join(f'<img src="{_inline(crop)}" alt="crop {number}">' for number, crop in enumerate(crops, start=1))
-    return f'<p class="sd-muted">{markup.text(photo)} as the training sees it, cropped at random:</p><div class="sd-strip">{pictures}</div>'
+    words = markup.muted(f"{photo} as the training sees it, cropped at random:")
+    return f'{words}<div class="sd-strip">{pictures}</div>'
 
 
 def _inline(picture: Image.Image) -> str:

@@ -19,7 +19,7 @@ _MOST_SHOWN = 6
 def build_export(studio: Studio, live: Live) -> None:
     """Build the tab."""
     gr.Markdown(
-        "A LoRA in kohya’s naming, which AUTOMATIC1111, Forge, ComfyUI and diffusers read, packed with the tokens, notes and a picture."
+        "A LoRA that AUTOMATIC1111, Forge, ComfyUI and diffusers read (kohya’s naming), with the tokens, notes and a picture."
     )
     with gr.Row():
         adapter = adapter_list(studio, live, "Adapter", bare=False)
@@ -46,8 +46,10 @@ def _result(studio: Studio, result: dict[str, Any]) -> str:
     error = "" if result["error"] is None else f"; reloaded with diffusers it differs by {result['error']:.1e} at most"
     size = f"{result['bytes'] / 1e6:.1f} MB"
     notes = "".join(f"<li>{markup.text(note)}</li>" for note in result["notes"])
+    names = ", ".join(result["names"])
+    download = markup.link(path, f"Download, {size}", download=True)
     return (
-        f'<h3 class="sd-section">{markup.text(result["file"])}</h3><div class="sd-row">{markup.link(path, f"Download, {size}", download=True)}'
+        f'{markup.heading(result["file"])}<div class="sd-row">{download}'
         f'<span class="sd-muted">rank {result["rank"]}{markup.text(error)}</span></div>'
-        f'<p class="sd-muted">{markup.text(words)}. In the zip: {markup.text(", ".join(result["names"]))}.</p><ul class="sd-notes">{notes}</ul>'
+        f'{markup.muted(f"{words}. In the zip: {names}.")}<ul class="sd-notes">{notes}</ul>'
     )

@@ -11,8 +11,9 @@ from app.actions.studio import Studio
 from app.actions.trainings import train
 from app.ui import markup
 from app.ui.charts import band_map_chart, cross_talk_table
-from app.ui.live import EVENT, Live, attempt, said
+from app.ui.live import EVENT, Live, attempt, said, several
 from spectral_diffusion.adapter import METHODS
+from spectral_diffusion.errors import SpectralDiffusionError
 from spectral_diffusion.fusion import DEFAULT_METHOD
 
 _MOST = 8
@@ -22,7 +23,7 @@ def build_fuse(studio: Studio, live: Live) -> None:
     """Build the tab."""
     chosen = live.add(
         gr.CheckboxGroup([], label="Trained concepts", info="Choose two or more.", elem_id="fuse-chosen"),
-        lambda: gr.update(choices=[(card.label, card.name) for card in library.adapter_cards(studio, ["adapters"])]),
+        lambda: several([(card.label, card.name) for card in library.adapter_cards(studio, ["adapters"])]),
     )
     live.add(gr.HTML(), lambda: _hint(studio))
     with gr.Row():
@@ -87,20 +88,19 @@ def _bands(studio: Studio, names: list[str], strengths: tuple[float, ...]) -> st
             if library.adapter_cards(studio, ["adapters"])
             else ""
         )
-    result = attempt(library.map_bands, studio, ordered, strengths[: len(ordered)])
-    if result is None:
-        return ""
-    parts = ['<h3 class="sd-section">Band map</h3>', band_map_chart(result)]
+    try:
+        result = library.map_bands(studio, ordered, strengths[: len(ordered)])
+    except SpectralDiffusionError as error:  # an adapter may be gone or damaged by now
+        return markup.refusal(str(error))
+    parts = [markup.heading("Band map"), band_map_chart(result)]
     for one, other in result.conflicts:
         name = ordered[result.tokens.index(other)].removeprefix("adapters/").removesuffix(".safetensors")
         words = f"{one} and {other} share singular directions, so they cannot be fused without damage."
         again = markup.button("retrain", name, f"Train {other} again on a free band")
         parts.append(f'<div class="sd-warning"><p>{markup.text(words)}</p>{again}</div>')
     if len(ordered) > 1:
-        parts += ['<h3 class="sd-section">Measured cross-talk</h3>', cross_talk_table(result)]
-        parts.append(
-            '<p class="sd-muted">How strongly each concept’s change answers to what the others feed in; 100 % is the concept’s own answer.</p>'
-        )
+        parts += [markup.heading("Measured cross-talk"), cross_talk_table(result)]
+        parts.append(markup.muted("How strongly each concept’s change answers to the others’ inputs; 100 % is its own answer."))
     return "".join(parts)
 
 
@@ -109,4 +109,4 @@ def _fused(studio: Studio) -> str:
     if not cards:
         return ""
     rows = [[card.path.stem, " + ".join(card.tokens), ", ".join(card.bands), card.method] for card in cards]
-    return '<h3 class="sd-section">Fused adapters</h3>' + markup.table(["name", "concepts", "bands", "joined by"], rows)
+    return markup.heading("Fused adapters") + markup.table(["name", "concepts", "bands", "joined by"], rows)

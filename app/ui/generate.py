@@ -12,6 +12,7 @@ from app.actions.adapters import adapter_cards, library_tokens
 from app.actions.studio import Studio
 from app.ui import markup
 from app.ui.live import EVENT, Live, attempt, choices, said
+from spectral_diffusion.errors import SpectralDiffusionError
 from spectral_diffusion.generation import SCHEDULERS, Drawing
 from spectral_diffusion.picture_file import read_drawing
 
@@ -31,7 +32,7 @@ def build_generate(studio: Studio, live: Live) -> None:
             fields = drawing_fields()
             start = gr.Button("Draw", variant="primary", elem_id="draw")
             dropped = gr.File(
-                label="Drop a picture to load its settings", file_types=[".png"], height=110, elem_id="drop-settings"
+                label="Drop a picture to load its settings", file_types=[".png"], height=160, elem_id="drop-settings"
             )
         with gr.Column(scale=3, min_width=300):
             sort = gr.Radio(list(library.SORTS), value=library.SORTS[0], label="Order")
@@ -72,7 +73,7 @@ def adapter_list(
     studio: Studio, live: Live, label: str, kinds: tuple[str, ...] = ("fused", "adapters"), *, bare: bool = True
 ) -> gr.Dropdown:
     """Return a list of adapters that keeps itself fresh."""
-    component = gr.Dropdown([], label=label, allow_custom_value=False)
+    component = gr.Dropdown([], label=label, allow_custom_value=False, min_width=240)
 
     def fresh(current: str | None) -> Any:
         pairs = [(card.label, card.name) for card in adapter_cards(studio, kinds)]
@@ -126,9 +127,12 @@ def _load(path: Path) -> list[Any]:
 
 
 def _chips(studio: Studio, adapter: str | None) -> str:
-    tokens = attempt(library_tokens, studio, None if adapter in (None, BARE) else adapter) or []
     if adapter in (None, BARE):
-        return '<p class="sd-muted">Choose an adapter to use its tokens.</p>'
+        return markup.muted("Choose an adapter to use its tokens.")
+    try:
+        tokens = library_tokens(studio, adapter)
+    except SpectralDiffusionError as error:  # it may be gone by now
+        return markup.refusal(str(error))
     buttons = "".join(markup.button("chip", token, token, kind="sd-chip", title=f"Add {token} to the prompt") for token in tokens)
     return f'<div class="sd-row">{buttons}</div>'
 
@@ -144,10 +148,12 @@ def _picture(card: library.PictureCard) -> str:
     scores = [] if card.clip_text is None else [f"text {card.clip_text:.2f}"]
     scores += [f"{token} {value:.2f}" for token, value in card.clip_image.items()]
     lines = markup.text(" · ".join(scores)) or "being scored …"
+    picture = markup.image(card.path, f"{card.prompt}, seed {card.seed}")
+    copy = markup.button("copy", card.path.name, f"Seed {card.seed}", title=f"Use the settings of seed {card.seed}")
+    save = markup.link(card.path, "Save", download=True)
     judged = f'<span class="sd-muted">judge: {markup.text(", ".join(card.judged[:2]))}</span>' if card.judged else ""
     return (
         f'<div class="sd-card sd-picture"><a href="{markup.text(markup.file_url(card.path))}" target="_blank" rel="noopener">'
-        f'{markup.image(card.path, f"{card.prompt}, seed {card.seed}")}</a><div class="sd-body"><span class="sd-prompt">{markup.text(card.prompt)}</span>'
-        f'<span class="sd-muted">{lines}</span>{judged}<div>{markup.button("copy", card.path.name, f"Seed {card.seed}", title="Use these settings")}'
-        f"{markup.link(card.path, 'Save', download=True)}</div></div></div>"
+        f'{picture}</a><div class="sd-body"><span class="sd-prompt">{markup.text(card.prompt)}</span>'
+        f'<span class="sd-muted">{lines}</span>{judged}<div class="sd-tools">{copy}{save}</div></div></div>'
     )

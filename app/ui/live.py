@@ -73,7 +73,12 @@ def said(event: gr.EventData) -> tuple[str, str, str]:
     return tuple(str(data.get(key) or "") for key in ("do", "name", "value"))
 
 
+def several(pairs: Sequence[tuple[str, str]]) -> Any:
+    """Return the new choices of a list of which several may be chosen; it is hidden while there are none."""
+    return gr.update(choices=list(pairs), visible=bool(pairs))
+
+
 def choices(pairs: Sequence[tuple[str, str]], *, value: str | None) -> Any:
     """Return a list's new choices (label and value), keeping `value` when it is among them."""
     values = [choice for _, choice in pairs]
-    return gr.update(choices=list(pairs), value=value if value in values else (values[0] if values else None))
+    return gr.update(choices=list(pairs), value=value if value in values else next(iter(values), None), visible=bool(values))

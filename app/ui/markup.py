@@ -37,7 +37,8 @@ def button(do: str, name: str, label: str, *, kind: str = "", confirm: str = "",
     """Return a button that reports `do` and `name`."""
     more = f' data-confirm="{text(confirm)}"' if confirm else ""
     more += f' aria-label="{text(title)}" title="{text(title)}"' if title else ""
-    return f'<button type="button" class="sd-button {kind}" data-do="{text(do)}" data-name="{text(name)}"{more}>{text(label)}</button>'
+    what = f'data-do="{text(do)}" data-name="{text(name)}"'
+    return f'<button type="button" class="sd-button {kind}" {what}{more}>{text(label)}</button>'
 
 
 def image(path: Path, alternative: str, *, kind: str = "") -> str:
@@ -49,6 +50,21 @@ def link(path: Path, label: str, *, download: bool = False) -> str:
     """Return a link that opens or downloads a file of the studio."""
     how = f'download="{text(path.name)}"' if download else 'target="_blank" rel="noopener"'
     return f'<a class="sd-button" href="{text(file_url(path))}" {how}>{text(label)}</a>'
+
+
+def muted(words: str) -> str:
+    """Return a faint line."""
+    return f'<p class="sd-muted">{text(words)}</p>'
+
+
+def heading(words: str) -> str:
+    """Return the heading of a section."""
+    return f'<h3 class="sd-section">{text(words)}</h3>'
+
+
+def refusal(words: str) -> str:
+    """Return why something did not work."""
+    return f'<p class="sd-reason">{text(words)}</p>'
 
 
 def badge(label: str, kind: str = "") -> str:

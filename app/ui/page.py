@@ -48,7 +48,7 @@ def build_page(studio: Studio) -> gr.Blocks:
         build_activity(studio, live)
         with gr.Tabs():
             for name, build in TABS.items():
-                with gr.Tab(name, id=name.lower()):
+                with gr.Tab(name, id=name.lower(), elem_id=f"tab-{name.lower()}"):
                     build(studio, live)
         build_jobs(studio, live)
         live.wire(page)

@@ -22,7 +22,7 @@ def build_settings(studio: Studio, live: Live) -> None:
         [("the best there is", ""), *((name, name) for name in devices())], value=now.device or "", label="Device"
     )
     clip = gr.Textbox(
-        lambda: studio.settings.clip or "", label="CLIP for the scores", placeholder="the embedded one, which knows the toy world only",
+        lambda: studio.settings.clip or "", label="CLIP for the scores", placeholder="the embedded one (toy world only)",
         info="A folder in open_clip’s form, or NAME:WEIGHTS such as ViT-B-32:weights.safetensors.",
     )  # fmt: skip
     keep = gr.Button("Keep", variant="primary", elem_id="keep-settings")
@@ -49,4 +49,4 @@ def _facts(studio: Studio) -> str:
         ]
     memory = psutil.virtual_memory()
     rows = [*base, ["folder", str(studio.root)], ["memory", f"{memory.percent:.0f} % of {memory.total / 1e9:.0f} GB in use"]]
-    return markup.table(["", ""], rows)
+    return markup.table(["what", "now"], rows)
