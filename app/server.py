@@ -44,7 +44,7 @@ def check_access(listen: str, auth: str | None) -> Doorkeeper | None:
     Raises:
         InputError: others could reach it without a login, or `auth` is not `user:password`.
     """
-    auth = auth or os.environ.get(AUTH_VARIABLE)
+    auth = auth or os.environ.get(AUTH_VARIABLE) or None
     if auth is None:
         if listen not in LOCAL:
             raise InputError(f"Others could reach the studio on '{listen}'; give --auth user:password, or set {AUTH_VARIABLE}.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -143,7 +144,7 @@ def train(page: Page, steps: int) -> None:
     field.fill(str(steps))
     field.press("Tab")
     page.locator("#train").click()
-    expect(page.locator("#training .sd-badge").first).to_have_text("queued", timeout=PATIENCE)
+    expect(page.locator("#training .sd-badge").first).to_have_text(re.compile("queued|running"))
 
 
 def state(page: Page, text: str, milliseconds: float = PATIENCE) -> None:
@@ -272,9 +273,7 @@ def test_two_pages_see_one_studio(page: Page, browser: Browser, served: Served) 
         add_concept(other, "pinata", photos_of("pinata")[:2])
         expect(page.locator("#concept-cards")).to_contain_text("<pinata>")
         page.locator("#concept-cards").get_by_role("button", name="<pinata>").click()
-        started = time.monotonic()
         train(page, 2)
-        assert time.monotonic() - started < 20
         other.locator("#train").click()
         expect(other.get_by_text("<pinata> is ", exact=False)).to_be_visible()
         state(page, "done")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -52,13 +53,8 @@ def adapter_cards(studio: Studio, kinds: Sequence[str] = _KINDS) -> list[Adapter
     paths = [path for kind in kinds for path in sorted(studio.folder(kind).glob("*.safetensors"))]
     cards = []
     for path in paths:
-        try:
-            adapter = _loaded(path, path.stat().st_mtime_ns)
-        except (AdapterError, OSError):
-            continue
-        bands = tuple(str(concept.band) for concept in adapter.concepts)
-        name = f"{path.parent.name}/{path.name}"
-        cards.append(AdapterCard(name=name, tokens=adapter.tokens, bands=bands, method=adapter.method, path=path))
+        with suppress(AdapterError, OSError):
+            cards.append(_card(path, path.stat().st_mtime_ns))
     return cards
 
 
@@ -125,6 +121,14 @@ def _load(studio: Studio, name: str) -> Adapter:
     return _loaded(path, path.stat().st_mtime_ns)
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=1024)
+def _card(path: Path, changed: int) -> AdapterCard:
+    adapter = load_adapter(path)
+    bands = tuple(str(concept.band) for concept in adapter.concepts)
+    name = f"{path.parent.name}/{path.name}"
+    return AdapterCard(name=name, tokens=adapter.tokens, bands=bands, method=adapter.method, path=path)
+
+
+@lru_cache(maxsize=8)
 def _loaded(path: Path, changed: int) -> Adapter:
     return load_adapter(path)

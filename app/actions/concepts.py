@@ -6,6 +6,7 @@ import json
 import shutil
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,16 +23,16 @@ from spectral_diffusion.concept import (
     check_token,
     read_words,
 )
-from spectral_diffusion.errors import InputError
+from spectral_diffusion.errors import InputError, PhotoError
 from spectral_diffusion.files import write_atomically
-from spectral_diffusion.photos import MASK_ENDING, MAX_PHOTOS, PhotoReport, list_pictures, read_photo, read_photos
+from spectral_diffusion.photos import MASK_ENDING, MAX_PHOTOS, Photo, list_pictures, read_photo, read_photos
 from spectral_diffusion.training.examples import random_crop
 
 SAMPLES = ("poodle", "black-cat", "raccoon")
 """Sample concepts that a new studio has."""
 MAX_UPLOAD = 64_000_000
 """Bytes that one uploaded file may have."""
-_THUMBNAIL = 384
+_THUMBNAIL, _MASK_SIDE = 384, 768
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +74,7 @@ def add_samples(studio: Studio) -> None:
         folder = studio.folder("concepts") / name
         shutil.copytree(SAMPLES_FOLDER / name, folder)
         (folder / SETTINGS_FILE).touch()
-        _make_thumbnails(studio, name, read_photos(folder))
+        _make_thumbnails(studio, name, read_photos(folder).photos)
 
 
 def concept_names(studio: Studio) -> list[str]:
@@ -172,7 +173,7 @@ def add_photos(studio: Studio, name: str, files: Sequence[Path]) -> list[Finding
         (folder / copy).unlink()
         many = reasons.get(folder.name, "It is no photo; use JPEG, PNG, WebP or HEIC.")
         findings.append(Finding(name=original, used=False, text=_own_names(reasons.get(copy, many), copies)))
-    _make_thumbnails(studio, name, report)
+    _make_thumbnails(studio, name, report.photos)
     return findings
 
 
@@ -198,10 +199,10 @@ def set_mask(studio: Studio, name: str, photo: str, painted: Image.Image | None)
 
 
 def mask_of(studio: Studio, name: str, photo: str) -> tuple[Image.Image, Image.Image | None]:
-    """Return the upright photo and its mask, both of the thumbnail's size."""
+    """Return the upright photo and its mask, both small enough to paint on."""
     path = _photo(studio, name, photo)
-    with Image.open(_thumbnail(studio, name, path)) as opened:
-        picture = opened.convert("RGB")
+    picture = read_photo(path).image.copy()
+    picture.thumbnail((_MASK_SIDE, _MASK_SIDE), Image.Resampling.LANCZOS)
     mask_path = path.with_name(path.stem + MASK_ENDING)
     if not mask_path.is_file():
         return picture, None
@@ -257,9 +258,13 @@ def _photo(studio: Studio, name: str, photo: str) -> Path:
 
 def _photo_card(studio: Studio, name: str, path: Path) -> PhotoCard:
     caption = path.with_suffix(".txt")
+    thumbnail = _thumbnail(studio, name, path)
+    if not thumbnail.is_file():  # it was put there by hand
+        with suppress(PhotoError):
+            _make_thumbnails(studio, name, [read_photo(path)])
     return PhotoCard(
         name=path.name,
-        thumbnail=_thumbnail(studio, name, path),
+        thumbnail=thumbnail,
         caption=caption.read_text(encoding="utf-8").strip() if caption.is_file() else DEFAULT_CAPTION,
         masked=path.with_name(path.stem + MASK_ENDING).is_file(),
     )
@@ -269,8 +274,8 @@ def _thumbnail(studio: Studio, name: str, photo: Path) -> Path:
     return studio.folder("thumbnails") / name / f"{photo.stem}.webp"
 
 
-def _make_thumbnails(studio: Studio, name: str, report: PhotoReport) -> None:
-    for photo in report.photos:
+def _make_thumbnails(studio: Studio, name: str, photos: Sequence[Photo]) -> None:
+    for photo in photos:
         path = _thumbnail(studio, name, photo.path)
         if not path.exists():
             small = photo.image.copy()

@@ -77,7 +77,7 @@ class Studio:
         Raises:
             InputError: the base or the CLIP is not there, or there is no such device.
         """
-        settings = replace(self.settings, **{name: text.strip() or None for name, text in changes.items()})
+        settings = replace(self.settings, **{name: _placed(text.strip()) or None for name, text in changes.items()})
         _check(settings)
         self._write("settings.json", asdict(settings))
         return settings
@@ -103,6 +103,12 @@ def open_studio(root: Path) -> Studio:
 def plain_name(text: str) -> str:
     """Return `text` as a file name that every system takes; only letters, digits, `-` and `_` remain."""
     return embedding_file_name(text)[:60]
+
+
+def _placed(text: str) -> str:
+    """Return the full path where `text` is one, as the worker runs elsewhere; other texts as they are."""
+    path = Path(text).expanduser()
+    return str(path.resolve()) if text and path.exists() else text
 
 
 def _check(settings: Settings) -> None:

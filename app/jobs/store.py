@@ -16,6 +16,7 @@ running; in the queue it is queued; and in no other case can anything still happ
 from __future__ import annotations
 
 import json
+import os
 import secrets
 import time
 from collections.abc import Iterator
@@ -80,6 +81,7 @@ class JobStore:
 
     def __init__(self, folder: Path):
         self.folder = folder
+        self._ended: dict[str, tuple[int, Job]] = {}
         folder.mkdir(parents=True, exist_ok=True)
         self._queue = SqliteStorage(
             name="jobs", filename=str(folder / "queue.db"), strict_fifo=True, timeout=_PATIENCE, fsync=True
@@ -95,7 +97,7 @@ class JobStore:
     def jobs(self) -> list[Job]:
         """Return all jobs, the newest first."""
         waiting = set(self.waiting())
-        names = sorted((path.parent.name for path in self.folder.glob("*/job.json")), reverse=True)
+        names = sorted((entry.name for entry in os.scandir(self.folder) if self._is_job(entry.name)), reverse=True)
         return [self._job(name, waiting) for name in names]
 
     def job(self, name: str) -> Job:
@@ -191,12 +193,24 @@ class JobStore:
         """Write how the job ended."""
         _write(self.folder / name / "outcome.json", {"state": state, "reason": reason, "result": result or {}})
 
+    def _is_job(self, name: str) -> bool:
+        return name in self._ended or (self.folder / name / "job.json").is_file()
+
     def _leave_queue(self, name: str) -> bool:
         with self._queue.db(commit=True) as cursor:
             cursor.execute("delete from task where queue = ? and data = ?", (self._queue.name, name.encode()))
             return cursor.rowcount > 0
 
     def _job(self, name: str, waiting: set[str]) -> Job:
+        written = _time(self.folder / name / "outcome.json")
+        if written is None:
+            return self._read_job(name, waiting)
+        known = self._ended.get(name)
+        if known is None or known[0] != written:
+            known = self._ended[name] = (written, self._read_job(name, waiting))
+        return known[1]
+
+    def _read_job(self, name: str, waiting: set[str]) -> Job:
         folder = self.folder / name
         outcome = _read(folder / "outcome.json") or {}
         state = State(outcome["state"]) if outcome else self._state_without_outcome(name, waiting)
@@ -221,6 +235,13 @@ class JobStore:
 
 def _write(path: Path, value: Any) -> None:
     write_atomically(path, lambda temporary: temporary.write_text(json.dumps(value, ensure_ascii=False), encoding="utf-8"))
+
+
+def _time(path: Path) -> int | None:
+    try:
+        return path.stat().st_mtime_ns
+    except FileNotFoundError:
+        return None
 
 
 def _read(path: Path) -> Any:

@@ -19,7 +19,7 @@ from app.jobs import State
 from app.ui import markup
 from app.ui.activity import wire_jobs
 from app.ui.charts import loss_curve
-from app.ui.live import EVENT, Live, attempt, said
+from app.ui.live import EVENT, SLOW, Live, attempt, said
 from spectral_diffusion.errors import SpectralDiffusionError
 from spectral_diffusion.training import PRESETS
 
@@ -86,8 +86,8 @@ def build_concepts(studio: Studio, live: Live) -> None:
         token,
         **EVENT,
     )
-    create.click(add, [class_word, token, uploads], [chosen, findings, class_word, token, uploads], **EVENT)
-    more.upload(add_more, [chosen, more, photo_version], [findings, photo_version], **EVENT)
+    create.click(add, [class_word, token, uploads], [chosen, findings, class_word, token, uploads], **SLOW)
+    more.upload(add_more, [chosen, more, photo_version], [findings, photo_version], **SLOW)
 
 
 def _build_training(studio: Studio, live: Live, chosen: gr.State) -> None:
@@ -97,7 +97,7 @@ def _build_training(studio: Studio, live: Live, chosen: gr.State) -> None:
         steps = gr.Number(
             label="Steps", info="Empty: what the preset says. More steps, more likeness.", value=None, minimum=1, precision=0
         )
-        sample_every = gr.Number(label="Sample pictures every … steps", info="0 draws none.", value=0, minimum=0, precision=0)
+        sample_every = gr.Number(label="Sample pictures every … steps", info="0 draws none.", value=50, minimum=0, precision=0)
     start = gr.Button("Train", variant="primary", elem_id="train")
     training = live.add(gr.HTML(elem_id="training", js_on_load=markup.CLICKS), lambda name: _training(studio, name), chosen)
     wire_jobs(studio, training)
@@ -155,7 +155,7 @@ def _create(studio: Studio, word: str, token: str, files: list[Path]) -> tuple[s
 
 
 def _first_choice(studio: Studio) -> str | None:
-    """Return the concept that is being trained, or the newest one."""
+    """Return the concept that is being trained, or the first one."""
     running = (job for job in studio.jobs.jobs() if job.kind == "train" and job.state is State.RUNNING)
     names = library.concept_names(studio)
     trained = next((job.arguments["concept"] for job in running if job.arguments["concept"] in names), None)

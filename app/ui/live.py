@@ -11,10 +11,10 @@ import gradio as gr
 
 from spectral_diffusion.errors import SpectralDiffusionError
 
-SILENT: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private", "concurrency_limit": None}
-"""How events run that nobody waits for."""
 EVENT: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private", "concurrency_limit": None}
-"""How events run that a user starts; all are quick."""
+"""How events run; nearly all are quick."""
+SLOW: dict[str, Any] = EVENT | {"show_progress": "full"}
+"""How events run that read photos."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,8 +51,8 @@ class Live:
                 known[number] = digest
             return [known, *results]
 
-        page.load(refresh, [seen, *inputs], outputs, **SILENT)
-        gr.Timer(seconds).tick(refresh, [seen, *inputs], outputs, trigger_mode="once", **SILENT)
+        page.load(refresh, [seen, *inputs], outputs, **EVENT)
+        gr.Timer(seconds).tick(refresh, [seen, *inputs], outputs, trigger_mode="once", **EVENT)
 
 
 def attempt(action: Callable[..., Any], *arguments: Any, done: str | None = None, **named: Any) -> Any:

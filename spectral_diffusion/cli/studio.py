@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="ask for a login; SPECTRAL_DIFFUSION_AUTH in the environment does the same and is not seen by other programs",
     )
     parser.add_argument(
-        "--folder", type=Path, default=Path("out/studio"), metavar="FOLDER", help="where everything is kept (default: %(default)s)"
+        "--folder", type=Path, default=Path("out/studio"), metavar="FOLDER", help="where all is kept (default: %(default)s)"
     )
     add_json_option(parser, "the page's address, once it is there,")
 
