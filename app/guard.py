@@ -43,7 +43,7 @@ class Guard:
 
 def middleware(*, local: bool) -> list[Middleware]:
     """Return what stands before the page; a local studio answers to local names only (against DNS rebinding)."""
-    hosts = [Middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost", "[::1]"])] if local else []
+    hosts = [Middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost"])] if local else []
     return [*hosts, Middleware(Guard)]
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from spectral_diffusion.errors import InputError
 
-LOCAL = ("127.0.0.1", "localhost", "::1")
+LOCAL = ("127.0.0.1", "localhost")
 AUTH_VARIABLE = "SPECTRAL_DIFFUSION_AUTH"
 """Environment variable with `user:password`, for those who do not want it on a command line."""
 DEFAULT_PORT = 7860

@@ -9,6 +9,7 @@ from typing import Any
 
 import gradio as gr
 
+from app.ui import markup
 from spectral_diffusion.errors import SpectralDiffusionError
 
 EVENT: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private", "concurrency_limit": None}
@@ -60,10 +61,10 @@ def attempt(action: Callable[..., Any], *arguments: Any, done: str | None = None
     try:
         result = action(*arguments, **named)
     except SpectralDiffusionError as error:
-        gr.Warning(str(error), title="Not done")
+        gr.Warning(markup.text(error), title="Not done")  # it is shown as HTML
         return None
     if done is not None:
-        gr.Info(done, duration=4, title="")
+        gr.Info(markup.text(done), duration=4, title="Done")
     return result
 
 
