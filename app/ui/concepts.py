@@ -114,7 +114,7 @@ def _build_photo_tools(studio: Studio, chosen: gr.State, photos: gr.HTML, versio
     with gr.Group(visible=False) as tools:
         crops = gr.HTML(elem_id="crops")
         editor = gr.ImageEditor(
-            label="Paint where the concept is", type="pil", sources=(), transforms=(), layers=False, height=420,
+            label="Paint where the concept is", type="pil", sources=(), transforms=(), layers=False, height=420, format="png",
             brush=gr.Brush(default_size=28, colors=["#ffffff"], color_mode="fixed"), elem_id="mask-editor",
         )  # fmt: skip
         with gr.Row():
@@ -321,7 +321,7 @@ def _white_where(mask: Image.Image) -> Image.Image:
 
 def _painted(value: dict[str, Any] | None) -> Image.Image | None:
     """Return what was painted as a mask."""
-    layers = [layer.convert("RGBA").getchannel("A") for layer in (value or {}).get("layers", ()) if layer is not None]
+    layers = [layer.convert("RGBA").getchannel("A") for layer in ((value or {}).get("layers") or ()) if layer is not None]
     if not layers:
         return None
     return Image.fromarray(np.maximum.reduce([np.asarray(layer) for layer in layers]))
