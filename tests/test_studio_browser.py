@@ -147,6 +147,11 @@ def train(page: Page, steps: int) -> None:
     expect(page.locator("#training .sd-badge").first).to_have_text(re.compile("queued|running"))
 
 
+def choose_both(page: Page) -> None:
+    for token in ("<leopard>", "<wizard>"):
+        page.locator("#fuse-chosen").get_by_label(token).check()
+
+
 def state(page: Page, text: str, milliseconds: float = PATIENCE) -> None:
     expect(page.locator("#training .sd-badge").first).to_have_text(text, timeout=milliseconds)
 
@@ -176,36 +181,35 @@ def test_from_uploaded_photos_to_a_file_that_diffusers_loads(
     expect(page.locator("#training svg.sd-curve")).to_be_visible()
 
     go_to(page, "Fuse")
-    page.get_by_label("<leopard>").check()
-    page.get_by_label("<wizard>").check()
+    choose_both(page)
     expect(page.locator("#band-map svg")).to_have_attribute(
         "aria-label", "Band map: <leopard> owns directions 0 to 7; <wizard> owns directions 8 to 15"
     )
     expect(page.locator("#band-map table")).to_contain_text("100%")
-    page.get_by_label("Name").locator("visible=true").fill("pair")
+    page.locator("#tab-fuse").get_by_label("Name").fill("pair")
     page.locator("#fuse").click()
     expect(page.locator("#fused")).to_contain_text("<leopard> + <wizard>")
 
     go_to(page, "Generate")
-    expect(page.get_by_label("Adapter").locator("visible=true")).to_have_value("pair (<leopard> + <wizard>)")
+    expect(page.locator("#tab-generate").get_by_label("Adapter")).to_have_value("pair (<leopard> + <wizard>)")
     page.get_by_role("button", name="Add <leopard> to the prompt").click()
     expect(page.locator("#prompt textarea")).to_have_value("<leopard>")
     page.locator("#prompt textarea").fill("<leopard> and <wizard> near a lake")
-    page.get_by_label("Pictures").fill("2")
+    page.locator("#tab-generate").get_by_role("spinbutton", name="Pictures").fill("2")
     page.locator("#tab-generate").get_by_role("button", name="More settings").click()
-    page.get_by_label("number input for Steps").locator("visible=true").fill("3")
-    page.get_by_label("number input for Steps").locator("visible=true").press("Tab")
+    page.locator("#tab-generate").get_by_label("number input for Steps").fill("3")
+    page.locator("#tab-generate").get_by_label("number input for Steps").press("Tab")
     page.locator("#draw").click()
     expect(page.locator("#pictures img")).to_have_count(2)
     expect(page.locator("#pictures .sd-card").first).to_contain_text("<wizard> 0.")
     seed = page.locator("#pictures .sd-card").last.get_by_role("button").inner_text().removeprefix("Seed ")
     page.locator("#pictures .sd-card").last.get_by_role("button").click()
-    expect(page.get_by_label("Seed").locator("visible=true").first).to_have_value(seed)
+    expect(page.locator("#tab-generate").get_by_role("spinbutton", name="Seed")).to_have_value(seed)
 
     go_to(page, "Compare")
-    page.get_by_label("pair", exact=False).locator("visible=true").check()
+    page.locator("#compare-adapters").get_by_label("pair").check()
     page.locator("#compare-prompt textarea, #compare-prompt input").fill("<leopard> near a lake")
-    page.get_by_label("number input for Steps").locator("visible=true").fill("2")
+    page.locator("#tab-compare").get_by_label("number input for Steps").fill("2")
     page.locator("#compare").click()
     expect(page.locator("#comparisons img")).to_have_count(1)
 
@@ -232,8 +236,7 @@ def take_screenshots(browser: Browser, served: Served) -> None:
                 for tab in TABS:
                     go_to(page, tab)
                     if tab == "Fuse":
-                        page.get_by_label("<leopard>").check()
-                        page.get_by_label("<wizard>").check()
+                        choose_both(page)
                         expect(page.locator("#band-map table")).to_be_visible()
                     page.wait_for_timeout(400)
                     assert page.evaluate("document.documentElement.scrollWidth") <= width, f"{tab} is too wide at {width} pixels"

@@ -37,7 +37,7 @@ def build_compare(studio: Studio, live: Live) -> None:
         ),
         lambda: several([(f"{card.label} as “{card.path.stem}”", card.name) for card in adapter_cards(studio)]),
     )
-    prompt = gr.Textbox(label="Prompt", placeholder="<poodle> near a lake", max_length=2000, elem_id="compare-prompt")
+    prompt = gr.Textbox("", label="Prompt", placeholder="<poodle> near a lake", max_length=2000, elem_id="compare-prompt")
     with gr.Row():
         seed = gr.Number(1, label="Seed", precision=0, min_width=120)
         steps = gr.Slider(1, 100, Drawing.steps, step=1, label="Steps", min_width=200, buttons=[])

@@ -38,10 +38,10 @@ def build_concepts(studio: Studio, live: Live) -> None:
         )
         with gr.Row():
             class_word = gr.Textbox(
-                label="What is it?", placeholder="dog", info="A word or two that the base knows.", max_length=60
+                "", label="What is it?", placeholder="dog", info="A word or two that the base knows.", max_length=60
             )
             token = gr.Textbox(
-                label="Its token", placeholder="<dog>", info="The word that will call it in prompts.", max_length=64
+                "", label="Its token", placeholder="<dog>", info="The word that will call it in prompts.", max_length=64
             )
         uploads = gr.File(label="Photos", file_count="multiple", file_types=_PHOTO_TYPES, height=150, elem_id="new-photos")
         create = gr.Button("Add the concept", variant="primary")

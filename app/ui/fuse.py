@@ -38,7 +38,7 @@ def build_fuse(studio: Studio, live: Live) -> None:
         *sliders,
     )
     with gr.Row():
-        title = gr.Textbox(label="Name", placeholder="made from the tokens", max_length=60)
+        title = gr.Textbox("", label="Name", placeholder="made from the tokens", max_length=60)
         method = gr.Radio(
             list(METHODS), value=DEFAULT_METHOD, label="How to join",
             info="The aligned sum corrects cross-talk in closed form; the plain sum only adds.",

@@ -26,7 +26,7 @@ def build_generate(studio: Studio, live: Live) -> None:
         with gr.Column(scale=2, min_width=300):
             adapter = adapter_list(studio, live, "Adapter")
             prompt = gr.Textbox(
-                label="Prompt", lines=2, placeholder="<poodle> and <black-cat> near a lake", elem_id="prompt", max_length=2000
+                "", label="Prompt", lines=2, placeholder="<poodle> and <black-cat> near a lake", elem_id="prompt", max_length=2000
             )
             chips = live.add(gr.HTML(elem_id="chips", js_on_load=markup.CLICKS), lambda name: _chips(studio, name), adapter)
             fields = drawing_fields()
@@ -88,7 +88,7 @@ def adapter_list(
 
 def drawing_fields() -> list[Any]:
     """Build the settings of a drawing beside its prompt, in the order that `read_fields` takes them."""
-    negative = gr.Textbox(label="Not in the picture", placeholder="blurred", max_length=2000)
+    negative = gr.Textbox("", label="Not in the picture", placeholder="blurred", max_length=2000)
     with gr.Row():
         count = gr.Number(4, label="Pictures", minimum=1, maximum=library.MOST_DRAWN, precision=0, min_width=90)
         seed = gr.Number(-1, label="Seed", info="-1: any", precision=0, min_width=110)
@@ -96,7 +96,7 @@ def drawing_fields() -> list[Any]:
         sampler = gr.Dropdown(list(SCHEDULERS), value=Drawing.scheduler, label="Sampler")
         steps = gr.Slider(1, 100, Drawing.steps, step=1, label="Steps", buttons=[])
         guidance = gr.Slider(1, 15, Drawing.guidance, step=0.5, label="Guidance", buttons=[])
-        size = gr.Textbox(label="Size", placeholder="the base's own, or 512x768", max_length=12)
+        size = gr.Textbox("", label="Size", placeholder="the base's own, or 512x768", max_length=12)
     return [negative, count, seed, sampler, steps, guidance, size]
 
 
