@@ -49,7 +49,13 @@ _PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.floa
 def look_task(arguments: dict[str, Any], context: TaskContext) -> dict[str, Any]:
     """Load the base and write down what it is."""
     base = _base(arguments["settings"])
-    directions = fewest_directions(base, TrainingSettings().layers, lambda done, total: context.report(done=done, total=total))
+
+    def report(done: int, total: int) -> None:
+        context.report(done=done, total=total)
+        if context.should_stop():
+            raise Stopped
+
+    directions = fewest_directions(base, TrainingSettings().layers, report)
     facts = {
         "chosen": [arguments["settings"]["base"], arguments["settings"]["device"]],
         "family": base.family,

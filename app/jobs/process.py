@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 
 _LOOK_EVERY = 0.5  # seconds
+_GRACE = 30  # seconds that a worker gets for the step that it is doing
 _ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -40,7 +41,11 @@ class WorkerProcess:
         self._thread.join()
         if self._process is not None:
             self._process.terminate()  # it keeps a checkpoint first
-            self._process.wait()
+            try:
+                self._process.wait(_GRACE)
+            except subprocess.TimeoutExpired:  # its job is interrupted then, and can be resumed
+                self._process.kill()
+                self._process.wait()
 
     def _start(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
