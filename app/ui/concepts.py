@@ -24,6 +24,7 @@ from spectral_diffusion.errors import SpectralDiffusionError
 from spectral_diffusion.training import PRESETS
 
 _PHOTO_TYPES = ["image", ".heic", ".heif", ".avif", ".tif", ".tiff"]
+_TOKEN = "<dog>"
 
 
 def build_concepts(studio: Studio, live: Live) -> None:
@@ -41,7 +42,7 @@ def build_concepts(studio: Studio, live: Live) -> None:
                 "", label="What is it?", placeholder="dog", info="A word or two that the base knows.", max_length=60
             )
             token = gr.Textbox(
-                "", label="Its token", placeholder="<dog>", info="The word that will call it in prompts.", max_length=64
+                "", label="Its token", placeholder=_TOKEN, info="The word that will call it in prompts.", max_length=64
             )
         uploads = gr.File(label="Photos", file_count="multiple", file_types=_PHOTO_TYPES, height=150, elem_id="new-photos")
         create = gr.Button("Add the concept", variant="primary")
@@ -81,8 +82,8 @@ def build_concepts(studio: Studio, live: Live) -> None:
     )
     cards.click(open_concept, chosen, chosen, **EVENT)
     class_word.blur(
-        lambda word, given: given or (library.suggest_token(studio, word) if word.strip() else ""),
-        [class_word, token],
+        lambda word: gr.update(placeholder=library.suggest_token(studio, word) if word.strip() else _TOKEN),  # taken when empty
+        class_word,
         token,
         **EVENT,
     )
