@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
 from diffusers import StableDiffusionPipeline
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
@@ -31,7 +32,7 @@ if CHROMIUM is None:
 ROOT = Path(__file__).resolve().parents[1]
 SCREENSHOTS = ROOT / "out" / "screenshots"
 TABS = ("Concepts", "Fuse", "Generate", "Compare", "Export", "Settings")
-PATIENCE = 40_000  # milliseconds, for a machine that is busy
+PATIENCE = 120_000  # milliseconds, for a machine that is busy
 LOGIN = ("ada", "correct horse")
 
 expect.set_options(timeout=PATIENCE)
@@ -152,6 +153,13 @@ def choose_both(page: Page) -> None:
         page.locator("#fuse-chosen").get_by_label(token).check()
 
 
+def choose_adapter(page: Page, tab: str, name: str) -> None:
+    field = page.locator(f"#tab-{tab}").get_by_label("Adapter")
+    field.click()
+    page.get_by_role("option", name=name).click()
+    expect(field).to_have_value(name)
+
+
 def state(page: Page, text: str, milliseconds: float = PATIENCE) -> None:
     expect(page.locator("#training .sd-badge").first).to_have_text(text, timeout=milliseconds)
 
@@ -191,7 +199,7 @@ def test_from_uploaded_photos_to_a_file_that_diffusers_loads(
     expect(page.locator("#fused")).to_contain_text("<leopard> + <wizard>")
 
     go_to(page, "Generate")
-    expect(page.locator("#tab-generate").get_by_label("Adapter")).to_have_value("pair (<leopard> + <wizard>)")
+    choose_adapter(page, "generate", "pair (<leopard> + <wizard>)")
     page.get_by_role("button", name="Add <leopard> to the prompt").click()
     expect(page.locator("#prompt textarea")).to_have_value("<leopard>")
     page.locator("#prompt textarea").fill("<leopard> and <wizard> near a lake")
@@ -214,13 +222,16 @@ def test_from_uploaded_photos_to_a_file_that_diffusers_loads(
     expect(page.locator("#comparisons img")).to_have_count(1)
 
     go_to(page, "Export")
+    choose_adapter(page, "export", "pair (<leopard> + <wizard>)")
     page.locator("#export").click()
     with page.expect_download() as download:
         page.locator("#exports").get_by_role("link", name="Download").click()
     download.value.save_as(tmp_path / "pair.zip")
     with zipfile.ZipFile(tmp_path / "pair.zip") as archive:
         archive.extractall(tmp_path / "pair")
-    pipeline = StableDiffusionPipeline.from_pretrained(EMBEDDED_BASE, safety_checker=None, feature_extractor=None)
+    pipeline = StableDiffusionPipeline.from_pretrained(
+        EMBEDDED_BASE, torch_dtype=torch.float32, safety_checker=None, feature_extractor=None
+    )
     pipeline.load_lora_weights(str(tmp_path / "pair"), weight_name="pair-lora.safetensors")
     pipeline.load_textual_inversion(str(tmp_path / "pair" / "leopard.safetensors"), token="<leopard>")
     assert pipeline("<leopard>", num_inference_steps=1, output_type="np").images.shape == (1, 64, 64, 3)

@@ -72,16 +72,12 @@ def build_generate(studio: Studio, live: Live) -> None:
 def adapter_list(
     studio: Studio, live: Live, label: str, kinds: tuple[str, ...] = ("fused", "adapters"), *, bare: bool = True
 ) -> gr.Dropdown:
-    """Return a list of adapters that keeps itself fresh."""
+    """Return a list of adapters that keeps itself fresh, hidden while there are none; the bare base may be among them."""
     component = gr.Dropdown([], label=label, allow_custom_value=False, min_width=240)
 
     def fresh(current: str | None) -> Any:
         pairs = [(card.label, card.name) for card in adapter_cards(studio, kinds)]
-        if current == BARE and not bare:
-            current = None
-        return choices(
-            [*pairs, *([("none, the bare base", BARE)] if bare else [])], value=current if current != BARE or not pairs else BARE
-        )
+        return choices([*pairs, *([("none, the bare base", BARE)] if bare and pairs else [])], value=current)
 
     return live.add(component, fresh, component)
 
