@@ -6,7 +6,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint base clean
+.PHONY: help setup demo studio test lint base clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 16
@@ -24,6 +24,9 @@ $(INSTALLED): requirements.txt pyproject.toml
 
 demo: $(INSTALLED) ## photos in, one picture out: the main job on the embedded base, into out/demo
 	$(BIN)/spectral-diffusion demo --out out/demo
+
+studio: $(INSTALLED) ## open the studio: photos to exported file in one web page
+	$(BIN)/spectral-diffusion studio --folder out/studio
 
 test: $(INSTALLED) ## run the tests
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

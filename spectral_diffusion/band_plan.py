@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from spectral_diffusion.adapter_file import is_adapter_file, load_adapter
 from spectral_diffusion.bands import Band, next_free_band
-from spectral_diffusion.base import Base
-from spectral_diffusion.errors import BandError
+from spectral_diffusion.base import Base, linear_layers
+from spectral_diffusion.errors import BandError, InputError
+from spectral_diffusion.spectrum import base_spectrum
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +45,23 @@ def taken_bands(places: Sequence[Path], base: Base, except_for: Path) -> list[Ta
             continue
         taken += [TakenBand(token=concept.token, band=concept.band, path=path) for concept in adapter.concepts if concept.band]
     return taken
+
+
+def fewest_directions(
+    base: Base, endings: tuple[str, ...], on_layer: Callable[[int, int], None] = lambda done, total: None
+) -> int:
+    """Return how many singular directions the smallest of the layers that end in one of `endings` has.
+
+    Args:
+        on_layer: called with the number of layers done and to be done while spectra are computed.
+
+    Raises:
+        InputError: no layer ends so.
+    """
+    layers = linear_layers(base, endings)
+    if not layers:
+        raise InputError(f"No layer of '{base.source}' ends in {', '.join(endings)}; choose others as --layers.")
+    return min(len(spectrum.s) for spectrum in base_spectrum(base, layers, on_layer).values())
 
 
 def choose_band(start: int | None, rank: int, directions: int, taken: Sequence[TakenBand], *, allow_overlap: bool) -> Band:

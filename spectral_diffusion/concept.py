@@ -114,6 +114,16 @@ def load_concept(folder: Path, *, token: str | None = None, class_word: str | No
     return Concept(token=token, class_word=class_word, examples=examples, source=folder, problems=report.problems)
 
 
+def read_words(folder: Path) -> tuple[str, str]:
+    """Return the token and the class word that the `concept.toml` in `folder` says.
+
+    Raises:
+        InputError: it does not say them, or is wrong.
+    """
+    settings = _read_settings(folder / SETTINGS_FILE)
+    return _require_words(folder, settings.token, settings.class_word)
+
+
 def check_token(token: str) -> str:
     """Return `token` when it can be a concept's token; whether a tokenizer already knows it is checked elsewhere.
 

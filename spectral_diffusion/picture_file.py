@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
-from PIL import PngImagePlugin
+from PIL import Image, PngImagePlugin
 
+from spectral_diffusion.errors import InputError
 from spectral_diffusion.files import write_atomically
-from spectral_diffusion.generation import Picture
+from spectral_diffusion.generation import Drawing, Picture
 
 OWN_CHUNK = "spectral_diffusion"
+_PAIR = re.compile(r'([\w ]+): ("(?:\\.|[^"\\])*"|[^,]*)(?:, |$)')
 
 
 def infotext(picture: Picture, base_name: str) -> str:
@@ -58,3 +61,37 @@ def save_picture(picture: Picture, path: Path, base_name: str) -> None:
     chunks.add_itxt("parameters", infotext(picture, base_name))
     chunks.add_itxt(OWN_CHUNK, json.dumps(_own_settings(picture), ensure_ascii=False))
     write_atomically(path, lambda temporary: picture.image.save(temporary, "PNG", pnginfo=chunks))
+
+
+def read_drawing(path: Path) -> Drawing:
+    """Return the settings that the PNG at `path` carries, for one picture of its seed.
+
+    Raises:
+        InputError: it is no PNG, carries no settings, or some that cannot be used; the message says which.
+    """
+    try:
+        with Image.open(path, formats=("PNG",)) as opened:
+            opened.load()
+            text = str(getattr(opened, "text", {}).get("parameters", ""))
+    except Exception as error:  # a damaged file can make a decoder raise anything
+        raise InputError(f"'{path.name}' is no PNG picture; give one that was drawn here or in AUTOMATIC1111.") from error
+    head, _, last = text.rpartition("\n")
+    values = dict(_PAIR.findall(last))
+    if not head or not {"Steps", "Sampler", "Seed"} <= values.keys():
+        raise InputError(f"'{path.name}' does not say how it was drawn; give a PNG that was drawn here or in AUTOMATIC1111.")
+    prompt, _, negative = head.partition("\nNegative prompt: ")
+    karras = " Karras" if values.get("Schedule type") == "Karras" else ""
+    width, _, height = values.get("Size", "").partition("x")
+    try:
+        values = {key: json.loads(value) if value.startswith('"') else value for key, value in values.items()}
+        return Drawing(
+            prompt=prompt,
+            negative_prompt=negative,
+            seed=int(values["Seed"]),
+            steps=int(values["Steps"]),
+            guidance=float(values.get("CFG scale", Drawing.guidance)),
+            scheduler=values["Sampler"] + karras,
+            size=(int(width), int(height)) if height else None,
+        )
+    except ValueError as error:
+        raise InputError(f"The settings in '{path.name}' are damaged ({error}); draw the picture again.") from error

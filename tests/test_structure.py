@@ -45,6 +45,21 @@ def test_the_library_never_imports_the_studio() -> None:
     assert "torch" in roots and not roots & {"app", "gradio", "benchmarks", "tests"}
 
 
+def test_the_studio_imports_one_way_and_gradio_stays_in_its_page() -> None:
+    folder = PACKAGE.parent / "app"
+    before = {"jobs": ("app.actions", "app.ui"), "actions": ("app.ui",)}
+    seen = set()
+    for path in sorted(folder.rglob("*.py")):
+        part, found = path.relative_to(folder).parts[0], imports(path)
+        wrong = [
+            name for name in found if name.startswith(before.get(part, ())) or (part != "ui" and name.split(".")[0] == "gradio")
+        ]
+        assert not wrong, f"'{path}' imports {wrong}"
+        assert len(path.read_text(encoding="utf-8").splitlines()) < LONGEST_FILE
+        seen |= found
+    assert "gradio" in seen and "spectral_diffusion.training" in seen
+
+
 def test_importing_the_package_loads_nothing_heavy() -> None:
     code = "import sys, spectral_diffusion, spectral_diffusion.cli; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()

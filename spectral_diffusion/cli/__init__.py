@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from types import ModuleType
 
-from spectral_diffusion.cli import demo, export, fuse, generate, import_lora, info, score, train
+from spectral_diffusion.cli import demo, export, fuse, generate, import_lora, info, score, studio, train
 from spectral_diffusion.cli.console import Console, log_lines_on_stderr, survive_any_encoding
 from spectral_diffusion.cli.options import Parser
 from spectral_diffusion.errors import SpectralDiffusionError
@@ -34,6 +34,7 @@ COMMANDS: dict[str, ModuleType] = {
     "import": import_lora,
     "info": info,
     "demo": demo,
+    "studio": studio,
 }
 """Name to module of every command."""
 

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 from tqdm import tqdm
 
 from spectral_diffusion.cli.console import progress_bar
-from spectral_diffusion.files import write_atomically
 
 if TYPE_CHECKING:
     from spectral_diffusion.training import TrainingProgress
@@ -47,9 +46,10 @@ class TrainingDisplay:
         losses = {"loss": f"{progress.concept_loss:.3f}", "inertness": f"{progress.inertness_loss:.3f}"}
         self.bar.set_postfix(losses, refresh=False)
         self.bar.update(progress.step - self.bar.n)
-        for number, picture in enumerate(progress.samples, start=1):
-            path = self.samples / f"step-{progress.step:06d}-{number}.png"
-            write_atomically(path, lambda temporary, picture=picture: picture.save(temporary, "PNG"))
+        if progress.samples:
+            from spectral_diffusion.album import save_samples
+
+            save_samples(progress.samples, progress.step, self.samples)
         if progress.step == progress.steps:
             self.close()
 

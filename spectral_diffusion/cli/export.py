@@ -61,7 +61,7 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
     _check_use(arguments)
     quiet_libraries()
     from spectral_diffusion.adapter_file import load_adapter
-    from spectral_diffusion.export import places
+    from spectral_diffusion.export import ONLY_DIFFUSERS, places
 
     adapter = load_adapter(arguments.adapter).strengthened(_strengths(arguments))
     export = _export(adapter, arguments)
@@ -70,7 +70,7 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
     for line in places(export):
         console.say(line)
     if adapter.family == "mini":
-        console.say("This adapter belongs to the embedded base, which only diffusers loads.")
+        console.say(ONLY_DIFFUSERS)
     console.give(
         {
             "format": export.format,

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import argparse
 import logging
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -88,6 +87,7 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
     """Draw the pictures and save each as soon as it is ready."""
     quiet_libraries()
     from spectral_diffusion.adapter_file import load_adapter
+    from spectral_diffusion.album import Album
     from spectral_diffusion.generation import generate
 
     adapter = load_adapter(arguments.adapter) if arguments.adapter else None
@@ -98,15 +98,19 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
         _check_fit(base, adapter)
         _warn_if_unnamed(adapter, drawing)
     _show_steps(base)
-    album = _Album(folder=arguments.out, base_name=Path(base.source).name, last=_last_number(arguments.out))
+    album = Album(arguments.out, Path(base.source).name)
+    records: list[dict[str, Any]] = []
     with progress_bar("pictures", drawing.count, "picture") as bar:
 
         def keep(picture: Picture) -> None:
-            console.say(str(album.add(picture)))
+            path = album.add(picture)
+            tokens = list(picture.tokens)
+            records.append({"path": str(path), "seed": picture.seed, "prompt": picture.drawing.prompt, "tokens": tokens})
+            console.say(str(path))
             bar.update()
 
         generate(base, drawing, adapter, whole=arguments.whole, batch=arguments.batch, on_picture=keep)
-    console.give({"pictures": album.records})
+    console.give({"pictures": records})
     return 0
 
 
@@ -154,30 +158,3 @@ def _warn_if_unnamed(adapter: Adapter, drawing: Drawing) -> None:
 def _show_steps(base: Base) -> None:
     """Let the pipeline show a bar over the steps of each batch."""
     base.pipeline.set_progress_bar_config(desc="drawing", unit="step", leave=False, disable=False, **bar_style())
-
-
-def _last_number(folder: Path) -> int:
-    """Return the highest number that a picture in `folder` has, as in `0007-1234.png`."""
-    matches = (re.match(r"(\d+)-", path.name) for path in folder.glob("*.png"))
-    return max((int(match[1]) for match in matches if match), default=0)
-
-
-@dataclass(kw_only=True)
-class _Album:
-    """Saves pictures in `folder` under running numbers, the first being `last + 1`, and records what was saved."""
-
-    folder: Path
-    base_name: str
-    last: int
-    records: list[dict[str, Any]] = field(default_factory=list)
-
-    def add(self, picture: Picture) -> Path:
-        """Save `picture` and return its path."""
-        from spectral_diffusion.picture_file import save_picture
-
-        self.last += 1
-        path = self.folder / f"{self.last:04d}-{picture.seed}.png"
-        save_picture(picture, path, self.base_name)
-        prompt = picture.drawing.prompt
-        self.records.append({"path": str(path), "seed": picture.seed, "prompt": prompt, "tokens": list(picture.tokens)})
-        return path

@@ -30,9 +30,10 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
     """Show the adapter, and how well it fits the base when one is given."""
     quiet_libraries()
     from spectral_diffusion.adapter_file import load_adapter
+    from spectral_diffusion.band_map import band_map
 
     adapter = load_adapter(arguments.adapter)
-    data = adapter_data(adapter, arguments.adapter)
+    data = adapter_data(adapter, arguments.adapter) | {"band_map": band_map([adapter]).to_json()}
     lines = list(adapter_lines(data))
     if arguments.base is not None:
         data["base"] = _compare(adapter, load_chosen_base(arguments))

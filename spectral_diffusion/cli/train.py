@@ -14,7 +14,6 @@ from spectral_diffusion.cli.describe import adapter_data, adapter_lines
 from spectral_diffusion.cli.displays import CountDisplay, TrainingDisplay
 from spectral_diffusion.cli.options import add_base_options, add_json_option, add_out_options, load_chosen_base
 from spectral_diffusion.cli.outputs import check_output, check_writable
-from spectral_diffusion.errors import InputError
 
 if TYPE_CHECKING:
     from spectral_diffusion.bands import Band
@@ -108,33 +107,21 @@ def _chosen_settings(arguments: argparse.Namespace, base: Base) -> TrainingSetti
 
 def _chosen_band(arguments: argparse.Namespace, base: Base, settings: TrainingSettings, token: str, console: Console) -> Band:
     """Return the concept's band and say how many concepts the base has room for."""
-    from spectral_diffusion.band_plan import choose_band, taken_bands
+    from spectral_diffusion.band_plan import choose_band, fewest_directions, taken_bands
     from spectral_diffusion.bands import slots
 
     taken = taken_bands(arguments.avoid, base, except_for=arguments.out)
     for other in taken:
         if other.token.lower() == token.lower():
             logger.warning("'%s' uses the token '%s' too, so the two can never be fused.", other.path, other.token)
-    directions = _fewest_directions(base, settings)
+    with closing(CountDisplay("spectrum", "layer")) as display:
+        directions = fewest_directions(base, settings.layers, display.show)
     band = choose_band(arguments.band, settings.rank, directions, taken, allow_overlap=arguments.allow_overlap)
     console.say(
         f"The base has room for {slots(directions, settings.rank)} concepts of rank {settings.rank}; "
         f"{token} gets the singular directions {band}."
     )
     return band
-
-
-def _fewest_directions(base: Base, settings: TrainingSettings) -> int:
-    """Return how many singular directions the smallest adapted layer has."""
-    from spectral_diffusion.base import linear_layers
-    from spectral_diffusion.spectrum import base_spectrum
-
-    layers = linear_layers(base, settings.layers)
-    if not layers:
-        names = ", ".join(settings.layers)
-        raise InputError(f"No layer of '{base.source}' ends in {names}; choose others as --layers.")
-    with closing(CountDisplay("spectrum", "layer")) as display:
-        return min(len(spectrum.s) for spectrum in base_spectrum(base, layers, display.show).values())
 
 
 def _train(base: Base, concept: Concept, band: Band, settings: TrainingSettings, checkpoint: Path, out: Path) -> TrainingResult:

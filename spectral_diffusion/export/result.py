@@ -8,6 +8,9 @@ from pathlib import Path
 
 from spectral_diffusion.errors import InputError
 
+ONLY_DIFFUSERS = "This adapter belongs to the embedded base, which only diffusers loads."
+"""What is said of exports of the family `mini`."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Export:

@@ -35,7 +35,7 @@ def encode_examples(base: Base, concept: Concept, seed: int) -> EncodedExamples:
     for example in concept.examples:
         mask = example.mask or Image.new("L", example.photo.image.size, 255)
         for _ in range(CROPS_PER_PHOTO):
-            picture, cropped_mask = _random_crop(example.photo.image, mask, side, rng)
+            picture, cropped_mask = random_crop(example.photo.image, mask, side, rng)
             pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float() / 127.5 - 1
             encoded = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mean * vae.config.scaling_factor
             latents.append(encoded.float())
@@ -45,7 +45,8 @@ def encode_examples(base: Base, concept: Concept, seed: int) -> EncodedExamples:
     return EncodedExamples(latents=torch.cat(latents), masks=torch.cat(masks), captions=tuple(captions))
 
 
-def _random_crop(picture: Image.Image, mask: Image.Image, side: int, rng: np.random.Generator) -> tuple[Image.Image, Image.Image]:
+def random_crop(picture: Image.Image, mask: Image.Image, side: int, rng: np.random.Generator) -> tuple[Image.Image, Image.Image]:
+    """Return the same random square of `picture` and `mask`, `side` pixels wide, mirrored half of the time."""
     scale = side * rng.uniform(1.0, LARGEST_ZOOM) / min(picture.size)
     size = tuple(max(side, round(edge * scale)) for edge in picture.size)
     left, top = (int(rng.integers(edge - side + 1)) for edge in size)

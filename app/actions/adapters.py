@@ -1,0 +1,134 @@
+"""Trained and fused adapters: lists, the band map, fusing, exporting."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from app.actions.studio import Studio, plain_name
+from spectral_diffusion.adapter import METHODS, Adapter
+from spectral_diffusion.adapter_file import load_adapter
+from spectral_diffusion.band_map import BandMap, band_map
+from spectral_diffusion.errors import AdapterError, InputError
+from spectral_diffusion.fusion import DEFAULT_METHOD
+
+PRECISIONS = ("fp16", "bf16", "fp32")
+_KINDS = ("adapters", "fused")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterCard:
+    """An adapter on the page; `name` is `FOLDER/FILE`, as the other actions take it."""
+
+    name: str
+    tokens: tuple[str, ...]
+    bands: tuple[str, ...]
+    method: str
+    path: Path
+
+    @property
+    def label(self) -> str:
+        """What a list shows."""
+        return self.tokens[0] if self.name.startswith("adapters/") else f"{self.path.stem} ({' + '.join(self.tokens)})"
+
+
+def adapter_path(studio: Studio, name: str) -> Path:
+    """Return the file of the adapter called `name`, `adapters/FILE` or `fused/FILE`.
+
+    Raises:
+        InputError: there is none.
+    """
+    folder, _, file = name.partition("/")
+    if folder not in _KINDS:
+        raise InputError(f"There is no adapter '{name}'; choose one of the list.")
+    return studio.file(folder, file)
+
+
+def adapter_cards(studio: Studio, kinds: Sequence[str] = _KINDS) -> list[AdapterCard]:
+    """Return the adapters of the library; a damaged file is passed over."""
+    paths = [path for kind in kinds for path in sorted(studio.folder(kind).glob("*.safetensors"))]
+    cards = []
+    for path in paths:
+        with suppress(AdapterError, OSError):
+            cards.append(_card(path, path.stat().st_mtime_ns))
+    return cards
+
+
+def map_bands(studio: Studio, names: Sequence[str], strengths: Sequence[float] | None = None) -> BandMap:
+    """Return the band map of the adapters called `names`."""
+    adapters = [_load(studio, name) for name in names]
+    factors = [1.0] * len(adapters) if strengths is None else strengths
+    return band_map([adapter.scaled(factor) for adapter, factor in zip(adapters, factors, strict=True)])
+
+
+def fuse(
+    studio: Studio,
+    names: Sequence[str],
+    strengths: Sequence[float],
+    *,
+    title: str = "",
+    method: str = DEFAULT_METHOD,
+    allow_overlap: bool = False,
+) -> str:
+    """Queue the fusing of adapters under the name `title` and return the job's name.
+
+    Raises:
+        InputError: fewer than two are chosen, a name is taken, or there is no such method.
+    """
+    if len(names) < 2:
+        raise InputError("Choose at least two trained concepts to fuse.")
+    if method not in METHODS:
+        raise InputError(f"There is no method '{method}'; choose one of {', '.join(METHODS)}.")
+    tokens = [token for name in names for token in _load(studio, name).tokens]
+    stem = plain_name(title.strip() or "-".join(plain_name(token) for token in tokens))
+    if title.strip() and (studio.folder("fused") / f"{stem}.safetensors").exists():
+        raise InputError(f"There is a fused adapter '{stem}' already; choose another name.")
+    arguments = {
+        "adapters": list(names),
+        "strengths": list(strengths),
+        "method": method,
+        "allow_overlap": allow_overlap,
+        "out": f"{stem}.safetensors",
+    }
+    return studio.jobs.submit("fuse", f"Fuse {' and '.join(tokens)}", arguments)
+
+
+def export(studio: Studio, name: str, precision: str = "fp16") -> str:
+    """Queue the export of the adapter called `name` as a zip file and return the job's name.
+
+    Raises:
+        InputError: there is no such adapter or precision.
+    """
+    if precision not in PRECISIONS:
+        raise InputError(f"There is no precision '{precision}'; choose one of {', '.join(PRECISIONS)}.")
+    path = adapter_path(studio, name)
+    arguments = {"adapter": name, "precision": precision, "settings": asdict(studio.settings)}
+    arguments["out"] = f"{path.stem}-{time.strftime('%Y%m%d-%H%M%S')}.zip"
+    return studio.jobs.submit("export", f"Export {path.stem}", arguments)
+
+
+def library_tokens(studio: Studio, name: str) -> list[str]:
+    """Return the tokens that a prompt for the adapter called `name` may hold."""
+    return list(_load(studio, name).tokens)
+
+
+def _load(studio: Studio, name: str) -> Adapter:
+    path = adapter_path(studio, name)
+    return _loaded(path, path.stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=1024)
+def _card(path: Path, changed: int) -> AdapterCard:
+    adapter = load_adapter(path)
+    bands = tuple(str(concept.band) if concept.band else "none, imported" for concept in adapter.concepts)
+    name = f"{path.parent.name}/{path.name}"
+    return AdapterCard(name=name, tokens=adapter.tokens, bands=bands, method=adapter.method, path=path)
+
+
+@lru_cache(maxsize=8)
+def _loaded(path: Path, changed: int) -> Adapter:
+    return load_adapter(path)

@@ -1,0 +1,127 @@
+"""Draw, look at and compare pictures."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from app.actions.adapters import adapter_path
+from app.actions.studio import Studio
+from spectral_diffusion.comparison import MOST_PICTURES, Axis
+from spectral_diffusion.errors import InputError
+from spectral_diffusion.generation import Drawing, random_seed
+
+SORTS = ("newest", "text score", "likeness")
+MOST_DRAWN = 64
+"""Most pictures of one generation."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PictureCard:
+    """A drawn picture with what is known of it; scores come a little after the picture."""
+
+    path: Path
+    prompt: str
+    seed: int
+    clip_text: float | None
+    clip_image: dict[str, float]
+    judged: tuple[str, ...]
+
+    @property
+    def likeness(self) -> float | None:
+        """Mean image score over its concepts."""
+        return sum(self.clip_image.values()) / len(self.clip_image) if self.clip_image else None
+
+
+def drawing_from(values: dict[str, Any]) -> Drawing:
+    """Return the drawing that the page's fields say; a seed below 0 is chosen at random.
+
+    Raises:
+        InputError: a value is out of range.
+    """
+    values = dict(values)
+    if values.get("seed", -1) < 0:
+        values["seed"] = random_seed()
+    if values.get("count", 1) > MOST_DRAWN:
+        raise InputError(f"{values['count']} pictures are too many at once; draw at most {MOST_DRAWN}.")
+    if values.get("size") is not None:
+        values["size"] = tuple(values["size"])
+    return Drawing(**values)
+
+
+def parse_size(text: str) -> tuple[int, int] | None:
+    """Return `(width, height)` from '512x768', None for an empty text.
+
+    Raises:
+        InputError: it is no size.
+    """
+    if not text.strip():
+        return None
+    match = re.fullmatch(r"\s*(\d{1,4})\s*[x×]\s*(\d{1,4})\s*", text)
+    if match is None:
+        raise InputError(f"'{text}' is not a size; write it like 512x768, or leave it empty for the base's own.")
+    return int(match[1]), int(match[2])
+
+
+def generate(studio: Studio, adapter: str | None, drawing: Drawing, *, whole: bool = False) -> str:
+    """Queue a generation with the adapter called `adapter` (None: the bare base) and return the job's name.
+
+    Raises:
+        InputError: there is no such adapter.
+    """
+    if adapter is not None:
+        adapter_path(studio, adapter)
+    arguments = {"adapter": adapter, "drawing": asdict(drawing), "whole": whole, "settings": asdict(studio.settings)}
+    return studio.jobs.submit("generate", f"Draw {drawing.prompt[:60]}", arguments)
+
+
+def compare(studio: Studio, adapters: Sequence[str], drawing: Drawing, x: Axis, y: Axis) -> str:
+    """Queue a comparison of pictures and return the job's name; adapters on an axis are named by their file's stem.
+
+    Raises:
+        InputError: too many pictures, or an adapter that is not there.
+    """
+    if len(x.values) * len(y.values) > MOST_PICTURES:
+        raise InputError(f"{len(x.values)} x {len(y.values)} pictures are too many; at most {MOST_PICTURES} are drawn.")
+    for name in adapters:
+        adapter_path(studio, name)
+    arguments = {
+        "adapters": list(adapters),
+        "drawing": asdict(drawing),
+        "x": asdict(x),
+        "y": asdict(y),
+        "settings": asdict(studio.settings),
+        "out": time.strftime("%Y%m%d-%H%M%S"),
+    }
+    return studio.jobs.submit("compare", f"Compare {x.name} by {y.name}", arguments)
+
+
+def picture_cards(studio: Studio, sort: str = "newest", count: int = 24) -> list[PictureCard]:
+    """Return the `count` latest pictures in the order of `sort`, one of `SORTS`; those without a score come last."""
+    paths = sorted(studio.folder("pictures").glob("*.png"), reverse=True)[:count]
+    cards = [card for path in paths if (card := picture_card(path)) is not None]
+    if sort == "newest":
+        return cards
+    keys = {"text score": lambda card: card.clip_text, "likeness": lambda card: card.likeness}
+    return sorted(cards, key=lambda card: -1.0 if keys[sort](card) is None else keys[sort](card), reverse=True)
+
+
+def picture_card(path: Path) -> PictureCard | None:
+    """Return the card of a picture, None when its record is not there yet."""
+    try:
+        record = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return PictureCard(
+        path=path,
+        prompt=record["prompt"],
+        seed=record["seed"],
+        clip_text=record.get("clip_text"),
+        clip_image=record.get("clip_image", {}),
+        judged=tuple(record.get("judged", ())),
+    )

@@ -1,0 +1,331 @@
+"""What the worker does for each kind of job, with the library's functions."""
+
+from __future__ import annotations
+
+import json
+import logging
+import tempfile
+import zipfile
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from app.actions.adapters import adapter_path
+from app.actions.concepts import concept_folder, concepts_of_tokens
+from app.actions.pictures import picture_card
+from app.actions.studio import Studio
+from app.actions.trainings import FACTS
+from app.jobs import Stopped, TaskContext
+from app.jobs.worker import Task
+from spectral_diffusion.adapter_file import load_adapter, save_adapter
+from spectral_diffusion.album import Album, save_samples
+from spectral_diffusion.attach import check_fits_base
+from spectral_diffusion.band_plan import TakenBand, choose_band, fewest_directions, taken_bands
+from spectral_diffusion.bands import Band
+from spectral_diffusion.base import Base, load_base
+from spectral_diffusion.comparison import Axis, compare
+from spectral_diffusion.concept import load_concept
+from spectral_diffusion.errors import SpectralDiffusionError
+from spectral_diffusion.exactness import export_error
+from spectral_diffusion.export import ONLY_DIFFUSERS, Export, export_kohya, places
+from spectral_diffusion.files import write_atomically
+from spectral_diffusion.fusion import fuse
+from spectral_diffusion.generation import Drawing, Picture, generate
+from spectral_diffusion.regions import Region
+from spectral_diffusion.score import ClipScorer, PictureScore, load_scorer, score_pictures
+from spectral_diffusion.toyworld.judge import Judge, load_judge
+from spectral_diffusion.training import PRESETS, TrainingProgress, TrainingSettings, preset, train
+
+logger = logging.getLogger(__name__)
+
+_PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def look_task(arguments: dict[str, Any], context: TaskContext) -> dict[str, Any]:
+    """Load the base and write down what it is."""
+    base = _base(arguments["settings"])
+
+    def report(done: int, total: int) -> None:
+        context.report(done=done, total=total)
+        if context.should_stop():
+            raise Stopped
+
+    directions = fewest_directions(base, TrainingSettings().layers, report)
+    facts = {
+        "chosen": [arguments["settings"]["base"], arguments["settings"]["device"]],
+        "family": base.family,
+        "resolution": base.resolution,
+        "directions": directions,
+        "device": str(base.device),
+        "presets": {name: preset(name, base).steps for name in PRESETS},
+    }
+    _write_json(_studio(context).root / FACTS, facts)
+    return facts
+
+
+def train_task(arguments: dict[str, Any], context: TaskContext) -> dict[str, Any]:
+    """Train a concept on a free band, going on from its checkpoint."""
+    studio, name = _studio(context), arguments["concept"]
+    base = _base(arguments["settings"])
+    concept = load_concept(concept_folder(studio, name))
+    settings = replace(preset(arguments["preset"], base), **arguments["changes"])
+    out = studio.folder("adapters") / f"{name}.safetensors"
+    checkpoint = out.with_name(f"{out.name}.checkpoint")
+    band = _reserved_band(studio, base, settings, concept.token, out)
+    samples = studio.folder("thumbnails") / name / "samples"
+
+    def report(progress: TrainingProgress) -> None:
+        paths = save_samples(progress.samples, progress.step, samples)
+        context.report(
+            step=progress.step,
+            steps=progress.steps,
+            concept_loss=progress.concept_loss,
+            inertness_loss=progress.inertness_loss,
+            speed=progress.steps_per_second,
+            remaining=progress.remaining_seconds,
+            samples=[path.name for path in paths],
+        )
+
+    result = train(base, concept, band, settings, checkpoint=checkpoint, on_progress=report, should_stop=context.should_stop)
+    if not result.finished:
+        raise Stopped
+    save_adapter(result.adapter, out)
+    checkpoint.unlink(missing_ok=True)
+    _reservation(out).unlink(missing_ok=True)
+    _note_pace(studio, arguments["settings"], result.seconds / result.steps_done, _memory(base))
+    return {"adapter": f"adapters/{out.name}", "band": str(band), "steps": result.steps_done, "seconds": round(result.seconds, 1)}
+
+
+def fuse_task(arguments: dict[str, Any], context: TaskContext) -> dict[str, Any]:
+    """Fuse adapters."""
+    studio = _studio(context)
+    fused = fuse(
+        [load_adapter(adapter_path(studio, name)) for name in arguments["adapters"]],
+        strengths=arguments["strengths"],
+        method=arguments["method"],
+        allow_overlap=arguments["allow_overlap"],
+    )
+    save_adapter(fused, studio.folder("fused") / arguments["out"])
+    return {"adapter": f"fused/{arguments['out']}", "tokens": list(fused.tokens)}
+
+
+def generate_task(arguments: dict[str, Any], context: TaskContext) -> dict[str, Any]:
+    """Draw pictures one by one, then score those of this job; resumed, the remaining ones are drawn."""
+    studio, settings = _studio(context), arguments["settings"]
+    name, drawing = arguments["adapter"], _drawing(arguments)
+    adapter = load_adapter(adapter_path(studio, name)) if name else None
+    base = _base(settings)
+    if adapter is not None:
+        check_fits_base(base, adapter)
+    album = Album(studio.folder("pictures"), Path(base.source).name)
+    paths = [album.folder / event["picture"] for event in studio.jobs.progress(context.folder.name) if "picture" in event]
+
+    def keep(picture: Picture) -> None:
+        path = album.add(picture)
+        record = {"prompt": picture.drawing.prompt, "seed": picture.seed, "adapter": name, "tokens": list(picture.tokens)}
+        _write_json(path.with_suffix(".json"), record)
+        context.report(picture=path.name, done=len(paths) + 1, total=drawing.count)
+        paths.append(path)
+        if context.should_stop():
+            raise Stopped
+
+    remaining = drawing.count - len(paths)
+    if remaining > 0:
+        rest = replace(drawing, seed=drawing.seed + len(paths), count=remaining)
+        generate(base, rest, adapter, whole=arguments["whole"], batch=1, on_picture=keep)
+    tokens = adapter.tokens if adapter else ()
+    _score(studio, base, settings, paths, tokens)
+    return {"pictures": [path.name for path in paths]}
+
+
+def compare_task(arguments: dict[str, Any], context: TaskContext) -> dict[str, Any]:
+    """Draw and score a grid; leave it as one picture and as a table."""
+    studio, settings = _studio(context), arguments["settings"]
+    base = _base(settings)
+    adapters = {Path(name).stem: load_adapter(adapter_path(studio, name)) for name in arguments["adapters"]} | {"none": None}
+    x, y = (Axis(name=axis["name"], values=tuple(axis["values"])) for axis in (arguments["x"], arguments["y"]))
+    total, paths = len(x.values) * len(y.values), []
+
+    def report(path: Path) -> None:
+        paths.append(path)
+        context.report(done=len(paths), total=total)
+        if context.should_stop():
+            raise Stopped
+
+    tokens = [token for adapter in adapters.values() if adapter for token in adapter.tokens]
+    with tempfile.TemporaryDirectory(dir=context.folder) as folder:
+        result = compare(
+            base,
+            _drawing(arguments),
+            adapters,
+            x,
+            y,
+            Album(Path(folder), Path(base.source).name),
+            _scorer(settings["clip"], str(base.device)),
+            _judge(base),
+            references=concepts_of_tokens(studio, tokens),
+            on_picture=report,
+        )
+    out = studio.folder("comparisons") / arguments["out"]
+    sheet, table = result.sheet(), result.table()
+    write_atomically(out.with_suffix(".png"), lambda path: sheet.save(path, "PNG"))
+    write_atomically(out.with_suffix(".csv"), lambda path: path.write_text(table, encoding="utf-8"))
+    return {"sheet": f"{out.name}.png", "table": f"{out.name}.csv"}
+
+
+def export_task(arguments: dict[str, Any], context: TaskContext) -> dict[str, Any]:
+    """Export an adapter and pack the files, notes and a picture into one zip."""
+    studio = _studio(context)
+    adapter = load_adapter(adapter_path(studio, arguments["adapter"]))
+    stem = Path(arguments["adapter"]).stem
+    with tempfile.TemporaryDirectory(dir=context.folder) as folder:
+        files = Path(folder)
+        made = export_kohya(
+            adapter,
+            files / f"{stem}-lora.safetensors",
+            dtype=_PRECISIONS[arguments["precision"]],
+            preview=_preview(studio, arguments["adapter"]),
+        )
+        error = _export_error(arguments["settings"], adapter, made)
+        notes = [*places(made), *([ONLY_DIFFUSERS] if adapter.family == "mini" else [])]
+        (files / "where-to-put-it.txt").write_text("\n".join(notes) + "\n", encoding="utf-8")
+        names = sorted(path.name for path in files.iterdir())
+        write_atomically(studio.folder("exports") / arguments["out"], lambda path: _zip(files, path))
+    size = (studio.folder("exports") / arguments["out"]).stat().st_size
+    return {
+        "file": arguments["out"],
+        "bytes": size,
+        "names": names,
+        "notes": notes,
+        "words": made.words,
+        "rank": made.rank,
+        "error": error,
+    }
+
+
+TASKS: dict[str, Task] = {
+    "look": look_task,
+    "train": train_task,
+    "fuse": fuse_task,
+    "generate": generate_task,
+    "compare": compare_task,
+    "export": export_task,
+}
+"""Kind of a job to the task that does it."""
+
+
+def _studio(context: TaskContext) -> Studio:
+    return Studio(root=context.folder.parents[1])
+
+
+def _base(settings: dict[str, Any]) -> Base:
+    return _loaded_base(settings["base"], settings["device"])
+
+
+@lru_cache(maxsize=1)
+def _loaded_base(source: str | None, device: str | None) -> Base:
+    return load_base(source, device=device)
+
+
+@lru_cache(maxsize=1)
+def _scorer(clip: str | None, device: str) -> ClipScorer:
+    return load_scorer(clip, device=device)
+
+
+def _judge(base: Base) -> Judge | None:
+    """Return the judge for pictures of the embedded base; it knows the toy world only."""
+    return _loaded_judge(str(base.device)) if base.embedded else None
+
+
+@lru_cache(maxsize=1)
+def _loaded_judge(device: str) -> Judge:
+    return load_judge(device=device)
+
+
+def _drawing(arguments: dict[str, Any]) -> Drawing:
+    values = arguments["drawing"]
+    regions = tuple(Region(**region) for region in values.get("regions", ()))
+    return Drawing(**values | {"size": tuple(values["size"]) if values["size"] else None, "regions": regions})
+
+
+def _reservation(out: Path) -> Path:
+    return out.with_name(f"{out.stem}.band.json")
+
+
+def _reserved_band(studio: Studio, base: Base, settings: TrainingSettings, token: str, out: Path) -> Band:
+    """Return the band that an earlier start of this training took, or a free one, which is then taken."""
+    mine = _reservation(out)
+    if mine.exists():
+        record = json.loads(mine.read_text(encoding="utf-8"))
+        if record["rank"] == settings.rank and record["fingerprint"] == base.fingerprint:
+            return Band(start=record["start"], rank=record["rank"])
+    taken = taken_bands([studio.folder("adapters")], base, except_for=out)
+    for path in studio.folder("adapters").glob("*.band.json"):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if path != mine:
+            taken.append(TakenBand(token=record["token"], band=Band(start=record["start"], rank=record["rank"]), path=path))
+    band = choose_band(None, settings.rank, fewest_directions(base, settings.layers), taken, allow_overlap=False)
+    record = {"token": token, "start": band.start, "rank": band.rank, "fingerprint": base.fingerprint}
+    _write_json(mine, record)
+    return band
+
+
+def _note_pace(studio: Studio, settings: dict[str, Any], seconds_per_step: float, memory: int) -> None:
+    path = studio.root / FACTS
+    facts = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if facts.get("chosen") == [settings["base"], settings["device"]]:
+        _write_json(path, facts | {"seconds_per_step": seconds_per_step, "memory": memory})
+
+
+def _memory(base: Base) -> int:
+    """Return the bytes that the work took: on the GPU where there is one, else of this process."""
+    return torch.cuda.max_memory_allocated(base.device) if base.device.type == "cuda" else psutil.Process().memory_info().rss
+
+
+def _score(studio: Studio, base: Base, settings: dict[str, Any], paths: Sequence[Path], tokens: Sequence[str]) -> None:
+    references = concepts_of_tokens(studio, tokens)
+    scorer = _scorer(settings["clip"], str(base.device))
+    present = [path for path in paths if path.is_file()]
+    report = score_pictures(present, references, scorer, _judge(base))
+    for path, score in zip(present, report.pictures, strict=True):
+        record = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        _write_json(path.with_suffix(".json"), record | _score_record(score))
+
+
+def _score_record(score: PictureScore) -> dict[str, Any]:
+    seen = [sighting.character for sighting in (score.judged or ())[:3]]
+    return {"clip_text": score.clip_text, "clip_image": score.clip_image, "judged": seen}
+
+
+def _export_error(settings: dict[str, Any], adapter: Any, made: Export) -> float | None:
+    """Return how far the file is from the adapter when diffusers loads it, None where the chosen base does not fit."""
+    with suppress(SpectralDiffusionError):
+        base = _base(settings)
+        check_fits_base(base, adapter)
+        return export_error(base, adapter, made.path)
+    return None
+
+
+def _preview(studio: Studio, name: str) -> Path | None:
+    """Return the latest picture that the adapter called `name` drew."""
+    for path in sorted(studio.folder("pictures").glob("*.json"), reverse=True):
+        if json.loads(path.read_text(encoding="utf-8")).get("adapter") == name and picture_card(path.with_suffix(".png")):
+            return path.with_suffix(".png")
+    return None
+
+
+def _zip(folder: Path, path: Path) -> None:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+        for file in sorted(folder.iterdir()):
+            archive.write(file, file.name)
+
+
+def _write_json(path: Path, value: Any) -> None:
+    text = json.dumps(value, ensure_ascii=False)
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))

@@ -1,0 +1,102 @@
+"""Train concepts: queue trainings, and see how they go."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from app.actions.concepts import concept_card
+from app.actions.studio import Studio
+from app.jobs import Job
+from spectral_diffusion.errors import InputError
+from spectral_diffusion.training import PRESETS
+
+FACTS = "base.json"
+"""What the worker found out about the base, in the studio's folder."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Expectation:
+    """What a preset means here: optimiser steps, and seconds and bytes once a training on this base was measured."""
+
+    steps: int
+    seconds: float | None
+    memory: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingView:
+    """How a training goes: the losses by step, speed in steps per second, remaining seconds, sample pictures."""
+
+    step: int
+    steps: int
+    losses: tuple[tuple[int, float], ...]
+    speed: float | None
+    remaining: float | None
+    samples: tuple[Path, ...]
+
+
+def look_at_base(studio: Studio) -> str | None:
+    """Queue a job that loads the base and writes down what it is, unless that is known; return its name."""
+    if base_facts(studio) is not None or any(job.kind == "look" and not job.state.ended for job in studio.jobs.jobs()):
+        return None
+    return studio.jobs.submit("look", "Look at the base", {"settings": asdict(studio.settings)})
+
+
+def base_facts(studio: Studio) -> dict[str, Any] | None:
+    """Return what is known of the chosen base: `family`, `resolution`, `directions`, `device`, `presets`, measured figures."""
+    path = studio.root / FACTS
+    facts = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    settings = studio.settings
+    return facts if facts.get("chosen") == [settings.base, settings.device] else None
+
+
+def expectations(studio: Studio) -> dict[str, Expectation]:
+    """Return what each preset means on this device; nothing while the base was not looked at."""
+    facts = base_facts(studio)
+    if facts is None:
+        return {}
+    pace, memory = facts.get("seconds_per_step"), facts.get("memory")
+    return {
+        name: Expectation(steps=steps, seconds=None if pace is None else steps * pace, memory=memory)
+        for name, steps in facts["presets"].items()
+    }
+
+
+def train(studio: Studio, name: str, preset: str = "fast", changes: dict[str, Any] | None = None) -> str:
+    """Queue the training of the concept called `name` and return the job's name.
+
+    Args:
+        changes: settings that go before the preset's.
+
+    Raises:
+        InputError: it has no photos, is being trained, or there is no such preset.
+    """
+    card = concept_card(studio, name)
+    if preset not in PRESETS:
+        raise InputError(f"There is no preset '{preset}'; choose one of {', '.join(PRESETS)}.")
+    if not card.photos:
+        raise InputError(f"{card.token} has no photos; add five or six.")
+    if card.job is not None and not card.job.state.ended:
+        raise InputError(f"{card.token} is {card.job.state} already.")
+    arguments = {"concept": name, "preset": preset, "changes": changes or {}, "settings": asdict(studio.settings)}
+    return studio.jobs.submit("train", f"Train {card.token}", arguments)
+
+
+def training_view(studio: Studio, job: Job) -> TrainingView:
+    """Return how the training `job` goes or went."""
+    events = [event for event in studio.jobs.progress(job.name) if "step" in event]
+    losses = {event["step"]: event["concept_loss"] for event in events}
+    last = events[-1] if events else {}
+    folder = studio.folder("thumbnails") / job.arguments["concept"] / "samples"
+    samples = [folder / name for event in events for name in event.get("samples", ())]
+    return TrainingView(
+        step=last.get("step", 0),
+        steps=last.get("steps", 0),
+        losses=tuple(sorted(losses.items())),
+        speed=last.get("speed"),
+        remaining=last.get("remaining"),
+        samples=tuple(path for path in samples if path.is_file())[-6:],
+    )

@@ -1,0 +1,328 @@
+"""The tab Concepts: the library, a new concept, one concept's photos, and its training."""
+
+from __future__ import annotations
+
+import base64
+import io
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+import numpy as np
+from PIL import Image
+
+from app.actions import concepts as library
+from app.actions.studio import Studio
+from app.actions.tour import queue_tour
+from app.actions.trainings import base_facts, expectations, train, training_view
+from app.jobs import State
+from app.ui import markup
+from app.ui.activity import wire_jobs
+from app.ui.charts import loss_curve
+from app.ui.live import EVENT, SLOW, Live, attempt, said
+from spectral_diffusion.errors import SpectralDiffusionError
+from spectral_diffusion.training import PRESETS
+
+_PHOTO_TYPES = ["image", ".heic", ".heif", ".avif", ".tif", ".tiff"]
+_TOKEN = "<dog>"
+
+
+def build_concepts(studio: Studio, live: Live) -> None:
+    """Build the tab."""
+    chosen = gr.State(lambda: _first_choice(studio))
+    welcome = live.add(gr.HTML(js_on_load=markup.CLICKS), lambda: _welcome(studio))
+    cards = live.add(gr.HTML(elem_id="concept-cards", js_on_load=markup.CLICKS), lambda name: _cards(studio, name), chosen)
+    findings, photo_version = gr.HTML(elem_id="findings"), gr.State(0)
+    with gr.Accordion("New concept", open=False, elem_id="new-concept"):
+        gr.Markdown(
+            "Five or six photos on differing backgrounds are enough. Phone photos, HEIC included, can be dropped as they are."
+        )
+        with gr.Row():
+            class_word = gr.Textbox(
+                "", label="What is it?", placeholder="dog", info="A word or two that the base knows.", max_length=60
+            )
+            token = gr.Textbox(
+                "", label="Its token", placeholder=_TOKEN, info="The word that will call it in prompts.", max_length=64
+            )
+        uploads = gr.File(label="Photos", file_count="multiple", file_types=_PHOTO_TYPES, height=150, elem_id="new-photos")
+        create = gr.Button("Add the concept", variant="primary")
+    live.add(gr.HTML(elem_id="concept-title"), lambda name: _title(studio, name), chosen)
+    with gr.Row(equal_height=False):
+        with gr.Column(scale=3, min_width=300):
+            photos = live.add(
+                gr.HTML(elem_id="photos", js_on_load=markup.CLICKS), lambda name, _: _photos(studio, name), chosen, photo_version
+            )
+            more = gr.UploadButton("Add photos", file_count="multiple", file_types=_PHOTO_TYPES, size="sm")
+        with gr.Column(scale=2, min_width=300):
+            _build_training(studio, live, chosen)
+    _build_photo_tools(studio, chosen, photos, photo_version)
+
+    def open_concept(name: str, event: gr.EventData) -> str:
+        do, target, _ = said(event)
+        if do == "open":
+            return target
+        if do == "remove-concept":
+            attempt(library.remove_concept, studio, target, done="It lies among the removed ones.")
+            return _first_choice(studio)
+        return name
+
+    def add(word: str, wanted: str, files: list[str] | None) -> tuple[Any, ...]:
+        name = attempt(_create, studio, word, wanted, [Path(file) for file in files or ()])
+        if name is None:
+            return gr.skip(), gr.skip(), gr.skip(), gr.skip(), gr.skip()
+        concept, found = name
+        return concept, _findings(found), "", "", None
+
+    def add_more(name: str, files: list[str] | None, version: int) -> tuple[Any, ...]:
+        found = attempt(library.add_photos, studio, name, [Path(file) for file in files or ()])
+        return (gr.skip(), version) if found is None else (_findings(found), version + 1)
+
+    welcome.click(
+        lambda: attempt(queue_tour, studio, done="The tour is queued: two trainings, then fusing, drawing, exporting."), **EVENT
+    )
+    cards.click(open_concept, chosen, chosen, **EVENT)
+    class_word.blur(
+        lambda word: gr.update(placeholder=library.suggest_token(studio, word) if word.strip() else _TOKEN),  # taken when empty
+        class_word,
+        token,
+        **EVENT,
+    )
+    create.click(add, [class_word, token, uploads], [chosen, findings, class_word, token, uploads], **SLOW)
+    more.upload(add_more, [chosen, more, photo_version], [findings, photo_version], **SLOW)
+
+
+def _build_training(studio: Studio, live: Live, chosen: gr.State) -> None:
+    preset = gr.Radio(list(PRESETS), value=PRESETS[0], label="How long to train", elem_id="preset")
+    live.add(gr.HTML(), lambda: _expected(studio))
+    with gr.Accordion("More settings", open=False):
+        steps = gr.Number(
+            label="Steps", info="Empty: what the preset says. More steps, more likeness.", value=None, minimum=1, precision=0
+        )
+        sample_every = gr.Number(label="Sample pictures every … steps", info="0 draws none.", value=50, minimum=0, precision=0)
+    start = gr.Button("Train", variant="primary", elem_id="train")
+    training = live.add(gr.HTML(elem_id="training", js_on_load=markup.CLICKS), lambda name: _training(studio, name), chosen)
+    wire_jobs(studio, training)
+
+    def begin(name: str | None, how: str, count: float | None, every: float | None) -> None:
+        changes = {"steps": int(count)} if count else {}
+        attempt(train, studio, name or "", how, changes | {"sample_every": int(every or 0)}, done="The training is queued.")
+
+    start.click(begin, [chosen, preset, steps, sample_every], **EVENT)
+
+
+def _build_photo_tools(studio: Studio, chosen: gr.State, photos: gr.HTML, version: gr.State) -> None:
+    photo = gr.State(None)
+    with gr.Group(visible=False) as tools:
+        crops = gr.HTML(elem_id="crops")
+        editor = gr.ImageEditor(
+            label="Paint where the concept is", type="pil", sources=(), transforms=(), layers=False, height=420, format="png",
+            brush=gr.Brush(default_size=28, colors=["#ffffff"], color_mode="fixed"), elem_id="mask-editor",
+        )  # fmt: skip
+        with gr.Row():
+            keep = gr.Button("Keep the mask", variant="primary", size="sm")
+            clear = gr.Button("No mask", size="sm")
+            close = gr.Button("Close", size="sm")
+
+    def act(name: str, now: int, event: gr.EventData) -> tuple[Any, ...]:
+        do, target, value = said(event)
+        if do == "caption":
+            attempt(library.set_caption, studio, name, target, value, done="Caption kept.")
+        elif do == "remove-photo":
+            attempt(library.remove_photo, studio, name, target)
+        elif do == "edit":
+            shown = attempt(library.mask_of, studio, name, target)
+            if shown is not None:
+                value = {"background": shown[0], "layers": [_white_where(shown[1])] if shown[1] else [], "composite": None}
+                return now, target, gr.update(visible=True), value, _crops(studio, name, target)
+        return now + (do in ("caption", "remove-photo")), gr.skip(), gr.skip(), gr.skip(), gr.skip()
+
+    def keep_mask(name: str, target: str, value: dict[str, Any] | None, now: int) -> tuple[Any, ...]:
+        attempt(library.set_mask, studio, name, target, _painted(value), done="Mask kept.")
+        return now + 1, gr.update(visible=False)
+
+    def clear_mask(name: str, target: str, now: int) -> tuple[Any, ...]:
+        attempt(library.set_mask, studio, name, target, None, done="The whole photo counts.")
+        return now + 1, gr.update(visible=False)
+
+    photos.click(act, [chosen, version], [version, photo, tools, editor, crops], **EVENT)
+    keep.click(keep_mask, [chosen, photo, editor, version], [version, tools], **EVENT)
+    clear.click(clear_mask, [chosen, photo, version], [version, tools], **EVENT)
+    close.click(lambda: gr.update(visible=False), None, tools, **EVENT)
+
+
+def _create(studio: Studio, word: str, token: str, files: list[Path]) -> tuple[str, list[library.Finding]]:
+    name = library.create_concept(studio, token.strip() or library.suggest_token(studio, word), word)
+    return name, library.add_photos(studio, name, files)
+
+
+def _first_choice(studio: Studio) -> str | None:
+    """Return the concept that is being trained, or the first one."""
+    running = (job for job in studio.jobs.jobs() if job.kind == "train" and job.state is State.RUNNING)
+    names = library.concept_names(studio)
+    trained = next((job.arguments["concept"] for job in running if job.arguments["concept"] in names), None)
+    return trained or next(iter(names), None)
+
+
+def _welcome(studio: Studio) -> str:
+    fresh = not any(studio.folder("fused").glob("*.safetensors")) and not any(
+        job.kind in ("train", "fuse") for job in studio.jobs.jobs()
+    )
+    if not fresh or library.SAMPLES[0] not in library.concept_names(studio):
+        return ""
+    words = "Three sample concepts are ready. The tour trains two, fuses them, draws both in one picture and exports the file."
+    return (
+        f'<div class="sd-welcome"><p><strong>First time here?</strong> {words}</p>'
+        f"{markup.button('tour', '', 'Run the whole tour', kind='sd-primary')}</div>"
+    )
+
+
+def _cards(studio: Studio, chosen: str | None) -> str:
+    cards = library.concept_cards(studio)
+    if not cards:
+        return markup.empty("No concepts yet. Open “New concept” below and drop a few photos.")
+    return f'<div class="sd-cards">{"".join(_card(card, chosen=card.name == chosen) for card in cards)}</div>'
+
+
+def _card(card: library.ConceptCard, *, chosen: bool) -> str:
+    cover = (
+        markup.image(card.photos[0].thumbnail, f"a photo of {card.token}")
+        if card.photos
+        else '<div class="sd-blank">no photos</div>'
+    )
+    active = card.job is not None and card.job.state is not State.DONE
+    state = markup.state_badge(card.job.state) if active and card.job else ""
+    if card.adapter is not None:
+        band = f"band {card.job.result['band']}" if card.job is not None and card.job.result else "trained"
+        state = markup.badge(band, "sd-done") + state
+    count = f"{len(card.photos)} photo{'s' if len(card.photos) != 1 else ''}"
+    state = state or markup.badge("not trained")
+    opens = f'data-do="open" data-name="{markup.text(card.name)}" aria-pressed="{"true" if chosen else "false"}"'
+    return (
+        f'<button type="button" class="sd-card {"sd-chosen" if chosen else ""}" {opens}>{cover}<span class="sd-body">'
+        f'<strong>{markup.text(card.token)}</strong><span class="sd-muted">{markup.text(card.class_word)}, {count}</span>'
+        f'<span class="sd-row">{state}</span></span></button>'
+    )
+
+
+def _title(studio: Studio, name: str | None) -> str:
+    card = _card_of(studio, name)
+    if card is None:
+        return ""
+    class_word = f'<span class="sd-muted">a {markup.text(card.class_word)}</span>'
+    return f'<h2 class="sd-section"><code>{markup.text(card.token)}</code> {class_word}</h2>'
+
+
+def _card_of(studio: Studio, name: str | None) -> library.ConceptCard | None:
+    return library.concept_card(studio, name) if name in library.concept_names(studio) else None
+
+
+def _photos(studio: Studio, name: str | None) -> str:
+    card = _card_of(studio, name)
+    if card is None:
+        return markup.empty("Choose a concept above to see its photos.")
+    remove = markup.button(
+        "remove-concept",
+        card.name,
+        "Remove concept",
+        kind="sd-quiet",
+        confirm=f"Remove {card.token} with its photos and its adapter?",
+    )
+    if not card.photos:
+        return markup.empty("No photos yet. Add five or six of it, on differing backgrounds.") + remove
+    return f'<div class="sd-cards sd-photos">{"".join(map(_photo, card.photos))}</div><div class="sd-row sd-end">{remove}</div>'
+
+
+def _photo(photo: library.PhotoCard) -> str:
+    name = markup.text(photo.name)
+    picture = markup.image(photo.thumbnail, f"{photo.name}: {photo.caption}")
+    caption = f'data-do="caption" data-name="{name}" aria-label="Caption of {name}" value="{markup.text(photo.caption)}"'
+    mask = markup.button("edit", photo.name, "Mask ✓" if photo.masked else "Mask", title=f"Mask and crops of {photo.name}")
+    remove = markup.button("remove-photo", photo.name, "✕", kind="sd-quiet", title=f"Remove {photo.name}")
+    return (
+        f'<div class="sd-card">{picture}<div class="sd-body"><input class="sd-field" {caption} maxlength="300">'
+        f'<div class="sd-tools">{mask}{remove}</div></div></div>'
+    )
+
+
+def _findings(found: list[library.Finding]) -> str:
+    if not found:
+        return ""
+    items = "".join(
+        f'<li class="{"sd-yes" if one.used else "sd-no"}"><strong>{markup.text(one.name)}</strong> {markup.text(one.text)}</li>'
+        for one in found
+    )
+    used = sum(finding.used for finding in found)
+    return f'{markup.muted(f"{used} of {len(found)} files are used.")}<ul class="sd-findings">{items}</ul>'
+
+
+def _expected(studio: Studio) -> str:
+    expected = expectations(studio)
+    if not expected:
+        return markup.muted("Looking at the base …")
+    words = ", ".join(
+        f"{name}: {e.steps} steps" + ("" if e.seconds is None else f" in about {markup.duration(e.seconds)}")
+        for name, e in expected.items()
+    )
+    first = next(iter(expected.values()))
+    memory = f"; about {first.memory / 1e9:.1f} GB of memory" if first.memory else "; times are known after the first training"
+    return markup.muted(f"{words}{memory}.")
+
+
+def _training(studio: Studio, name: str | None) -> str:
+    card = _card_of(studio, name)
+    if card is None or card.job is None:
+        return markup.empty("Not trained yet. Choose how long, then Train.")
+    job, view = card.job, training_view(studio, card.job)
+    parts = [f'<div class="sd-row">{markup.state_badge(job.state)} {markup.job_buttons(job, studio.jobs.waiting())}</div>']
+    if job.state is State.RUNNING and view.steps:
+        parts.append(markup.bar(view.step, view.steps, f"training of {card.token}"))
+        speed = f"step {view.step} of {view.steps}, {view.speed:.1f} steps per second, {markup.duration(view.remaining)} left"
+        parts.append(markup.muted(speed))
+    elif job.state is State.DONE:
+        steps, seconds, band = (job.result[key] for key in ("steps", "seconds", "band"))
+        parts.append(markup.muted(f"{steps} steps in {markup.duration(seconds)}, directions {band}."))
+    elif view.step and job.state in (State.CANCELLED, State.INTERRUPTED):
+        parts.append(markup.muted(f"Stopped after step {view.step} of {view.steps}; what was learnt is kept."))
+    if job.reason:
+        parts.append(markup.refusal(job.reason))
+    if view.steps:
+        parts.append(loss_curve(view.losses, view.steps))
+    if view.samples:
+        parts.append(f'<div class="sd-strip">{"".join(map(_sample, view.samples))}</div>')
+    return f'<div class="sd-stack">{"".join(parts)}</div>'
+
+
+def _sample(path: Path) -> str:
+    step = int(path.stem.split("-")[1])
+    return f"<figure>{markup.image(path, f'sample after step {step}')}<figcaption>step {step}</figcaption></figure>"
+
+
+def _crops(studio: Studio, name: str, photo: str) -> str:
+    facts = base_facts(studio)
+    try:
+        crops = library.crop_previews(studio, name, photo, (facts or {"resolution": 512})["resolution"])
+    except SpectralDiffusionError:
+        return ""
+    pictures = "".join(f'<img src="{_inline(crop)}" alt="crop {number}">' for number, crop in enumerate(crops, start=1))
+    words = markup.muted(f"{photo} as the training sees it, cropped at random:")
+    return f'{words}<div class="sd-strip">{pictures}</div>'
+
+
+def _inline(picture: Image.Image) -> str:
+    content = io.BytesIO()
+    picture.save(content, "WEBP", quality=88)
+    return f"data:image/webp;base64,{base64.b64encode(content.getvalue()).decode()}"
+
+
+def _white_where(mask: Image.Image) -> Image.Image:
+    layer = Image.new("RGBA", mask.size, (255, 255, 255, 0))
+    layer.putalpha(mask)
+    return layer
+
+
+def _painted(value: dict[str, Any] | None) -> Image.Image | None:
+    """Return what was painted as a mask."""
+    layers = [layer.convert("RGBA").getchannel("A") for layer in ((value or {}).get("layers") or ()) if layer is not None]
+    if not layers:
+        return None
+    return Image.fromarray(np.maximum.reduce([np.asarray(layer) for layer in layers]))

@@ -1,0 +1,55 @@
+"""The tab Export: the file for other tools, and where to put it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gradio as gr
+
+from app.actions.adapters import PRECISIONS, export
+from app.actions.studio import Studio
+from app.jobs import State
+from app.ui import markup
+from app.ui.generate import adapter_list
+from app.ui.live import EVENT, Live, attempt
+
+_MOST_SHOWN = 6
+
+
+def build_export(studio: Studio, live: Live) -> None:
+    """Build the tab."""
+    gr.Markdown(
+        "A LoRA that AUTOMATIC1111, Forge, ComfyUI and diffusers read (kohya’s naming), with the tokens, notes and a picture."
+    )
+    with gr.Row():
+        adapter = adapter_list(studio, live, "Adapter", bare=False)
+        precision = gr.Radio(list(PRECISIONS), value=PRECISIONS[0], label="Precision", info="fp16 is what other tools expect.")
+    start = gr.Button("Export", variant="primary", elem_id="export")
+    live.add(gr.HTML(elem_id="exports"), lambda: _results(studio))
+
+    def begin(name: str | None, how: str) -> None:
+        attempt(export, studio, name or "", how, done="Exporting …")
+
+    start.click(begin, [adapter, precision], **EVENT)
+
+
+def _results(studio: Studio) -> str:
+    done = [job for job in studio.jobs.jobs() if job.kind == "export" and job.state is State.DONE][:_MOST_SHOWN]
+    if not done:
+        return markup.empty("Nothing exported yet. Choose an adapter, then Export.")
+    return "".join(_result(studio, job.result) for job in done)
+
+
+def _result(studio: Studio, result: dict[str, Any]) -> str:
+    path = studio.folder("exports") / result["file"]
+    words = ", ".join(f"{token} is typed {word}" for token, word in result["words"].items())
+    error = "" if result["error"] is None else f"; reloaded with diffusers it differs by {result['error']:.1e} at most"
+    size = f"{result['bytes'] / 1e6:.1f} MB"
+    notes = "".join(f"<li>{markup.text(note)}</li>" for note in result["notes"])
+    names = ", ".join(result["names"])
+    download = markup.link(path, f"Download, {size}", download=True)
+    return (
+        f'{markup.heading(result["file"])}<div class="sd-row">{download}'
+        f'<span class="sd-muted">rank {result["rank"]}{markup.text(error)}</span></div>'
+        f'{markup.muted(f"{words}. In the zip: {names}.")}<ul class="sd-notes">{notes}</ul>'
+    )

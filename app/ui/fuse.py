@@ -1,0 +1,112 @@
+"""The tab Fuse: choose concepts and strengths, see the band map, fuse."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gradio as gr
+
+from app.actions import adapters as library
+from app.actions.studio import Studio
+from app.actions.trainings import train
+from app.ui import markup
+from app.ui.charts import band_map_chart, cross_talk_table
+from app.ui.live import EVENT, Live, attempt, said, several
+from spectral_diffusion.adapter import METHODS
+from spectral_diffusion.errors import SpectralDiffusionError
+from spectral_diffusion.fusion import DEFAULT_METHOD
+
+_MOST = 8
+
+
+def build_fuse(studio: Studio, live: Live) -> None:
+    """Build the tab."""
+    chosen = live.add(
+        gr.CheckboxGroup([], label="Trained concepts", info="Choose two or more.", elem_id="fuse-chosen"),
+        lambda: several([(card.label, card.name) for card in library.adapter_cards(studio, ["adapters"])]),
+    )
+    live.add(gr.HTML(), lambda: _hint(studio))
+    with gr.Row():
+        sliders = [
+            gr.Slider(0, 1.5, 1.0, step=0.05, label=f"Strength {number}", visible=False, min_width=220, buttons=[])
+            for number in range(_MOST)
+        ]
+    bands = live.add(
+        gr.HTML(elem_id="band-map", js_on_load=markup.CLICKS),
+        lambda names, *strengths: _bands(studio, names, strengths),
+        chosen,
+        *sliders,
+    )
+    with gr.Row():
+        title = gr.Textbox("", label="Name", placeholder="made from the tokens", max_length=60)
+        method = gr.Radio(
+            list(METHODS), value=DEFAULT_METHOD, label="How to join",
+            info="The aligned sum corrects cross-talk in closed form; the plain sum only adds.",
+        )  # fmt: skip
+    start = gr.Button("Fuse", variant="primary", elem_id="fuse")
+    live.add(gr.HTML(elem_id="fused"), lambda: _fused(studio))
+
+    def show_sliders(names: list[str]) -> list[Any]:
+        labels = [card.label for card in library.adapter_cards(studio, ["adapters"]) if card.name in names]
+        ordered = sorted(names)
+        tokens = dict(zip(ordered, labels, strict=False))
+        return [
+            gr.update(
+                visible=number < len(ordered),
+                label=f"Strength of {tokens.get(ordered[number], '')}" if number < len(ordered) else "",
+            )
+            for number in range(_MOST)
+        ]
+
+    def begin(names: list[str], name: str, how: str, *strengths: float) -> Any:
+        ordered = sorted(names)[:_MOST]
+        job = attempt(library.fuse, studio, ordered, strengths[: len(ordered)], title=name, method=how, done="Fusing …")
+        return gr.skip() if job is None else ""
+
+    def retrain(event: gr.EventData) -> None:
+        do, name, _ = said(event)
+        if do == "retrain":
+            attempt(train, studio, name, done="It is trained again, on a free band.")
+
+    chosen.change(show_sliders, chosen, sliders, **EVENT)
+    start.click(begin, [chosen, title, method, *sliders], title, **EVENT)
+    bands.click(retrain, **EVENT)
+
+
+def _hint(studio: Studio) -> str:
+    trained = library.adapter_cards(studio, ["adapters"])
+    if len(trained) >= 2:
+        return ""
+    return markup.empty("Fusing needs two trained concepts. Train them in the tab Concepts, or run the tour there.")
+
+
+def _bands(studio: Studio, names: list[str], strengths: tuple[float, ...]) -> str:
+    ordered = sorted(names or ())[:_MOST]
+    if not ordered:
+        return (
+            markup.empty("Choose concepts to see which singular directions each owns.")
+            if library.adapter_cards(studio, ["adapters"])
+            else ""
+        )
+    try:
+        result = library.map_bands(studio, ordered, strengths[: len(ordered)])
+    except SpectralDiffusionError as error:  # an adapter may be gone or damaged by now
+        return markup.refusal(str(error))
+    parts = [markup.heading("Band map"), band_map_chart(result)]
+    for one, other in result.conflicts:
+        name = ordered[result.tokens.index(other)].removeprefix("adapters/").removesuffix(".safetensors")
+        words = f"{one} and {other} share singular directions, so they cannot be fused without damage."
+        again = markup.button("retrain", name, f"Train {other} again on a free band")
+        parts.append(f'<div class="sd-warning"><p>{markup.text(words)}</p>{again}</div>')
+    if len(ordered) > 1:
+        parts += [markup.heading("Measured cross-talk"), cross_talk_table(result)]
+        parts.append(markup.muted("How strongly each concept’s change answers to the others’ inputs; 100 % is its own answer."))
+    return "".join(parts)
+
+
+def _fused(studio: Studio) -> str:
+    cards = library.adapter_cards(studio, ["fused"])
+    if not cards:
+        return ""
+    rows = [[card.path.stem, " + ".join(card.tokens), ", ".join(card.bands), card.method] for card in cards]
+    return markup.heading("Fused adapters") + markup.table(["name", "concepts", "bands", "joined by"], rows)

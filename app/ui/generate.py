@@ -1,0 +1,155 @@
+"""The tab Generate: prompt and settings, and the pictures with their scores."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from app.actions import pictures as library
+from app.actions.adapters import adapter_cards, library_tokens
+from app.actions.studio import Studio
+from app.ui import markup
+from app.ui.live import EVENT, Live, attempt, choices, said
+from spectral_diffusion.errors import SpectralDiffusionError
+from spectral_diffusion.generation import SCHEDULERS, Drawing
+from spectral_diffusion.picture_file import read_drawing
+
+BARE = "none"
+"""Value of the choice to draw without an adapter."""
+
+
+def build_generate(studio: Studio, live: Live) -> None:
+    """Build the tab."""
+    with gr.Row(equal_height=False):
+        with gr.Column(scale=2, min_width=300):
+            adapter = adapter_list(studio, live, "Adapter")
+            prompt = gr.Textbox(
+                "", label="Prompt", lines=2, placeholder="<poodle> and <black-cat> near a lake", elem_id="prompt", max_length=2000
+            )
+            chips = live.add(gr.HTML(elem_id="chips", js_on_load=markup.CLICKS), lambda name: _chips(studio, name), adapter)
+            fields = drawing_fields()
+            start = gr.Button("Draw", variant="primary", elem_id="draw")
+            dropped = gr.File(
+                label="Drop a picture to load its settings", file_types=[".png"], height=160, elem_id="drop-settings"
+            )
+        with gr.Column(scale=3, min_width=300):
+            sort = gr.Radio(list(library.SORTS), value=library.SORTS[0], label="Order")
+            album = live.add(gr.HTML(elem_id="pictures", js_on_load=markup.CLICKS), lambda order: _album(studio, order), sort)
+    settings = [prompt, *fields]
+
+    def begin(name: str | None, *values: Any) -> None:
+        drawing = attempt(read_fields, *values)
+        if drawing is not None:
+            attempt(
+                library.generate,
+                studio,
+                None if name in (None, BARE) else name,
+                drawing,
+                done=f"Drawing with seed {drawing.seed}.",
+            )
+
+    def add_chip(words: str, event: gr.EventData) -> str:
+        _, token, _ = said(event)
+        return f"{words.rstrip()} {token}".strip()
+
+    def copy_settings(event: gr.EventData) -> Any:
+        _, name, _ = said(event)
+        path = attempt(studio.file, "pictures", name)
+        return [gr.skip()] * len(settings) if path is None else _load(path)
+
+    def load_dropped(file: str | None) -> Any:
+        return [*([gr.skip()] * len(settings) if file is None else _load(Path(file))), None]
+
+    start.click(begin, [adapter, *settings], **EVENT)
+    prompt.submit(begin, [adapter, *settings], **EVENT)
+    chips.click(add_chip, prompt, prompt, **EVENT)
+    album.click(copy_settings, None, settings, **EVENT)
+    dropped.upload(load_dropped, dropped, [*settings, dropped], **EVENT)
+
+
+def adapter_list(
+    studio: Studio, live: Live, label: str, kinds: tuple[str, ...] = ("fused", "adapters"), *, bare: bool = True
+) -> gr.Dropdown:
+    """Return a list of adapters that keeps itself fresh, hidden while there are none; the bare base may be among them."""
+    component = gr.Dropdown([], label=label, allow_custom_value=False, min_width=240)
+
+    def fresh(current: str | None) -> Any:
+        pairs = [(card.label, card.name) for card in adapter_cards(studio, kinds)]
+        return choices([*pairs, *([("none, the bare base", BARE)] if bare and pairs else [])], value=current)
+
+    return live.add(component, fresh, component)
+
+
+def drawing_fields() -> list[Any]:
+    """Build the settings of a drawing beside its prompt, in the order that `read_fields` takes them."""
+    negative = gr.Textbox("", label="Not in the picture", placeholder="blurred", max_length=2000)
+    with gr.Row():
+        count = gr.Number(4, label="Pictures", minimum=1, maximum=library.MOST_DRAWN, precision=0, min_width=90)
+        seed = gr.Number(-1, label="Seed", info="-1: any", precision=0, min_width=110)
+    with gr.Accordion("More settings", open=False):
+        sampler = gr.Dropdown(list(SCHEDULERS), value=Drawing.scheduler, label="Sampler")
+        steps = gr.Slider(1, 100, Drawing.steps, step=1, label="Steps", buttons=[])
+        guidance = gr.Slider(1, 15, Drawing.guidance, step=0.5, label="Guidance", buttons=[])
+        size = gr.Textbox("", label="Size", placeholder="the base's own, or 512x768", max_length=12)
+    return [negative, count, seed, sampler, steps, guidance, size]
+
+
+def read_fields(
+    prompt: str, negative: str, count: float | None, seed: float | None, sampler: str, steps: float, guidance: float, size: str
+) -> Drawing:
+    """Return what the fields of a drawing say."""
+    return library.drawing_from(
+        {
+            "prompt": prompt,
+            "negative_prompt": negative,
+            "count": int(count or 1),
+            "seed": int(-1 if seed is None else seed),
+            "scheduler": sampler,
+            "steps": int(steps),
+            "guidance": float(guidance),
+            "size": library.parse_size(size),
+        }
+    )
+
+
+def _load(path: Path) -> list[Any]:
+    drawing = attempt(read_drawing, path, done="Settings loaded.")
+    if drawing is None:
+        return [gr.skip()] * 8
+    size = f"{drawing.size[0]}x{drawing.size[1]}" if drawing.size else ""
+    return [drawing.prompt, drawing.negative_prompt, 1, drawing.seed, drawing.scheduler, drawing.steps, drawing.guidance, size]
+
+
+def _chips(studio: Studio, adapter: str | None) -> str:
+    if adapter in (None, BARE):
+        return markup.muted("Choose an adapter to use its tokens.")
+    try:
+        tokens = library_tokens(studio, adapter)
+    except SpectralDiffusionError as error:  # it may be gone by now
+        return markup.refusal(str(error))
+    buttons = "".join(markup.button("chip", token, token, kind="sd-chip", title=f"Add {token} to the prompt") for token in tokens)
+    return f'<div class="sd-row">{buttons}</div>'
+
+
+def _album(studio: Studio, sort: str) -> str:
+    cards = library.picture_cards(studio, sort)
+    if not cards:
+        return markup.empty("No pictures yet. Write a prompt with a token and press Draw.")
+    return f'<div class="sd-cards">{"".join(map(_picture, cards))}</div>'
+
+
+def _picture(card: library.PictureCard) -> str:
+    scores = [] if card.clip_text is None else [f"text {card.clip_text:.2f}"]
+    scores += [f"{token} {value:.2f}" for token, value in card.clip_image.items()]
+    lines = markup.text(" · ".join(scores)) or "being scored …"
+    picture = markup.image(card.path, f"{card.prompt}, seed {card.seed}")
+    copy = markup.button("copy", card.path.name, f"Seed {card.seed}", title=f"Use the settings of seed {card.seed}")
+    save = markup.link(card.path, "Save", download=True)
+    judged = f'<span class="sd-muted">judge: {markup.text(", ".join(card.judged[:2]))}</span>' if card.judged else ""
+    return (
+        f'<div class="sd-card sd-picture"><a href="{markup.text(markup.file_url(card.path))}" target="_blank" rel="noopener">'
+        f'{picture}</a><div class="sd-body"><span class="sd-prompt">{markup.text(card.prompt)}</span>'
+        f'<span class="sd-muted">{lines}</span>{judged}<div class="sd-tools">{copy}{save}</div></div></div>'
+    )

@@ -1,0 +1,85 @@
+"""Parts of the page that follow the studio: looked at once a second, sent only when they changed."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import gradio as gr
+
+from app.ui import markup
+from spectral_diffusion.errors import SpectralDiffusionError
+
+EVENT: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private", "concurrency_limit": None}
+"""How events run; nearly all are quick."""
+SLOW: dict[str, Any] = EVENT | {"show_progress": "full"}
+"""How events run that read photos."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Part:
+    component: Any
+    render: Callable[..., Any]
+    inputs: tuple[Any, ...]
+
+
+class Live:
+    """Collects the parts of a page and keeps them fresh."""
+
+    def __init__(self) -> None:
+        self._parts: list[_Part] = []
+
+    def add(self, component: Any, render: Callable[..., Any], *inputs: Any) -> Any:
+        """Let `component` show what `render` returns for the values of `inputs`; return the component."""
+        self._parts.append(_Part(component=component, render=render, inputs=inputs))
+        return component
+
+    def wire(self, page: gr.Blocks, seconds: float = 1.0) -> None:
+        """Refresh all parts when the page opens and every `seconds`."""
+        seen = gr.State({})
+        inputs = list(dict.fromkeys(control for part in self._parts for control in part.inputs))
+        outputs = [seen, *(part.component for part in self._parts)]
+
+        def refresh(known: dict[int, str], *values: Any) -> list[Any]:
+            at_hand = dict(zip(inputs, values, strict=True))
+            known, results = dict(known), []
+            for number, part in enumerate(self._parts):
+                value = part.render(*(at_hand[control] for control in part.inputs))
+                digest = hashlib.sha256(repr(value).encode()).hexdigest()
+                results.append(gr.skip() if known.get(number) == digest else value)
+                known[number] = digest
+            return [known, *results]
+
+        page.load(refresh, [seen, *inputs], outputs, **EVENT)
+        gr.Timer(seconds).tick(refresh, [seen, *inputs], outputs, trigger_mode="once", **EVENT)
+
+
+def attempt(action: Callable[..., Any], *arguments: Any, done: str | None = None, **named: Any) -> Any:
+    """Return what `action` returns, or None when it refused; the page then shows its sentence."""
+    try:
+        result = action(*arguments, **named)
+    except SpectralDiffusionError as error:
+        gr.Warning(markup.text(error), title="Not done")  # it is shown as HTML
+        return None
+    if done is not None:
+        gr.Info(markup.text(done), duration=4, title="Done")
+    return result
+
+
+def said(event: gr.EventData) -> tuple[str, str, str]:
+    """Return what a button or field of our own HTML reported: what to do, with what, and the field's value."""
+    data = event._data if isinstance(event._data, dict) else {}
+    return tuple(str(data.get(key) or "") for key in ("do", "name", "value"))
+
+
+def several(pairs: Sequence[tuple[str, str]]) -> Any:
+    """Return the new choices of a list of which several may be chosen; it is hidden while there are none."""
+    return gr.update(choices=list(pairs), visible=bool(pairs))
+
+
+def choices(pairs: Sequence[tuple[str, str]], *, value: str | None) -> Any:
+    """Return a list's new choices (label and value), keeping `value` when it is among them."""
+    values = [choice for _, choice in pairs]
+    return gr.update(choices=list(pairs), value=value if value in values else next(iter(values), None), visible=bool(values))

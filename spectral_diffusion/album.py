@@ -1,0 +1,50 @@
+"""A folder that drawn pictures are added to, under running numbers; nothing there is ever overwritten."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image
+
+from spectral_diffusion.files import write_atomically
+from spectral_diffusion.generation import Picture
+from spectral_diffusion.picture_file import save_picture
+
+
+class Album:
+    """Adds pictures that the base called `base_name` drew to `folder`, as `NUMBER-SEED.png`."""
+
+    def __init__(self, folder: Path, base_name: str):
+        self.folder, self.base_name = folder, base_name
+        self.last = _last_number(folder)
+
+    def add(self, picture: Picture) -> Path:
+        """Save `picture` with its settings inside and return its path.
+
+        Raises:
+            StorageError: the file could not be written.
+        """
+        self.last += 1
+        path = self.folder / f"{self.last:04d}-{picture.seed}.png"
+        save_picture(picture, path, self.base_name)
+        return path
+
+
+def _last_number(folder: Path) -> int:
+    """Return the highest number that a picture in `folder` has, as in `0007-1234.png`."""
+    matches = (re.match(r"(\d+)-", path.name) for path in folder.glob("*.png"))
+    return max((int(match[1]) for match in matches if match), default=0)
+
+
+def save_samples(samples: Sequence[Image.Image], step: int, folder: Path) -> list[Path]:
+    """Save what a training drew after `step` in `folder`, as `step-STEP-NUMBER.png`, and return the paths.
+
+    Raises:
+        StorageError: a file could not be written.
+    """
+    paths = [folder / f"step-{step:06d}-{number}.png" for number in range(1, len(samples) + 1)]
+    for path, picture in zip(paths, samples, strict=True):
+        write_atomically(path, lambda temporary, picture=picture: picture.save(temporary, "PNG"))
+    return paths

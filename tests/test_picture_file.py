@@ -1,0 +1,57 @@
+"""Settings in picture files: what is written is read back, and what cannot be used is said."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from PIL import Image, PngImagePlugin
+
+from spectral_diffusion.errors import InputError
+from spectral_diffusion.generation import Drawing, Picture
+from spectral_diffusion.picture_file import read_drawing, save_picture
+
+DRAWINGS = [
+    Drawing(prompt="a dog", seed=3),
+    Drawing(prompt='<V1>, "big": 1\nSteps and stones', negative_prompt="blurred, bad", scheduler="DPM++ 2M Karras"),
+    Drawing(prompt="x", negative_prompt="two\nlines", steps=7, guidance=2.5, size=(48, 64)),
+]
+
+
+def save_with(path: Path, parameters: str) -> Path:
+    chunks = PngImagePlugin.PngInfo()
+    chunks.add_itxt("parameters", parameters)
+    Image.new("RGB", (8, 8)).save(path, pnginfo=chunks)
+    return path
+
+
+@pytest.mark.parametrize("drawing", DRAWINGS)
+def test_what_is_written_is_read_back(drawing: Drawing, tmp_path: Path) -> None:
+    image = Image.new("RGB", drawing.size or (64, 64))
+    picture = Picture(image=image, seed=9, drawing=drawing, tokens=(), class_words={})
+    save_picture(picture, tmp_path / "p.png", "base, with: marks")
+    read = read_drawing(tmp_path / "p.png")
+    expected = {"prompt", "negative_prompt", "steps", "guidance", "scheduler"}
+    assert {name: getattr(read, name) for name in expected} == {name: getattr(drawing, name) for name in expected}
+    assert (read.seed, read.size, read.count) == (9, image.size, 1)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "sentence"),
+    [
+        ("", "does not say how it was drawn"),
+        ("a dog\nSteps: 3", "does not say how it was drawn"),
+        ("a dog\nSteps: 3, Sampler: Magic, Seed: 1", "no sampler 'Magic'"),
+        ("a dog\nSteps: x, Sampler: DDIM, Seed: 1", "are damaged"),
+        ('a dog\nSteps: 3, Sampler: "\\x", Seed: 1', "are damaged"),
+    ],
+)
+def test_unusable_settings_are_said(parameters: str, sentence: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=sentence):
+        read_drawing(save_with(tmp_path / "p.png", parameters))
+
+
+def test_other_files_are_no_pictures(tmp_path: Path) -> None:
+    (tmp_path / "p.png").write_text("<svg/>")
+    with pytest.raises(InputError, match="is no PNG picture"):
+        read_drawing(tmp_path / "p.png")

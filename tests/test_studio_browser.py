@@ -1,0 +1,342 @@
+"""The studio in a real browser: from uploaded photos to a downloaded file that diffusers loads, and what disturbs it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from playwright.sync_api import Browser, Page, expect, sync_playwright
+
+from spectral_diffusion.base import EMBEDDED_BASE
+from spectral_diffusion.concept import SAMPLES_FOLDER
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+if CHROMIUM is None:
+    pytest.skip("There is no Chromium here; install it (apt-get install chromium) to test the studio.", allow_module_level=True)
+
+
+ROOT = Path(__file__).resolve().parents[1]
+SCREENSHOTS = ROOT / "out" / "screenshots"
+TABS = ("Concepts", "Fuse", "Generate", "Compare", "Export", "Settings")
+PATIENCE = 120_000  # milliseconds, for a machine that is busy
+LOGIN = ("ada", "correct horse")
+
+expect.set_options(timeout=PATIENCE)
+
+
+class Served:
+    """A studio that runs as its own process."""
+
+    def __init__(self, folder: Path, *words: str):
+        self.folder = folder
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        said = folder.with_suffix(".json")
+        command = ["studio", "--folder", str(folder), "--port", str(port), "--json", str(said), *words]
+        code = f"import sys; from spectral_diffusion.cli import main; sys.exit(main({command!r}))"
+        self.log = open(folder.with_suffix(".log"), "w+")
+        self.process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=self.log, stderr=self.log)
+        self.wait_for(said.exists)
+        self.address = json.loads(said.read_text())["address"]
+
+    def wait_for(self, what: Callable[[], object], seconds: float = PATIENCE / 1000) -> None:
+        """Wait until `what` is true, as long as the studio runs."""
+        deadline = time.monotonic() + seconds
+        while not what():
+            assert self.process.poll() is None, Path(self.log.name).read_text()
+            assert time.monotonic() < deadline, "it did not happen in time"
+            time.sleep(0.05)
+
+    def worker(self) -> int:
+        """Return the process number of the worker that has the running job."""
+        claims = sorted((self.folder / "jobs").glob("*/claim.json"), key=lambda path: path.stat().st_mtime)
+        return int(json.loads(claims[-1].read_text())["pid"])
+
+    def close(self) -> None:
+        """End it as Ctrl-C does."""
+        self.process.send_signal(signal.SIGINT)
+        try:
+            assert self.process.wait(60) == 0
+        finally:
+            self.process.kill()
+            self.log.close()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    served = Served(tmp_path_factory.mktemp("served") / "studio")
+    yield served
+    served.close()
+
+
+@contextmanager
+def opened(browser: Browser, address: str, width: int = 1280, theme: str = "light") -> Iterator[Page]:
+    """Open the page; at the end nothing may have gone wrong in it."""
+    page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=theme)
+    page.set_default_timeout(PATIENCE)
+    wrong: list[str] = []
+    page.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
+    page.on("pageerror", lambda error: wrong.append(str(error)))
+    page.goto(address)
+    expect(page.locator(".sd-head h1")).to_be_visible()
+    expect(page.locator("#concept-cards .sd-cards, #concept-cards .sd-empty")).to_be_visible()
+    try:
+        yield page
+    finally:
+        page.close()
+    assert wrong == []
+
+
+@pytest.fixture
+def page(browser: Browser, served: Served) -> Iterator[Page]:
+    with opened(browser, served.address) as page:
+        yield page
+
+
+def go_to(page: Page, tab: str) -> None:
+    """Open a tab, also where the bar is too narrow for all."""
+    button = page.get_by_role("tab", name=tab, exact=True)
+    if not button.is_visible():
+        page.locator(".overflow-menu > button").click()
+        button = page.locator(".overflow-dropdown button", has_text=tab)
+    button.click()
+    expect(page.locator(f"#tab-{tab.lower()}")).to_be_visible()
+
+
+def add_concept(page: Page, word: str, photos: list[Path]) -> None:
+    page.get_by_role("button", name="New concept").click()
+    page.get_by_label("What is it?").fill(word)
+    page.get_by_label("Its token").click()
+    expect(page.get_by_label("Its token")).to_have_attribute("placeholder", f"<{word}>")
+    page.locator("#new-photos input[type=file]").set_input_files(photos)
+    expect(page.locator("#new-photos .file-preview")).to_be_visible()
+    page.get_by_role("button", name="Add the concept").click()
+    expect(page.locator("#concept-title code")).to_have_text(f"<{word}>")
+    page.get_by_role("button", name="New concept").click()
+
+
+def train(page: Page, steps: int) -> None:
+    field = page.get_by_label("Steps", exact=True).locator("visible=true")
+    if field.count() == 0:
+        page.locator("#tab-concepts").get_by_role("button", name="More settings").click()
+    field.fill(str(steps))
+    field.press("Tab")
+    page.locator("#train").click()
+    expect(page.locator("#training .sd-badge").first).to_have_text(re.compile("queued|running"))
+
+
+def choose_both(page: Page) -> None:
+    for token in ("<leopard>", "<wizard>"):
+        page.locator("#fuse-chosen").get_by_label(token).check()
+
+
+def choose_adapter(page: Page, tab: str, name: str) -> None:
+    field = page.locator(f"#tab-{tab}").get_by_label("Adapter")
+    field.click()
+    page.get_by_role("option", name=name).click()
+    expect(field).to_have_value(name)
+
+
+def state(page: Page, text: str, milliseconds: float = PATIENCE) -> None:
+    expect(page.locator("#training .sd-badge").first).to_have_text(text, timeout=milliseconds)
+
+
+def photos_of(sample: str) -> list[Path]:
+    return sorted((SAMPLES_FOLDER / sample).glob("*.jpg"))
+
+
+def test_from_uploaded_photos_to_a_file_that_diffusers_loads(
+    page: Page, browser: Browser, served: Served, tmp_path: Path
+) -> None:
+    bad = tmp_path / "drawing.jpg"
+    bad.write_text("<svg onload='alert(1)'/>")
+    add_concept(page, "leopard", [*photos_of("leopard"), bad])
+    expect(page.locator("#findings")).to_contain_text("6 of 7 files are used")
+    expect(page.locator("#findings .sd-no")).to_contain_text("drawing.jpg The file is an SVG drawing")
+    expect(page.locator("#photos img")).to_have_count(6)
+    caption = page.locator("#photos input").first
+    caption.fill("<TOK> in the snow")
+    caption.press("Tab")
+    captions = served.folder / "concepts" / "leopard"
+    served.wait_for(lambda: any("in the snow" in path.read_text() for path in captions.glob("*.txt")))
+    train(page, 3)
+    add_concept(page, "wizard", photos_of("wizard"))
+    train(page, 3)
+    state(page, "done")
+    expect(page.locator("#training svg.sd-curve")).to_be_visible()
+
+    go_to(page, "Fuse")
+    choose_both(page)
+    expect(page.locator("#band-map svg")).to_have_attribute(
+        "aria-label", "Band map: <leopard> owns directions 0 to 7; <wizard> owns directions 8 to 15"
+    )
+    expect(page.locator("#band-map table")).to_contain_text("100%")
+    page.locator("#tab-fuse").get_by_label("Name").fill("pair")
+    page.locator("#fuse").click()
+    expect(page.locator("#fused")).to_contain_text("<leopard> + <wizard>")
+
+    go_to(page, "Generate")
+    choose_adapter(page, "generate", "pair (<leopard> + <wizard>)")
+    page.get_by_role("button", name="Add <leopard> to the prompt").click()
+    expect(page.locator("#prompt textarea")).to_have_value("<leopard>")
+    page.locator("#prompt textarea").fill("<leopard> and <wizard> near a lake")
+    page.locator("#tab-generate").get_by_role("spinbutton", name="Pictures").fill("2")
+    page.locator("#tab-generate").get_by_role("button", name="More settings").click()
+    page.locator("#tab-generate").get_by_label("number input for Steps").fill("3")
+    page.locator("#tab-generate").get_by_label("number input for Steps").press("Tab")
+    page.locator("#draw").click()
+    expect(page.locator("#pictures img")).to_have_count(2)
+    expect(page.locator("#pictures .sd-card").first).to_contain_text("<wizard> 0.")
+    seed = page.locator("#pictures .sd-card").last.get_by_role("button").inner_text().removeprefix("Seed ")
+    page.locator("#pictures .sd-card").last.get_by_role("button").click()
+    expect(page.locator("#tab-generate").get_by_role("spinbutton", name="Seed")).to_have_value(seed)
+
+    go_to(page, "Compare")
+    page.locator("#compare-adapters").get_by_label("pair").check()
+    page.locator("#compare-prompt textarea, #compare-prompt input").fill("<leopard> near a lake")
+    page.locator("#tab-compare").get_by_label("number input for Steps").fill("2")
+    page.locator("#compare").click()
+    expect(page.locator("#comparisons img")).to_have_count(1)
+
+    go_to(page, "Export")
+    choose_adapter(page, "export", "pair (<leopard> + <wizard>)")
+    page.locator("#export").click()
+    with page.expect_download() as download:
+        page.locator("#exports").get_by_role("link", name="Download").click()
+    download.value.save_as(tmp_path / "pair.zip")
+    with zipfile.ZipFile(tmp_path / "pair.zip") as archive:
+        archive.extractall(tmp_path / "pair")
+    pipeline = StableDiffusionPipeline.from_pretrained(
+        EMBEDDED_BASE, torch_dtype=torch.float32, safety_checker=None, feature_extractor=None
+    )
+    pipeline.load_lora_weights(str(tmp_path / "pair"), weight_name="pair-lora.safetensors")
+    pipeline.load_textual_inversion(str(tmp_path / "pair" / "leopard.safetensors"), token="<leopard>")
+    assert pipeline("<leopard>", num_inference_steps=1, output_type="np").images.shape == (1, 64, 64, 3)
+    take_screenshots(browser, served)
+
+
+def take_screenshots(browser: Browser, served: Served) -> None:
+    """Leave a picture of each tab, at two widths and in two themes; nothing may reach beyond the page's right side."""
+    SCREENSHOTS.mkdir(parents=True, exist_ok=True)
+    for width in (1280, 390):
+        for theme in ("light", "dark"):
+            with opened(browser, served.address, width, theme) as page:
+                for tab in TABS:
+                    go_to(page, tab)
+                    if tab == "Fuse":
+                        choose_both(page)
+                        expect(page.locator("#band-map table")).to_be_visible()
+                    page.wait_for_timeout(400)
+                    assert page.evaluate("document.documentElement.scrollWidth") <= width, f"{tab} is too wide at {width} pixels"
+                    assert page.locator("img:not([alt])").count() == 0
+                    page.screenshot(path=SCREENSHOTS / f"studio-{tab.lower()}-{width}-{theme}.png", full_page=True)
+
+
+def test_a_training_survives_reloading_stopping_and_a_killed_worker(page: Page, served: Served) -> None:
+    page.locator("#concept-cards").get_by_role("button", name="<raccoon>").click()
+    train(page, 500)
+    state(page, "running")
+    expect(page.locator("#training svg.sd-curve")).to_be_visible()
+    page.reload()
+    expect(page.locator("#concept-title code")).to_have_text("<raccoon>")
+    expect(page.locator("#training svg.sd-curve")).to_be_visible()
+
+    page.locator("#training").get_by_role("button", name="Stop").click()
+    state(page, "cancelled")
+    expect(page.locator("#training")).to_contain_text("what was learnt is kept")
+    stopped = page.locator("#training").inner_text().split("Stopped after step ")[1].split()[0]
+    page.locator("#training").get_by_role("button", name="Resume").click()
+    state(page, "running")
+    expect(page.locator("#training")).to_contain_text("of 500,")
+
+    os.kill(served.worker(), signal.SIGKILL)
+    state(page, "interrupted", milliseconds=5000)
+    expect(page.locator("#activity")).to_contain_text("was interrupted")
+    page.locator("#training").get_by_role("button", name="Resume").click()
+    state(page, "running")
+    page.locator("#training").get_by_role("button", name="Stop").click()
+    state(page, "cancelled")
+    assert f"goes on from step {stopped}." in "".join(path.read_text() for path in served.folder.glob("jobs/*/log.txt"))
+
+
+def test_two_pages_see_one_studio(page: Page, browser: Browser, served: Served) -> None:
+    with opened(browser, served.address, theme="dark") as other:
+        add_concept(other, "pinata", photos_of("pinata")[:2])
+        expect(page.locator("#concept-cards")).to_contain_text("<pinata>")
+        page.locator("#concept-cards").get_by_role("button", name="<pinata>").click()
+        train(page, 2)
+        other.locator("#train").click()
+        expect(other.get_by_text("<pinata> is ", exact=False)).to_be_visible()
+        state(page, "done")
+        state(other, "done")
+    trained = [
+        path for path in served.folder.glob("jobs/*/job.json") if json.loads(path.read_text())["title"] == "Train <pinata>"
+    ]
+    assert len(trained) == 1
+
+
+def test_refusals_are_sentences_on_the_page(page: Page) -> None:
+    page.get_by_role("button", name="New concept").click()
+    page.get_by_label("What is it?").fill("dog")
+    page.get_by_label("Its token").fill("two words")
+    page.get_by_role("button", name="Add the concept").click()
+    expect(page.get_by_text("write it as one word such as '<V1>'", exact=False)).to_be_visible()
+    go_to(page, "Generate")
+    page.locator("#draw").click()
+    expect(page.get_by_text("The prompt is empty; say what to draw.")).to_be_visible()
+    go_to(page, "Settings")
+    page.locator("#base textarea, #base input").fill("/nowhere")
+    page.locator("#keep-settings").click()
+    expect(page.get_by_text("There is no base '/nowhere'", exact=False)).to_be_visible()
+
+
+def test_only_who_logs_in_gets_in(browser: Browser, tmp_path: Path) -> None:
+    served = Served(tmp_path / "studio", "--listen", "0.0.0.0", "--auth", ":".join(LOGIN))
+    address = served.address.replace("0.0.0.0", "127.0.0.1")
+    try:
+        page = browser.new_page()
+        page.set_default_timeout(PATIENCE)
+        thumbnail = next((served.folder / "thumbnails").rglob("*.webp"))
+        shown, hidden = f"{address}gradio_api/file={thumbnail}", f"{address}gradio_api/file={served.folder / 'settings.json'}"
+        assert page.request.get(shown).status == 401
+        assert page.request.get(f"{address}config").status == 401
+        page.goto(address)
+        page.get_by_label("username").fill(LOGIN[0])
+        page.get_by_label("password").fill("wrong horse!")
+        page.get_by_role("button", name="Login").click()
+        expect(page.get_by_text("Incorrect credentials", exact=False)).to_be_visible()
+        expect(page.get_by_label("username")).to_have_value("")  # gradio empties both fields
+        page.get_by_label("username").fill(LOGIN[0])
+        page.get_by_label("password").fill(LOGIN[1])
+        page.get_by_role("button", name="Login").click()
+        expect(page.locator("#concept-cards .sd-cards")).to_be_visible()
+        assert page.request.get(shown).status == 200
+        for refused in (hidden, f"{address}gradio_api/file=/etc/passwd", f"{address}gradio_api/file=http://127.0.0.1/x"):
+            assert page.request.get(refused).status == 403
+        assert LOGIN[1] not in page.content() and LOGIN[1] not in page.request.get(f"{address}config").text()
+        page.close()
+    finally:
+        served.close()
