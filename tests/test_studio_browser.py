@@ -34,6 +34,8 @@ SCREENSHOTS = ROOT / "out" / "screenshots"
 TABS = ("Concepts", "Fuse", "Generate", "Compare", "Export", "Settings")
 PATIENCE = 120_000  # milliseconds, for a machine that is busy
 LOGIN = ("ada", "correct horse")
+LEFT_BEHIND = re.compile(r"AbortError: signal is aborted|Connection errored out")
+"""What gradio's client says of a request that was under way when its page was reloaded."""
 
 expect.set_options(timeout=PATIENCE)
 
@@ -107,7 +109,7 @@ def opened(browser: Browser, address: str, width: int = 1280, theme: str = "ligh
         yield page
     finally:
         page.close()
-    assert wrong == []
+    assert [text for text in wrong if not LEFT_BEHIND.search(text)] == []
 
 
 @pytest.fixture
@@ -160,8 +162,8 @@ def choose_adapter(page: Page, tab: str, name: str) -> None:
     expect(field).to_have_value(name)
 
 
-def state(page: Page, text: str, milliseconds: float = PATIENCE) -> None:
-    expect(page.locator("#training .sd-badge").first).to_have_text(text, timeout=milliseconds)
+def state(page: Page, text: str) -> None:
+    expect(page.locator("#training .sd-badge").first).to_have_text(text)
 
 
 def photos_of(sample: str) -> list[Path]:
@@ -273,7 +275,7 @@ def test_a_training_survives_reloading_stopping_and_a_killed_worker(page: Page, 
     expect(page.locator("#training")).to_contain_text("of 500,")
 
     os.kill(served.worker(), signal.SIGKILL)
-    state(page, "interrupted", milliseconds=5000)
+    state(page, "interrupted")  # in how many seconds is tested without a page, on which a busy machine spends more
     expect(page.locator("#activity")).to_contain_text("was interrupted")
     page.locator("#training").get_by_role("button", name="Resume").click()
     state(page, "running")
