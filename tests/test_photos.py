@@ -55,7 +55,7 @@ def png_header(width: int, height: int) -> bytes:
 @pytest.mark.parametrize("mode", ["RGB", "L", "P", "1", "CMYK", "YCbCr"])
 def test_every_colour_mode_becomes_rgb(tmp_path: Path, mode: str) -> None:
     image = picture(mode=mode)
-    image.save(tmp_path / "photo.tiff")
+    image.save(tmp_path / "photo.tiff", compression="tiff_lzw")  # Pillow 12 does not read the plain YCbCr that it writes
     assert close(only_photo(tmp_path).image, image.convert("RGB"), tolerance=1.0)
 
 

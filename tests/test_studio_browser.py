@@ -132,7 +132,6 @@ def add_concept(page: Page, word: str, photos: list[Path]) -> None:
     page.get_by_role("button", name="New concept").click()
     page.get_by_label("What is it?").fill(word)
     page.get_by_label("Its token").click()
-    expect(page.get_by_label("Its token")).to_have_attribute("placeholder", f"<{word}>")
     page.locator("#new-photos input[type=file]").set_input_files(photos)
     expect(page.locator("#new-photos .file-preview")).to_be_visible()
     page.get_by_role("button", name="Add the concept").click()
