@@ -283,22 +283,6 @@ def test_a_training_survives_reloading_stopping_and_a_killed_worker(page: Page, 
     assert f"goes on from step {stopped}." in "".join(path.read_text() for path in served.folder.glob("jobs/*/log.txt"))
 
 
-def test_two_pages_see_one_studio(page: Page, browser: Browser, served: Served) -> None:
-    with opened(browser, served.address, theme="dark") as other:
-        add_concept(other, "pinata", photos_of("pinata")[:2])
-        expect(page.locator("#concept-cards")).to_contain_text("<pinata>")
-        page.locator("#concept-cards").get_by_role("button", name="<pinata>").click()
-        train(page, 2)
-        other.locator("#train").click()
-        expect(other.get_by_text("<pinata> is ", exact=False)).to_be_visible()
-        state(page, "done")
-        state(other, "done")
-    trained = [
-        path for path in served.folder.glob("jobs/*/job.json") if json.loads(path.read_text())["title"] == "Train <pinata>"
-    ]
-    assert len(trained) == 1
-
-
 def test_refusals_are_sentences_on_the_page(page: Page) -> None:
     page.get_by_role("button", name="New concept").click()
     page.get_by_label("What is it?").fill("dog")
