@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,12 +12,14 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import numpy as np
 import pytest
 import torch
+from commands import Commands
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from narrow_bases import FAMILIES, NarrowBase, save_narrow_base
 from PIL import Image, ImageDraw
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from spectral_diffusion.base import EMBEDDED_BASE, Base, load_base
+from spectral_diffusion.cli import main
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -109,3 +112,26 @@ def photo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         picture.save(folder / f"{number}.png")
         (folder / f"{number}.txt").write_text("<TOK> near a lake", encoding="utf-8")
     return folder
+
+
+@pytest.fixture
+def run(tiny_base_folder: Path, capsys: pytest.CaptureFixture[str]) -> Commands:
+    return Commands(tiny_base_folder, capsys)
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_base_folder: Path, photo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Two adapters on bands of their own."""
+    folder = tmp_path_factory.mktemp("trained")
+    files = folder / "one.safetensors", folder / "two.safetensors"
+    for token, file in zip(("<V1>", "<V2>"), files, strict=True):
+        words = ["train", photo_folder, "--token", token, "--class-word", "dog", "--out", file, "--avoid", folder]
+        words += ["--base", tiny_base_folder, "--device", "cpu", "--steps", 2, "--batch", 1, "--rank", 2]
+        assert main([str(word) for word in words]) == 0
+    return files
+
+
+@pytest.fixture
+def adapters(trained: tuple[Path, Path], tmp_path: Path) -> tuple[Path, Path]:
+    """Copies of the trained adapters that a test may do anything with."""
+    return tuple(Path(shutil.copy(file, tmp_path)) for file in trained)
