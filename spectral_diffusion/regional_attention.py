@@ -111,14 +111,14 @@ class _RegionalProcessor:
     ) -> torch.Tensor:
         """Attend from `hidden_states (batch, positions, width)`."""
         context = self.original(attention, hidden_states, encoder_hidden_states, *arguments, **options)
-        shares = self.layout.at(hidden_states.shape[1])
-        if shares is None:
+        planned = self.layout.at(hidden_states.shape[1])
+        if planned is None:
             return context
-        shares, grid = shares.to(context), tuple(shares.shape[1:])
+        shares, grid = planned.to(context), tuple(planned.shape[1:])
         positions = hidden_states.unflatten(1, grid)
         result = context.unflatten(1, grid) * (1 - shares.sum(0))[..., None]
         for region, text in enumerate(self.texts):
-            window = _window(shares[region])
+            window = _window(planned[region])  # on the CPU: asking a GPU would wait for it in every layer
             if window is None:
                 continue
             inside = positions[:, *window]
