@@ -39,6 +39,7 @@ _HOME = {
     "save_picture": "picture_file",
     "score_pictures": "score",
     "train": "training",
+    "train_together": "training",
 }
 
 __all__ = sorted(_HOME)
