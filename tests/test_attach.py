@@ -124,6 +124,20 @@ def test_deltas_can_be_switched_off_for_a_while(base: Base) -> None:
         assert torch.equal(layer[1](inputs), bare)
 
 
+def test_each_share_of_a_batch_goes_through_factors_of_its_own(base: Base) -> None:
+    (key, layer), *_ = linear_layers(base).items()
+    generator = torch.Generator().manual_seed(0)
+    up, down = (torch.randn(3, width, 2, generator=generator) for width in (layer.out_features, layer.in_features))
+    inputs = torch.randn(6, 5, layer.in_features, generator=generator)
+    with hooked({key: layer}, {key: lambda: (up, down)}):
+        together = layer(inputs)
+    for share in range(3):
+        with hooked({key: layer}, {key: lambda share=share: (up[share], down[share])}):
+            own = layer(inputs[2 * share : 2 * share + 2])
+        # sums of 50 products in float32
+        torch.testing.assert_close(together[2 * share : 2 * share + 2], own, rtol=1e-5, atol=1e-5)
+
+
 def test_an_adapter_of_another_family_is_refused(base: Base) -> None:
     stranger = replace(random_adapter(base), family="sd1")
     with (
