@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import time
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -35,7 +37,7 @@ from app.actions.studio import Studio, open_studio
 from app.actions.tasks import TASKS
 from app.actions.tour import queue_tour
 from app.actions.trainings import base_facts, expectations, look_at_base, train, train_again, training_view
-from app.jobs import State
+from app.jobs import State, WorkerProcess
 from app.jobs.identity import identity
 from app.jobs.worker import TaskContext, Worker
 from spectral_diffusion.adapter_file import load_adapter
@@ -370,3 +372,35 @@ def test_what_makes_no_sense_is_refused(studio: Studio) -> None:
         train(studio, name)
     with pytest.raises(InputError, match="There is no concept"):
         train(studio, "../poodle")
+
+
+def test_actions_answer_at_once_while_a_training_runs(tiny_studio: Studio, photo_folder: Path) -> None:
+    studio, patience = tiny_studio, time.monotonic() + 120
+    add_samples(studio)
+    name = concept_of(studio, "<one>", photo_folder)
+    job = train(studio, name, changes=QUICK | {"steps": 100_000})
+    actions = {
+        "cards": lambda: concept_cards(studio),
+        "training": lambda: training_view(studio, studio.jobs.job(job)),
+        "jobs": lambda: (studio.jobs.jobs(), studio.jobs.waiting()),
+        "expectations": lambda: expectations(studio),
+        "adapters": lambda: adapter_cards(studio),
+        "pictures": lambda: (picture_cards(studio), likeness_of(studio, ["<one>"]), forming(studio)),
+        "caption": lambda: set_caption(studio, name, "0.png", "<TOK> on a sofa"),
+        "draw": lambda: generate(studio, None, drawing_from({"prompt": "a dog"})),
+        "train": lambda: train(studio, "poodle") and studio.jobs.empty(),
+    }
+    with WorkerProcess(studio.folder("jobs"), "app.actions.tasks:TASKS"):
+        while training_view(studio, studio.jobs.job(job)).step < 3:
+            assert time.monotonic() < patience and not studio.jobs.job(job).state.ended, studio.jobs.log(job)
+            time.sleep(0.1)
+        seconds = {what: min(_seconds(action) for _ in range(5)) for what, action in actions.items()}
+        assert studio.jobs.job(job).state is State.RUNNING
+        assert max(seconds.values()) < 0.3, seconds
+        studio.jobs.cancel(job)
+
+
+def _seconds(action: Callable[[], object]) -> float:
+    start = time.monotonic()
+    action()
+    return time.monotonic() - start

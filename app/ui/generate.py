@@ -21,6 +21,22 @@ from spectral_diffusion.regions import Region
 BARE = "none"
 """Value of the choice to draw without an adapter."""
 
+DROPS = """
+if (!window.takesDroppedPictures) {
+  window.takesDroppedPictures = true;
+  document.addEventListener('dragover', (event) => event.preventDefault());
+  document.addEventListener('drop', (event) => {
+    if (event.defaultPrevented) return;
+    event.preventDefault();
+    const field = document.querySelector('#drop-settings input[type=file]'), files = event.dataTransfer.files;
+    if (!field || files.length !== 1 || files[0].type !== 'image/png') return;
+    field.files = files;
+    field.dispatchEvent(new Event('change', {bubbles: true}));
+  });
+}
+"""
+"""JavaScript: a PNG dropped anywhere but on another field goes to the field that loads settings."""
+
 
 def build_generate(studio: Studio, live: Live) -> None:
     """Build the tab."""
@@ -35,12 +51,17 @@ def build_generate(studio: Studio, live: Live) -> None:
             regions, confined, board = build_regions(studio, adapter, prompt)
             start = gr.Button("Draw", variant="primary", elem_id="draw")
             dropped = gr.File(
-                label="Drop a picture to load its settings", file_types=[".png"], height=160, elem_id="drop-settings"
+                label="Drop a picture to load its settings",
+                file_types=[".png"],
+                height=160,
+                elem_id="drop-settings",
             )
         with gr.Column(scale=3, min_width=300):
             sort = gr.Radio(list(library.SORTS), value=library.SORTS[0], label="Order", elem_id="order")
             live.add(gr.HTML(elem_id="forming"), lambda: _forming(studio))
-            album = live.add(gr.HTML(elem_id="pictures", js_on_load=markup.CLICKS), lambda order: _album(studio, order), sort)
+            album = live.add(
+                gr.HTML(elem_id="pictures", js_on_load=markup.CLICKS + DROPS), lambda order: _album(studio, order), sort
+            )
     settings = [prompt, *fields, regions, confined]
     loaded = [*settings, board]
 
@@ -98,7 +119,7 @@ def drawing_fields() -> list[Any]:
     negative = gr.Textbox("", label="Not in the picture", placeholder="blurred", max_length=2000)
     with gr.Row():
         count = gr.Number(4, label="Pictures", minimum=1, maximum=library.MOST_DRAWN, precision=0, min_width=90)
-        seed = gr.Number(-1, label="Seed", info="-1: any", precision=0, min_width=110)
+        seed = gr.Number(-1, label="Seed (-1: any)", precision=0, min_width=110)
     with gr.Accordion("More settings", open=False):
         sampler = gr.Dropdown(list(SCHEDULERS), value=Drawing.scheduler, label="Sampler")
         steps = gr.Slider(1, 100, Drawing.steps, step=1, label="Steps", buttons=[])

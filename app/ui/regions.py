@@ -73,9 +73,9 @@ def build_regions(studio: Studio, adapter: Any, prompt: Any) -> tuple[gr.State, 
         gr.Markdown("A box is drawn from its own prompt, the rest from the picture’s. Drag a box, or its corner to resize it.")
         board = gr.HTML(show_regions(studio, ()), elem_id="region-board", js_on_load=markup.CLICKS + DRAGS)
         with gr.Row():
-            suggest = gr.Button("Suggest from the prompt", size="sm", elem_id="suggest-regions")
-            add = gr.Button("Add a box", size="sm")
-            clear = gr.Button("Remove all", size="sm")
+            suggest = gr.Button("From the prompt", size="sm", min_width=90, elem_id="suggest-regions")
+            add = gr.Button("Add a box", size="sm", min_width=90)
+            clear = gr.Button("Remove all", size="sm", min_width=90)
         confined = gr.Checkbox(
             False, label="Each concept acts in its own box only", info="Keeps two concepts apart; the scene stays the base’s."
         )
