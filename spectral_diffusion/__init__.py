@@ -34,6 +34,7 @@ _HOME = {
     "load_scorer": "clip_scorer",
     "next_free_band": "bands",
     "preset": "training",
+    "read_base": "base",
     "run_demo": "demo",
     "save_adapter": "adapter_file",
     "save_picture": "picture_file",

@@ -13,7 +13,13 @@ from typing import TYPE_CHECKING, Any
 from spectral_diffusion.cli.console import Console, quiet_libraries, stop_on_interrupt
 from spectral_diffusion.cli.describe import adapter_data, adapter_lines
 from spectral_diffusion.cli.displays import CountDisplay, TrainingDisplay
-from spectral_diffusion.cli.options import add_base_options, add_json_option, load_chosen_base, safetensors_file
+from spectral_diffusion.cli.options import (
+    add_base_options,
+    add_device_option,
+    add_json_option,
+    load_chosen_base,
+    safetensors_file,
+)
 from spectral_diffusion.cli.outputs import check_output, check_writable
 from spectral_diffusion.errors import InputError
 
@@ -62,6 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--allow-overlap", action="store_true", help="accept a --band that an avoided adapter has taken")
     add_base_options(parser)
+    add_device_option(parser)
     add_json_option(parser, "what was trained")
     _add_settings(parser)
 
