@@ -73,6 +73,7 @@ def test_afterwards_the_base_is_bit_for_bit_what_it_was(fails: bool, tiny_base: 
     models = (pipeline.unet, pipeline.text_encoder, pipeline.vae)
     weights = [{name: tensor.clone() for name, tensor in model.state_dict().items()} for model in models]
     modules = [set(model.modules()) for model in models]
+    places = [[parameter.data_ptr() for parameter in model.parameters()] for model in models]
     tokenizer, words, before = pipeline.tokenizer, len(pipeline.tokenizer), outputs(tiny_base, "a <V1>")
     try:
         with attached(tiny_base, random_adapter(tiny_base)):
@@ -85,6 +86,7 @@ def test_afterwards_the_base_is_bit_for_bit_what_it_was(fails: bool, tiny_base: 
         state = model.state_dict()
         assert state.keys() == kept.keys() and all(torch.equal(state[name], kept[name]) for name in kept)
         assert set(model.modules()) == parts and not any(part._forward_hooks for part in parts)
+    assert [[parameter.data_ptr() for parameter in model.parameters()] for model in models] == places
     assert pipeline.tokenizer is tokenizer and len(tokenizer) == words
     assert same(outputs(tiny_base, "a <V1>"), before)
 
@@ -111,6 +113,26 @@ def test_a_token_of_several_vectors_is_written_as_that_many_words(base: Base) ->
 def test_a_token_that_begins_another_is_not_taken_for_it() -> None:
     assert tokens_in("a sks2 and a <v1>", ["sks", "sks2", "<V1>", "<V2>"]) == {"sks2", "<V1>"}
     assert tokens_in("a dog", []) == set()
+
+
+def test_while_drawing_nothing_is_computed_beside_the_layers(base: Base) -> None:
+    adapter = random_adapter(base)
+    with attached(base, adapter):
+        assert not any(module._forward_hooks for module in base.pipeline.unet.modules())
+        folded_in = outputs(base)
+    with attached(base, adapter, gate=lambda key, read: torch.ones(1, 1, read.shape[-1])):
+        beside = outputs(base)
+    for one, other in zip(folded_in, beside, strict=True):
+        assert (one - other).norm() / other.norm() < 1e-5  # float32 round-off through all layers
+
+
+def test_a_base_in_half_precision_gets_its_own_weights_back(tiny_base: Base) -> None:
+    unet = tiny_base.pipeline.unet.half()
+    before = {name: tensor.clone() for name, tensor in unet.state_dict().items()}
+    with attached(tiny_base, random_adapter(tiny_base)):
+        assert {tensor.dtype for tensor in unet.state_dict().values()} == {torch.float16}
+        assert not all(torch.equal(before[name], tensor) for name, tensor in unet.state_dict().items())
+    assert all(torch.equal(before[name], tensor) for name, tensor in unet.state_dict().items())
 
 
 def test_deltas_can_be_switched_off_for_a_while(base: Base) -> None:
