@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import combinations
 from typing import Any
 
@@ -12,12 +13,12 @@ import torch
 
 from spectral_diffusion.bands import Band
 from spectral_diffusion.errors import AdapterError
-from spectral_diffusion.joining import LowRank, aligned_sum, weighted_sum
+from spectral_diffusion.joining import FUSERS, LowRank, weighted_sum
 from spectral_diffusion.parametrisations import FORMS
 from spectral_diffusion.spectrum import Spectrum
 
-METHODS = ("sum", "aligned")
-"""How the concepts of one adapter are joined: the plain exact sum, or the aligned sum."""
+METHODS = tuple(FUSERS)
+"""How the concepts of one adapter can be joined."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,8 +107,8 @@ class Adapter:
         if not all(math.isfinite(weight) for weight in self.weights):
             raise AdapterError(f"Strengths must be numbers, got {', '.join(map(str, self.weights))}.")
         _check_tokens(self.concepts)
-        if self.method == "aligned" and len(self.concepts) > 1:
-            _check_measured(self.concepts)
+        if FUSERS[self.method].measured and len(self.concepts) > 1:
+            _check_measured(self.concepts, self.method)
 
     @property
     def tokens(self) -> tuple[str, ...]:
@@ -149,14 +150,28 @@ class Adapter:
         return replace(self, weights=tuple(weight * factors.get(token, 1.0) for token, weight in strengths))
 
     def delta(self, key: str) -> LowRank:
-        """Return the joined change of layer `key`: exact factors, low rank."""
+        """Return the joined change of layer `key`: exact factors, low rank.
+
+        Raises:
+            AdapterError: the method fails on this layer; the message says why.
+        """
         having = [index for index, concept in enumerate(self.concepts) if key in concept.layers]
         deltas = [self.concepts[index].delta(key) for index in having]
         weights = [self.weights[index] for index in having]
-        group = input_group(key)
         if self.method == "sum" or len(having) == 1:
             return weighted_sum(deltas, weights)
-        return aligned_sum(deltas, weights, [self.concepts[index].activations[group] for index in having])
+        if key not in self._joined:
+            activations = [self.concepts[index].activations.get(input_group(key)) for index in having]
+            try:
+                self._joined[key] = FUSERS[self.method].join(deltas, weights, activations)
+            except ArithmeticError as error:
+                raise AdapterError(f"Layer '{key}' cannot be joined by '{self.method}': {error}; fuse with 'sum'.") from error
+        return self._joined[key]
+
+    @cached_property
+    def _joined(self) -> dict[str, LowRank]:
+        """What was joined already, other than by the plain sum: some methods take long."""
+        return {}
 
     def deltas(self) -> dict[str, LowRank]:
         """Return the joined change of every layer, by layer key."""
@@ -177,11 +192,12 @@ def _check_tokens(concepts: Sequence[ConceptPart]) -> None:
             )
 
 
-def _check_measured(concepts: Sequence[ConceptPart]) -> None:
+def _check_measured(concepts: Sequence[ConceptPart], method: str) -> None:
     for concept in concepts:
         if not all(input_group(key) in concept.activations for key in concept.layers):
             raise AdapterError(
-                f"'{concept.token}' carries no measured activations, which the aligned sum needs; fuse with the method 'sum'."
+                f"'{concept.token}' carries no measured activations, which the method '{method}' needs; fuse with the method "
+                "'sum'."
             )
 
 

@@ -15,8 +15,8 @@ SUMMARY = "join several adapters into one"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    from spectral_diffusion.adapter import METHODS
     from spectral_diffusion.fusion import DEFAULT_METHOD
+    from spectral_diffusion.joining import FUSERS
 
     parser.add_argument("adapters", nargs="+", type=Path, metavar="ADAPTER", help="adapter files, each on its own band")
     add_out_options(parser, "the fused adapter")
@@ -25,9 +25,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--method",
-        choices=METHODS,
+        choices=tuple(FUSERS),
         default=DEFAULT_METHOD,
-        help="the plain sum, or the aligned sum, which keeps each concept as it acts alone (default: %(default)s)",
+        help="; ".join(f"{name}: {fuser.help}" for name, fuser in FUSERS.items()) + " (default: %(default)s)",
     )
     parser.add_argument("--allow-overlap", action="store_true", help="accept adapters trained on overlapping bands")
     add_json_option(parser, "what was made")
