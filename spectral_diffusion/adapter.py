@@ -25,7 +25,7 @@ METHODS = tuple(FUSERS)
 class LayerPart:
     """One concept's part in one layer: the band's directions `U_b (out, r)`, `s_b (r)`, `V_b (in, r)` and what was trained.
 
-    An imported LoRA has no band; its tensors are `up (out, r)` and `down (in, r)`.
+    A LoRA has no band; its tensors are `up (out, r)` and `down (in, r)`. Nor has a dense change, a `matrix (out, in)`.
     """
 
     band: Spectrum | None
@@ -34,6 +34,8 @@ class LayerPart:
     @property
     def shape(self) -> tuple[int, int]:
         """`(out, in)` of the weight that is changed."""
+        if "matrix" in self.tensors:
+            return tuple(self.tensors["matrix"].shape)
         out_side, in_side = (self.tensors["up"], self.tensors["down"]) if self.band is None else (self.band.U, self.band.V)
         return len(out_side), len(in_side)
 
@@ -45,7 +47,7 @@ class ConceptPart:
     Attributes:
         token: the word that calls the concept in a prompt.
         class_word: what it is a kind of.
-        band: the singular directions that are its own, in every layer; none for an imported LoRA.
+        band: the directions that are its own, in every layer; none for a LoRA.
         parametrisation: a key of `FORMS`.
         embeddings: the vectors that the token stands for, per text encoder (`text_encoder`, in SDXL also `text_encoder_2`),
             each `(n, width of that encoder)` with one `n`; where there are none, the token stands for the class word.
@@ -81,7 +83,9 @@ class ConceptPart:
         return LowRank(up=up, down=down)
 
     def parameters(self) -> int:
-        """Return how many numbers were trained, token embeddings included."""
+        """Return how many numbers were trained, token embeddings included; of what is kept, where its training did not say."""
+        if "parameters" in self.settings:
+            return int(self.settings["parameters"])
         trained = sum(tensor.numel() for part in self.layers.values() for tensor in part.tensors.values())
         return trained + sum(vectors.numel() for vectors in self.embeddings.values())
 

@@ -1,4 +1,4 @@
-"""Gradient fusion (Mix-of-Show, Gu et al. 2023, section 3.3): per layer, the joined weight reproduces what each concept's does."""
+"""Gradient fusion (Mix-of-Show, Gu et al. 2023, section 3.3): a joined weight of a layer reproduces what each does."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ import json
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,13 @@ from PIL import Image
 
 from spectral_diffusion.activations import measure_activations
 from spectral_diffusion.adapter import Adapter, ConceptPart, token_words
-from spectral_diffusion.attach import check_new_token, hooked, with_tokens
+from spectral_diffusion.attach import attached, check_new_token, with_tokens
 from spectral_diffusion.bands import Band
-from spectral_diffusion.base import Base, linear_layers
+from spectral_diffusion.base import Base
 from spectral_diffusion.concept import Concept
 from spectral_diffusion.conditioning import encode, prompts, tokenize
 from spectral_diffusion.errors import TrainingError
+from spectral_diffusion.parametrisations import BANDED
 from spectral_diffusion.training.checkpoint import load_checkpoint, save_checkpoint
 from spectral_diffusion.training.examples import EncodedExamples, encode_examples
 from spectral_diffusion.training.inertness import InertPool, build_inert_pool, stranger_vectors
@@ -88,22 +89,23 @@ def train(
     with with_tokens(base, {concept.token: trainable.embeddings} | strangers):
         pool = build_inert_pool(base, concept.class_word, INERT_SAMPLES, settings.seed)
         run = _Run(base, concept, trainable, settings, examples, pool, checkpoint)
-        with hooked(linear_layers(base, settings.layers), trainable.factors()):
+        with trainable.attached():
             run.loop(on_progress, should_stop)
-            keys = tuple(trainable.layers)
-            finished = run.step == settings.steps
-            activations = measure_activations(base, run.words, keys, settings.seed) if finished else {}
+    trained, finished = trainable.result(), run.step == settings.steps
     part = ConceptPart(
         token=concept.token,
         class_word=concept.class_word,
-        band=band,
-        parametrisation=settings.parametrisation,
+        band=band if settings.parametrisation in BANDED else None,
+        parametrisation=trained.form,
         embeddings={part: vectors.detach().cpu().clone() for part, vectors in trainable.embeddings.items()},
-        layers=trainable.layer_parts(),
-        activations=activations,
-        settings=asdict(settings) | {"steps_done": run.step},
+        layers=trained.parts,
+        settings=asdict(settings) | {"steps_done": run.step, "parameters": trainable.parameter_count()},
     )
     adapter = Adapter(family=base.family, fingerprint=base.fingerprint, concepts=(part,), weights=(1.0,))
+    if finished:
+        with attached(base, adapter):
+            activations = measure_activations(base, run.words, adapter.layer_keys(), settings.seed)
+        adapter = replace(adapter, concepts=(replace(part, activations=activations),))
     return TrainingResult(adapter=adapter, steps_done=run.step, finished=finished, seconds=run.seconds)
 
 
@@ -148,12 +150,11 @@ class _Run:
     def _digest(self, concept: Concept) -> str:
         digest = hashlib.sha256()
         outcome = asdict(self.settings) | {"checkpoint_every": None, "sample_every": None}
-        first_layer = next(iter(self.trainable.layers.values()))
         digest.update(json.dumps([outcome, concept.token, concept.class_word, self.base.fingerprint]).encode())
         digest.update(json.dumps([self.examples.captions, list(self.trainable.embeddings)]).encode())
         digest.update(self.examples.latents.cpu().numpy().tobytes())
         digest.update(self.examples.masks.cpu().numpy().tobytes())
-        digest.update(first_layer.band.U.cpu().numpy().tobytes())
+        digest.update(self.trainable.fixed.detach().cpu().numpy().tobytes())
         return digest.hexdigest()
 
     def _resume(self) -> None:
@@ -208,7 +209,7 @@ class _Run:
         self.optimizer.zero_grad(set_to_none=True)
         with self.accelerator.autocast():
             concept_loss, inertness_loss = self._losses(generator)
-        loss = concept_loss + self.settings.inertness * inertness_loss
+        loss = concept_loss + self.settings.inertness * inertness_loss + self.trainable.penalty()
         if not torch.isfinite(loss):
             self._fail("the loss is not a number")
         self.accelerator.backward(loss)
@@ -217,8 +218,8 @@ class _Run:
             self._fail("the gradient is not a number")
         self.good = self._state()
         self.optimizer.step()
-        self.trainable.confine()
         self.step += 1
+        self.trainable.after_step(self.step)
         return concept_loss.item(), inertness_loss.item()
 
     def _losses(self, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
