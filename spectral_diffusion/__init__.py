@@ -35,6 +35,7 @@ _HOME = {
     "next_free_band": "bands",
     "preset": "training",
     "run_demo": "demo",
+    "report_fusion": "fusion_report",
     "save_adapter": "adapter_file",
     "save_picture": "picture_file",
     "score_pictures": "score",

@@ -84,8 +84,8 @@ class ConceptPart:
 
     def parameters(self) -> int:
         """Return how many numbers were trained, token embeddings included; of what is kept, where its training did not say."""
-        if "parameters" in self.settings:
-            return int(self.settings["parameters"])
+        if isinstance(self.settings.get("parameters"), int):
+            return self.settings["parameters"]
         trained = sum(tensor.numel() for part in self.layers.values() for tensor in part.tensors.values())
         return trained + sum(vectors.numel() for vectors in self.embeddings.values())
 

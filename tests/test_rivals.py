@@ -68,7 +68,7 @@ def text_states(base: Base) -> torch.Tensor:
 def test_nothing_changes_at_the_start_and_the_count_is_right(form: str, base: Base) -> None:
     before, parameters = text_states(base), [tensor.clone() for tensor in base.pipeline.unet.parameters()]
     trainable = build_trainable(base, BAND, class_word_vectors(base, "dog"), settings_of(form))
-    with trainable.attached():
+    with trainable.adaptation.attached():
         torch.testing.assert_close(text_states(base), before, rtol=0, atol=1e-5)  # DoRA divides by norms that it took itself
     assert torch.equal(text_states(base), before)
     assert all(torch.equal(one, other) for one, other in zip(base.pipeline.unet.parameters(), parameters, strict=True))
@@ -100,13 +100,13 @@ def test_the_adapter_does_what_was_trained(form: str, concept: Concept, tiny_bas
     trainable = build_trainable(base, BAND, class_word_vectors(base, "dog"), settings_of(form))
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
-        for tensors in trainable.layers.values():
+        for tensors in trainable.adaptation.tensors.values():
             for tensor in tensors.values():
                 tensor.add_(0.1 * torch.randn(tensor.shape, generator=generator))
-    with trainable.attached():
+    with trainable.adaptation.attached():
         expected = text_states(base)
     assert not torch.allclose(expected, text_states(base), atol=1e-3)
-    trained = trainable.result()
+    trained = trainable.adaptation.result()
     (part,) = train(base, concept, BAND, settings_of(form, steps=2)).adapter.concepts
     part = replace(part, parametrisation=trained.form, layers=trained.parts)
     adapter = Adapter(family=base.family, fingerprint=base.fingerprint, concepts=(part,), weights=(1.0,))

@@ -89,9 +89,9 @@ def train(
     with with_tokens(base, {concept.token: trainable.embeddings} | strangers):
         pool = build_inert_pool(base, concept.class_word, INERT_SAMPLES, settings.seed)
         run = _Run(base, concept, trainable, settings, examples, pool, checkpoint)
-        with trainable.attached():
+        with trainable.adaptation.attached():
             run.loop(on_progress, should_stop)
-    trained, finished = trainable.result(), run.step == settings.steps
+    trained, finished = trainable.adaptation.result(), run.step == settings.steps
     part = ConceptPart(
         token=concept.token,
         class_word=concept.class_word,
@@ -154,7 +154,7 @@ class _Run:
         digest.update(json.dumps([self.examples.captions, list(self.trainable.embeddings)]).encode())
         digest.update(self.examples.latents.cpu().numpy().tobytes())
         digest.update(self.examples.masks.cpu().numpy().tobytes())
-        digest.update(self.trainable.fixed.detach().cpu().numpy().tobytes())
+        digest.update(self.trainable.adaptation.fixed.detach().cpu().numpy().tobytes())
         return digest.hexdigest()
 
     def _resume(self) -> None:
@@ -209,7 +209,7 @@ class _Run:
         self.optimizer.zero_grad(set_to_none=True)
         with self.accelerator.autocast():
             concept_loss, inertness_loss = self._losses(generator)
-        loss = concept_loss + self.settings.inertness * inertness_loss + self.trainable.penalty()
+        loss = concept_loss + self.settings.inertness * inertness_loss + self.trainable.adaptation.penalty()
         if not torch.isfinite(loss):
             self._fail("the loss is not a number")
         self.accelerator.backward(loss)
@@ -219,7 +219,7 @@ class _Run:
         self.good = self._state()
         self.optimizer.step()
         self.step += 1
-        self.trainable.after_step(self.step)
+        self.trainable.adaptation.after_step(self.step)
         return concept_loss.item(), inertness_loss.item()
 
     def _losses(self, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
