@@ -34,12 +34,14 @@ _HOME = {
     "load_scorer": "clip_scorer",
     "next_free_band": "bands",
     "preset": "training",
+    "read_base": "base",
     "run_demo": "demo",
     "report_fusion": "fusion_report",
     "save_adapter": "adapter_file",
     "save_picture": "picture_file",
     "score_pictures": "score",
     "train": "training",
+    "train_together": "training",
 }
 
 __all__ = sorted(_HOME)

@@ -14,10 +14,11 @@ import torch
 from PIL import Image
 
 from spectral_diffusion.adapter import Adapter
-from spectral_diffusion.attach import attached, expand_prompt, tokens_in
+from spectral_diffusion.attach import attached, tokens_in
 from spectral_diffusion.base import Base
-from spectral_diffusion.conditioning import encode, prompts, tokenize
+from spectral_diffusion.conditioning import encode_prompts, pipeline_arguments
 from spectral_diffusion.errors import InputError
+from spectral_diffusion.previews import OnPreview, watching
 from spectral_diffusion.regional_attention import Layout, confining_gate, regional_attention
 from spectral_diffusion.regions import MOST_REGIONS, Region, coverage, shares_at
 
@@ -105,6 +106,7 @@ def generate(
     whole: bool = False,
     batch: int = 8,
     on_picture: Callable[[Picture], None] = lambda picture: None,
+    on_preview: OnPreview | None = None,
 ) -> list[Picture]:
     """Draw `drawing.count` pictures, the n-th with seed `drawing.seed + n` whatever the batch.
 
@@ -113,6 +115,7 @@ def generate(
         whole: attach every concept of the adapter, as an exported file does in other tools, not only those in the prompt.
         batch: pictures drawn at once.
         on_picture: called with each picture when it is ready.
+        on_preview: called with a seed and its picture as it forms, a few times on the way; that takes the decoder's time.
 
     Raises:
         AdapterError: the adapter does not fit the base.
@@ -127,7 +130,7 @@ def generate(
     layout = _layout(base, drawing)
     with _concepts(base, drawing, adapter, layout), _regions(base, drawing, words, layout), _scheduler(base, drawing.scheduler):
         for seeds in _batches(range(drawing.seed, drawing.seed + drawing.count), batch):
-            for seed, image in zip(seeds, _draw(base, drawing, words, seeds), strict=True):
+            for seed, image in zip(seeds, _draw(base, drawing, words, seeds, on_preview), strict=True):
                 picture = Picture(image=image, seed=seed, drawing=drawing, tokens=tuple(words), class_words=dict(class_words))
                 on_picture(picture)
                 pictures.append(picture)
@@ -170,25 +173,37 @@ def _regions(base: Base, drawing: Drawing, words: dict[str, str], layout: Layout
         return
     texts = []
     for number, region in enumerate(drawing.regions):
-        captions = [expand_prompt(text, words) for text in (region.negative_prompt or drawing.negative_prompt, region.prompt)]
+        captions = [region.negative_prompt or drawing.negative_prompt, region.prompt]
         guided = drawing.guidance > 1  # the pipeline reads no negative prompt otherwise
         with layout.reading(number), torch.no_grad():
-            texts.append(encode(base, tokenize(base, captions if guided else captions[1:]))["encoder_hidden_states"])
+            texts.append(encode_prompts(base, captions if guided else captions[1:], words)["encoder_hidden_states"])
     with regional_attention(base.pipeline.unet, layout, texts):
         yield
 
 
 @torch.no_grad()
-def _draw(base: Base, drawing: Drawing, words: dict[str, str], seeds: Sequence[int]) -> list[Image.Image]:
+def _draw(
+    base: Base, drawing: Drawing, words: dict[str, str], seeds: Sequence[int], on_preview: OnPreview | None
+) -> list[Image.Image]:
+    watched = watching(base, drawing.steps, seeds, on_preview) if on_preview is not None else {}
     width, height = drawing.size or (base.resolution, base.resolution)
     return base.pipeline(
-        **prompts(base, *([expand_prompt(text, words)] * len(seeds) for text in (drawing.prompt, drawing.negative_prompt))),
+        **_texts(base, drawing, words, len(seeds)),
         num_inference_steps=drawing.steps,
         guidance_scale=drawing.guidance,
         width=width,
         height=height,
         generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+        **watched,
     ).images
+
+
+def _texts(base: Base, drawing: Drawing, words: dict[str, str], count: int) -> dict[str, torch.Tensor]:
+    """Return what the pipeline takes in place of the prompts, `count` times each; its own reading knows no weights."""
+    both = pipeline_arguments(encode_prompts(base, [drawing.prompt, drawing.negative_prompt], words))
+    repeated = {name: value.repeat_interleave(count, dim=0).chunk(2) for name, value in both.items()}
+    wanted = {name: positive for name, (positive, _) in repeated.items()}
+    return wanted | {f"negative_{name}": negative for name, (_, negative) in repeated.items()}
 
 
 def _batches(seeds: range, batch: int) -> Iterator[range]:

@@ -23,7 +23,7 @@ from spectral_diffusion.fusion import fuse
 from spectral_diffusion.parametrisations import PARAMETRISATIONS, RIVALS, SPECTRAL, TUNERS
 from spectral_diffusion.parametrisations.budget import parameter_count, rank_for
 from spectral_diffusion.parametrisations.site import Site
-from spectral_diffusion.training import TrainingSettings, train
+from spectral_diffusion.training import TrainingSettings, train, train_together
 from spectral_diffusion.training.trainable import build_trainable, class_word_vectors
 from spectral_diffusion.training.tuners import tuned_layers
 
@@ -67,13 +67,14 @@ def text_states(base: Base) -> torch.Tensor:
 @pytest.mark.parametrize("form", PARAMETRISATIONS)
 def test_nothing_changes_at_the_start_and_the_count_is_right(form: str, base: Base) -> None:
     before, parameters = text_states(base), [tensor.clone() for tensor in base.pipeline.unet.parameters()]
-    trainable = build_trainable(base, BAND, class_word_vectors(base, "dog"), settings_of(form))
+    trainable = build_trainable(base, [BAND], [class_word_vectors(base, "dog")], settings_of(form))
+    trainable.adaptation.show(torch.float32)
     with trainable.adaptation.attached():
         torch.testing.assert_close(text_states(base), before, rtol=0, atol=1e-5)  # DoRA divides by norms that it took itself
     assert torch.equal(text_states(base), before)
     assert all(torch.equal(one, other) for one, other in zip(base.pipeline.unet.parameters(), parameters, strict=True))
     shapes = [tuple(layer.weight.shape) for layer in linear_layers(base).values()]
-    tokens = sum(vectors.numel() for vectors in trainable.embeddings.values())
+    tokens = sum(vectors.numel() for vectors in trainable.embeddings[0].values())
     assert trainable.parameter_count() - tokens == parameter_count(form, shapes, BAND.rank)
 
 
@@ -97,16 +98,15 @@ def test_what_was_trained_is_kept_thinly_or_says_that_it_is_dense(
 @pytest.mark.parametrize("form", OTHERS)
 def test_the_adapter_does_what_was_trained(form: str, concept: Concept, tiny_base_folder: Path) -> None:
     base = load_base(tiny_base_folder, device="cpu")
-    trainable = build_trainable(base, BAND, class_word_vectors(base, "dog"), settings_of(form))
+    trainable = build_trainable(base, [BAND], [class_word_vectors(base, "dog")], settings_of(form))
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
-        for tensors in trainable.adaptation.tensors.values():
-            for tensor in tensors.values():
-                tensor.add_(0.1 * torch.randn(tensor.shape, generator=generator))
+        for tensor in trainable.adaptation.named().values():
+            tensor.add_(0.1 * torch.randn(tensor.shape, generator=generator))
     with trainable.adaptation.attached():
         expected = text_states(base)
     assert not torch.allclose(expected, text_states(base), atol=1e-3)
-    trained = trainable.adaptation.result()
+    trained = trainable.adaptation.result(0)
     (part,) = train(base, concept, BAND, settings_of(form, steps=2)).adapter.concepts
     part = replace(part, parametrisation=trained.form, layers=trained.parts)
     adapter = Adapter(family=base.family, fingerprint=base.fingerprint, concepts=(part,), weights=(1.0,))
@@ -156,7 +156,10 @@ def test_svdiff_never_turns_a_singular_value_negative() -> None:
     assert (weight + up @ down.T).norm() < 1e-5
 
 
-def test_what_a_tuner_cannot_do_is_refused(base: Base, concept: Concept) -> None:
+def test_what_a_rival_cannot_do_is_refused(base: Base, concept: Concept) -> None:
+    pair = [(concept, BAND), (replace(concept, token="<V2>"), BAND)]
+    with pytest.raises(InputError, match="'lora' trains one concept at a time, got 2; train them one after the other"):
+        train_together(base, pair, settings_of("lora"))
     with pytest.raises(InputError, match="adalora needs steps to move its budget, got 1; give 2 or more"):
         first_step(base, concept, settings_of("adalora", steps=1))
     with pytest.raises(InputError, match="block size of 2 or more that divides the width of every layer, got 5"):

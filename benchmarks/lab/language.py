@@ -157,7 +157,7 @@ def _adapt(
     shapes = [tuple(layer.weight.shape) for layer in layers.values()]
     rank = rank_for(case["method"], shapes, case["budget"])
     settings = TrainingSettings(parametrisation=case["method"], rank=rank, steps=steps, isolation=0)
-    descend(adapted(model, layers, Band(start=0, rank=rank), settings), loss, rate, steps, look)
+    descend(adapted(layers, Band(start=0, rank=rank), settings), loss, rate, steps, look)
     return curve, parameter_count(case["method"], shapes, rank)
 
 

@@ -53,14 +53,14 @@ def _settings(case: Case) -> TrainingSettings:
 def _trained(case: Case, inputs: torch.Tensor, target: torch.Tensor, slot: int) -> torch.Tensor:
     """Return the change that a layer's training ends with: its outputs on `inputs (n, in)` shall move by `inputs @ target.T`."""
     settings = _settings(case)
-    model = nn.ModuleDict({"layer": nn.Linear(case["width"], case["width"], bias=False).requires_grad_(False)})
-    model["layer"].weight.copy_(_weight(case))
+    layer = nn.Linear(case["width"], case["width"], bias=False).requires_grad_(False)
+    layer.weight.copy_(_weight(case))
     band = Band(start=slot * case["rank"], rank=case["rank"])
-    adaptation = adapted(model, {"layer": model["layer"]}, band, settings)
+    adaptation = adapted({"layer": layer}, band, settings)
     wanted = inputs @ (_weight(case) + target).T
-    loss = lambda step: (model["layer"](inputs) - wanted).square().mean()  # noqa: E731
+    loss = lambda step: (layer(inputs) - wanted).square().mean()  # noqa: E731
     descend(adaptation, loss, case["rate"], case["steps"], lambda step: None)
-    return _delta(adaptation.result())
+    return _delta(adaptation.result(0))
 
 
 def _weight(case: Case) -> torch.Tensor:

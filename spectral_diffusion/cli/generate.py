@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spectral_diffusion.cli.console import Console, bar_style, progress_bar, quiet_libraries
-from spectral_diffusion.cli.options import add_base_options, add_json_option, load_chosen_base, picture_size
+from spectral_diffusion.cli.options import add_base_options, add_device_option, add_json_option, load_chosen_base, picture_size
 from spectral_diffusion.cli.outputs import check_writable
 from spectral_diffusion.errors import InputError
 
@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--adapter", type=Path, metavar="FILE", help="an adapter file (default: the bare base draws)")
     parser.add_argument("--prompt", required=True, metavar="TEXT", help='what to draw, such as "<V1> near a lake"')
     parser.add_argument("--negative-prompt", metavar="TEXT", help="what not to draw")
-    _add_drawing_options(parser)
+    add_drawing_options(parser)
     parser.add_argument(
         "--region",
         action="append",
@@ -50,11 +50,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="use every concept of the adapter, as other tools do, not only those that the prompt names",
     )
     add_base_options(parser)
+    add_device_option(parser)
     add_json_option(parser, "the list of pictures")
 
 
-def _add_drawing_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options whose defaults are those of `Drawing`."""
+def add_drawing_options(parser: argparse.ArgumentParser, without: Sequence[str] = ()) -> None:
+    """Add the options whose defaults are those of `Drawing`, all but those called in `without`."""
     from spectral_diffusion.generation import SCHEDULERS, Drawing
 
     default = {field.name: field.default for field in fields(Drawing)}
@@ -80,7 +81,8 @@ def _add_drawing_options(parser: argparse.ArgumentParser) -> None:
         "size": {"type": picture_size, "metavar": "WxH", "help": "in pixels (default: the base's own)"},
     }
     for name, option in options.items():
-        parser.add_argument(f"--{name}", **option)
+        if name not in without:
+            parser.add_argument(f"--{name}", **option)
 
 
 def run(arguments: argparse.Namespace, console: Console) -> int:

@@ -1,7 +1,7 @@
 """PEFT's tuner layers in the trainer's loop: DoRA, AdaLoRA, OFT and VeRA as their authors maintain them.
 
-PEFT wraps a bare dictionary of the layers that are adapted, so the base is not rebuilt around it; while a training is
-under way each wrapped layer stands in the place of the layer that it wraps.
+PEFT wraps a bare dictionary of shells that share the layers' weights, so the base is not rebuilt around it; while a training
+is under way each layer passes what it reads on to the tuner that wraps its shell.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _NAME = "default"
 
 @dataclass(frozen=True, kw_only=True)
 class TunedLayers:
-    """The layers that a `tuner` of PEFT wraps, by key; `ranks` bounds the rank of each change, None for none."""
+    """The `layers`, by key, whose shells a `tuner` of PEFT wraps; `rank` bounds the rank of each change, None for none."""
 
     tuner: nn.Module
     layers: dict[str, nn.Linear]
@@ -42,15 +42,12 @@ class TunedLayers:
         }
 
     @contextmanager
-    def in_place(self, model: nn.Module) -> Iterator[None]:
-        """While entered, every wrapped layer stands in `model` where the layer that it wraps stood."""
-        places = {layer: self.wrapped(key) for key, layer in self.layers.items()}
+    def attached(self) -> Iterator[None]:
+        """While entered, every layer gives what its tuner gives."""
         with ExitStack() as stack:
-            for parent in list(model.modules()):
-                for name, child in list(parent.named_children()):
-                    if child in places:
-                        setattr(parent, name, places[child])
-                        stack.callback(setattr, parent, name, child)
+            for key, layer in self.layers.items():
+                layer.forward = self.wrapped(key).forward
+                stack.callback(delattr, layer, "forward")
             yield
 
     def penalty(self) -> torch.Tensor | float:
@@ -123,12 +120,18 @@ def tuned_layers(method: str, layers: dict[str, nn.Linear], rank: int, steps: in
 
     config, bound = _configuration(method, layers, rank, steps)
     config.target_modules = [_plain(key) for key in layers]
+    shells = nn.ModuleDict({_plain(key): _shell(layer) for key, layer in layers.items()})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        tuner = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type](
-            nn.ModuleDict({_plain(k): v for k, v in layers.items()}), config, _NAME
-        )
+        tuner = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type](shells, config, _NAME)
     return TunedLayers(tuner=tuner, layers=layers, method=method, rank=bound)
+
+
+def _shell(layer: nn.Linear) -> nn.Linear:
+    """Return another layer with the same weights."""
+    shell = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
+    shell.weight, shell.bias = layer.weight, layer.bias
+    return shell
 
 
 def _configuration(method: str, layers: dict[str, nn.Linear], rank: int, steps: int) -> tuple[Any, int | None]:
