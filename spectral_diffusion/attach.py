@@ -18,7 +18,8 @@ from spectral_diffusion.base import Base, linear_layers, tokenizer_name
 from spectral_diffusion.errors import AdapterError, InputError
 
 Factors = Callable[[], tuple[torch.Tensor, torch.Tensor]]
-"""Gives a layer's `up (out, k)` and `down (in, k)` at the moment of the forward pass."""
+"""Gives a layer's `up (out, k)` and `down (in, k)` at the moment of the forward pass, or `(concepts, out, k)` and
+`(concepts, in, k)`: then the batch consists of as many equal shares, in order, and each share has factors of its own."""
 Gate = Callable[[str, torch.Tensor], torch.Tensor]
 """Gives, for a layer's key and what it reads, `(batch, n, k)`, how much each column counts at each position, `(1, n or 1, k)`."""
 
@@ -42,12 +43,14 @@ def hooked(
                 return None
             up, down = (tensor.to(output.dtype) for tensor in factor())
             is_convolution = isinstance(module, nn.Conv2d)
-            read = (inputs[0].movedim(1, -1) if is_convolution else inputs[0]) @ down
+            values, result = (tensor.movedim(1, -1) if is_convolution else tensor for tensor in (inputs[0], output))
+            read = _in_shares(values, down) @ down
             if gate is not None:
-                positions = read.reshape(len(read), -1, read.shape[-1])
+                positions = read.reshape(len(values), -1, read.shape[-1])
                 read = (positions * gate(key, positions)).view_as(read)
-            change = read @ up.T
-            return output + (change.movedim(-1, 1) if is_convolution else change)
+            add = torch.addmm if up.dim() == 2 else torch.baddbmm
+            changed = add(_in_shares(result, up), read, up.mT).view(result.shape)
+            return changed.movedim(-1, 1) if is_convolution else changed
 
         return hook
 
@@ -56,6 +59,11 @@ def hooked(
             handle = layers[key].register_forward_hook(hook_for(key, factor))
             stack.callback(handle.remove)
         yield
+
+
+def _in_shares(values: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """Return `values (batch, ..., width)` as rows, `(rows, width)`, or for several concepts `(concepts, rows, width)`."""
+    return values.reshape(*factor.shape[:-2], -1, values.shape[-1])
 
 
 class ExtendedEmbedding(nn.Module):
@@ -69,7 +77,7 @@ class ExtendedEmbedding(nn.Module):
     @property
     def rows(self) -> torch.Tensor:
         """The vectors of all new tokens, `(new, width)`."""
-        return torch.cat([self.frozen.weight[:0], *self.vectors])
+        return torch.cat([self.frozen.weight[:0], *(vectors.to(self.frozen.weight) for vectors in self.vectors)])
 
     @property
     def weight(self) -> torch.Tensor:
@@ -80,7 +88,7 @@ class ExtendedEmbedding(nn.Module):
         """Look up `token_ids`."""
         is_new = token_ids >= self.first
         old = self.frozen(token_ids.where(~is_new, 0))
-        if not is_new.any():
+        if not self.vectors:
             return old
         new = nn.functional.embedding((token_ids - self.first).clamp(min=0), self.rows)
         return torch.where(is_new[..., None], new, old)
@@ -143,7 +151,7 @@ def _one_encoder_with_tokens(base: Base, part: str, embeddings: dict[str, torch.
         if extended_tokenizer.add_tokens(words) != len(words):
             raise InputError(f"Two concepts use the token '{token}'; train one of them again with another token.")
     setattr(base.pipeline, tokenizer_name(part), extended_tokenizer)
-    holder.token_embedding = ExtendedEmbedding(frozen, [vectors.to(frozen.weight) for vectors in embeddings.values()])
+    holder.token_embedding = ExtendedEmbedding(frozen, [vectors.to(frozen.weight.device) for vectors in embeddings.values()])
     try:
         yield
     finally:

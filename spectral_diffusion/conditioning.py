@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from transformers import CLIPTokenizer
 
+from spectral_diffusion.attach import expand_prompt
 from spectral_diffusion.base import Base
+from spectral_diffusion.prompt_weights import Piece, parse_prompt
 
 
 def tokenize(base: Base, captions: Sequence[str]) -> torch.Tensor:
@@ -40,6 +43,46 @@ def encode(base: Base, ids: torch.Tensor) -> dict[str, Any]:
     return {"encoder_hidden_states": states, "added_cond_kwargs": {"text_embeds": second.text_embeds, "time_ids": sizes}}
 
 
+def encode_prompts(base: Base, texts: Sequence[str], words: Mapping[str, str]) -> dict[str, Any]:
+    """Return what `encode` does for prompts that may hold weights and `BREAK` (see `prompt_weights`).
+
+    The parts between `BREAK`s are encoded each by itself and stand one behind the other, `(n, parts * length, width)`; prompts
+    with fewer parts than others are filled up with empty ones. A word's weight stretches how its state differs from that of no
+    words, as in ComfyUI; AUTOMATIC1111 multiplies the states and brings back their mean, which fails where that is near 0.
+
+    Args:
+        words: each token of the adapter to the words that stand for it.
+
+    Raises:
+        InputError: a weight is malformed.
+    """
+    parsed = [parse_prompt(text, words) for text in texts]
+    most = max(1, *map(len, parsed))
+    parts = [part for own in parsed for part in (*own, *((),) * (most - len(own)))]
+    read = [[_read(tokenizer, part, words) for tokenizer in base.tokenizers.values()] for part in parts]
+    conditioning = encode(base, torch.tensor([[ids for ids, _ in part] for part in read], device=base.device))
+    states = conditioning["encoder_hidden_states"]
+    weights = torch.tensor([part[0][1] for part in read]).to(states)[..., None]
+    if (weights != 1).any():
+        empty = encode(base, tokenize(base, [""]))["encoder_hidden_states"]
+        states = torch.where(weights == 1, states, torch.lerp(empty.expand_as(states), states, weights))
+    conditioning["encoder_hidden_states"] = states.unflatten(0, (-1, most)).flatten(1, 2)
+    if "added_cond_kwargs" in conditioning:
+        conditioning["added_cond_kwargs"] = {name: value[::most] for name, value in conditioning["added_cond_kwargs"].items()}
+    return conditioning
+
+
+def _read(tokenizer: CLIPTokenizer, part: Sequence[Piece], words: Mapping[str, str]) -> tuple[list[int], list[float]]:
+    """Return the token ids of one part of a prompt and their weights, padded and cut as the pipeline does."""
+    ids, weights, room = [], [], tokenizer.model_max_length - 2
+    for piece in part:
+        found = tokenizer(expand_prompt(piece.text, words), add_special_tokens=False, verbose=False).input_ids
+        ids, weights = ids + found, weights + [piece.weight] * len(found)
+    ids = [tokenizer.bos_token_id, *ids[:room], tokenizer.eos_token_id]
+    padding = tokenizer.model_max_length - len(ids)
+    return ids + [tokenizer.pad_token_id] * padding, [1.0, *weights[:room], 1.0] + [1.0] * padding
+
+
 def prompts(base: Base, captions: Sequence[str], negative: Sequence[str] | None = None) -> dict[str, torch.Tensor]:
     """Return what the pipeline takes in place of `captions` and `negative` ones, by the names of its arguments.
 
@@ -48,8 +91,13 @@ def prompts(base: Base, captions: Sequence[str], negative: Sequence[str] | None 
     named = {}
     for prefix, texts in (("", captions), ("negative_", negative)):
         if texts is not None:
-            conditioning = encode(base, tokenize(base, texts))
-            named[f"{prefix}prompt_embeds"] = conditioning["encoder_hidden_states"]
-            if "added_cond_kwargs" in conditioning:
-                named[f"{prefix}pooled_prompt_embeds"] = conditioning["added_cond_kwargs"]["text_embeds"]
+            named |= pipeline_arguments(encode(base, tokenize(base, texts)), prefix)
+    return named
+
+
+def pipeline_arguments(conditioning: dict[str, Any], prefix: str = "") -> dict[str, torch.Tensor]:
+    """Return `conditioning` by the names of the pipeline's arguments; `negative_` is the prefix of what shall not be there."""
+    named = {f"{prefix}prompt_embeds": conditioning["encoder_hidden_states"]}
+    if "added_cond_kwargs" in conditioning:
+        named[f"{prefix}pooled_prompt_embeds"] = conditioning["added_cond_kwargs"]["text_embeds"]
     return named

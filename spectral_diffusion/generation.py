@@ -14,9 +14,9 @@ import torch
 from PIL import Image
 
 from spectral_diffusion.adapter import Adapter
-from spectral_diffusion.attach import attached, expand_prompt, tokens_in
+from spectral_diffusion.attach import attached, tokens_in
 from spectral_diffusion.base import Base
-from spectral_diffusion.conditioning import encode, prompts, tokenize
+from spectral_diffusion.conditioning import encode_prompts, pipeline_arguments
 from spectral_diffusion.errors import InputError
 from spectral_diffusion.previews import OnPreview, watching
 from spectral_diffusion.regional_attention import Layout, confining_gate, regional_attention
@@ -173,10 +173,10 @@ def _regions(base: Base, drawing: Drawing, words: dict[str, str], layout: Layout
         return
     texts = []
     for number, region in enumerate(drawing.regions):
-        captions = [expand_prompt(text, words) for text in (region.negative_prompt or drawing.negative_prompt, region.prompt)]
+        captions = [region.negative_prompt or drawing.negative_prompt, region.prompt]
         guided = drawing.guidance > 1  # the pipeline reads no negative prompt otherwise
         with layout.reading(number), torch.no_grad():
-            texts.append(encode(base, tokenize(base, captions if guided else captions[1:]))["encoder_hidden_states"])
+            texts.append(encode_prompts(base, captions if guided else captions[1:], words)["encoder_hidden_states"])
     with regional_attention(base.pipeline.unet, layout, texts):
         yield
 
@@ -188,7 +188,7 @@ def _draw(
     watched = watching(base, drawing.steps, seeds, on_preview) if on_preview is not None else {}
     width, height = drawing.size or (base.resolution, base.resolution)
     return base.pipeline(
-        **prompts(base, *([expand_prompt(text, words)] * len(seeds) for text in (drawing.prompt, drawing.negative_prompt))),
+        **_texts(base, drawing, words, len(seeds)),
         num_inference_steps=drawing.steps,
         guidance_scale=drawing.guidance,
         width=width,
@@ -196,6 +196,14 @@ def _draw(
         generator=[torch.Generator().manual_seed(seed) for seed in seeds],
         **watched,
     ).images
+
+
+def _texts(base: Base, drawing: Drawing, words: dict[str, str], count: int) -> dict[str, torch.Tensor]:
+    """Return what the pipeline takes in place of the prompts, `count` times each; its own reading knows no weights."""
+    both = pipeline_arguments(encode_prompts(base, [drawing.prompt, drawing.negative_prompt], words))
+    repeated = {name: value.repeat_interleave(count, dim=0).chunk(2) for name, value in both.items()}
+    wanted = {name: positive for name, (positive, _) in repeated.items()}
+    return wanted | {f"negative_{name}": negative for name, (_, negative) in repeated.items()}
 
 
 def _batches(seeds: range, batch: int) -> Iterator[range]:

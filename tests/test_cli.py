@@ -63,7 +63,7 @@ def test_progress_and_text_do_not_mix_with_data(run: Commands, photo_folder: Pat
     trained = json.loads(run.train(photo_folder, adapter, "--token", "<V1>", "--json", "-"))
     assert trained["steps"] == 2 and trained["concepts"][0]["band"] == [0, 1]
     assert "training" in run.err and "room for" in run.err
-    info = json.loads(run("info", adapter, "--json", "-", "--base", run.base, "--device", "cpu"))
+    info = json.loads(run("info", adapter, "--json", "-", "--base", run.base))
     assert info["base"]["fits"] and info["base"]["trained_on_it"]
     assert info["bytes"] == adapter.stat().st_size
     assert info["parameters"] == sum(concept["parameters"] for concept in info["concepts"]) > 0

@@ -294,7 +294,7 @@ def test_a_loss_that_is_no_number_keeps_the_last_good_state(base: Base, concept:
         train(base, concept, BAND, exploding, checkpoint=state)
     (record,) = [torch.load(state, weights_only=True)["state"]]
     assert record["step"] == 0
-    assert not any(torch.count_nonzero(t) for name, t in record["trainable"].items() if name != "token/text_encoder")
+    assert not any(torch.count_nonzero(t) for name, t in record["trainable"].items() if not name.startswith("token/"))
     assert base.pipeline.tokenizer is tokenizer
     with pytest.raises(TrainingError, match=r"not a number\. Lower the learning rates"):
         train(base, concept, BAND, exploding)

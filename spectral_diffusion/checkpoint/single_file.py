@@ -31,10 +31,11 @@ _PAD = "!"
 """What OpenCLIP pads with: the word of number 0."""
 _NAMES = {"sd1": "Stable Diffusion 1", "sd2": "Stable Diffusion 2", "sdxl": "SDXL"}
 _PLAIN_SD1 = "cond_stage_model.transformer."
+_PRECISIONS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def load_single_file(path: Path, *, prediction_type: str | None = None, configuration: Path | None = None) -> DiffusionPipeline:
-    """Load a checkpoint file in the original layout, in float32.
+    """Load a checkpoint file in the original layout, in its own precision; weights stay on the disk until they are used.
 
     Args:
         prediction_type: one of `PREDICTION_TYPES`; what the file says when missing.
@@ -88,11 +89,16 @@ def _loaded(model: nn.Module, checkpoint: Checkpoint, part: str, family: str) ->
                 f"'{checkpoint.path}' is not built as {_NAMES[family]}: '{part}.{name}' is {tuple(tensor.shape)}, "
                 f"expected {tuple(wanted[name].shape)}."
             )
-        tensors[name] = tensor.float()
-        if not torch.isfinite(tensors[name]).all():
+        tensors[name] = tensor if tensor.dtype in _PRECISIONS else tensor.float()
+        if not _is_finite(tensors[name]):
             raise BaseError(f"'{checkpoint.path}' holds NaN or infinite numbers in '{part}.{name}'; fetch another copy.")
     model.load_state_dict(tensors, assign=True)
     return model.eval()
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    """Tell it from the extremes, in one pass and without a second tensor: NaN comes out of them as NaN."""
+    return bool(torch.stack(torch.aminmax(tensor)).isfinite().all())
 
 
 def _with_usual_names(tensors: dict[str, torch.Tensor]) -> dict[str, Any]:

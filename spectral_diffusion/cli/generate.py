@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spectral_diffusion.cli.console import Console, bar_style, progress_bar, quiet_libraries
-from spectral_diffusion.cli.options import add_base_options, add_json_option, load_chosen_base, picture_size
+from spectral_diffusion.cli.options import add_base_options, add_device_option, add_json_option, load_chosen_base, picture_size
 from spectral_diffusion.cli.outputs import check_writable
 from spectral_diffusion.errors import InputError
 
@@ -50,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="use every concept of the adapter, as other tools do, not only those that the prompt names",
     )
     add_base_options(parser)
+    add_device_option(parser)
     add_json_option(parser, "the list of pictures")
 
 

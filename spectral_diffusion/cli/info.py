@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from spectral_diffusion.cli.console import Console, quiet_libraries
 from spectral_diffusion.cli.describe import adapter_data, adapter_lines
-from spectral_diffusion.cli.options import add_base_options, add_json_option, load_chosen_base
+from spectral_diffusion.cli.options import add_base_options, add_json_option, read_chosen_base
 from spectral_diffusion.errors import AdapterError
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
     data = adapter_data(adapter, arguments.file) | {"band_map": band_map([adapter]).to_json()}
     lines = list(adapter_lines(data))
     if arguments.base is not None:
-        data["base"] = _compare(adapter, load_chosen_base(arguments))
+        data["base"] = _compare(adapter, read_chosen_base(arguments))
         lines += _verdict(data["base"])
     for line in lines:
         console.say(line)

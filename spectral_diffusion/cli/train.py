@@ -12,7 +12,13 @@ from typing import TYPE_CHECKING, Any
 from spectral_diffusion.cli.console import Console, quiet_libraries, stop_on_interrupt
 from spectral_diffusion.cli.describe import adapter_data, adapter_lines
 from spectral_diffusion.cli.displays import CountDisplay, TrainingDisplay
-from spectral_diffusion.cli.options import add_base_options, add_json_option, add_out_options, load_chosen_base
+from spectral_diffusion.cli.options import (
+    add_base_options,
+    add_device_option,
+    add_json_option,
+    add_out_options,
+    load_chosen_base,
+)
 from spectral_diffusion.cli.outputs import check_output, check_writable
 
 if TYPE_CHECKING:
@@ -51,6 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--band", type=int, metavar="START", help="first singular direction (default: the next free band)")
     parser.add_argument("--allow-overlap", action="store_true", help="accept a --band that an avoided adapter has taken")
     add_base_options(parser)
+    add_device_option(parser)
     add_json_option(parser, "what was trained")
     _add_settings(parser)
 
