@@ -142,12 +142,15 @@ def _regions(arguments: argparse.Namespace, tokens: Sequence[str]) -> tuple[Regi
 def _check_fit(base: Base, adapter: Adapter) -> None:
     """Refuse an adapter of another family; tell how well one of another base fits."""
     from spectral_diffusion.attach import check_fits_base
-    from spectral_diffusion.fit import band_misfit, misfit_in_words
+    from spectral_diffusion.fit import ROUNDING, band_misfit, misfit_in_words
 
     check_fits_base(base, adapter)
-    if adapter.fingerprint != base.fingerprint:
-        misfit = misfit_in_words(band_misfit(base, adapter))
-        logger.warning("The adapter was trained on another base of the family; its bands are off by %s.", misfit)
+    if adapter.fingerprint == base.fingerprint:
+        return
+    misfit = band_misfit(base, adapter)
+    if max(misfit.values(), default=0) > ROUNDING:
+        words = misfit_in_words(misfit)
+        logger.warning("The adapter was trained on another base of the family; its bands are off by %s.", words)
 
 
 def _warn_if_unnamed(adapter: Adapter, drawing: Drawing) -> None:

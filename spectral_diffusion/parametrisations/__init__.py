@@ -7,6 +7,8 @@ A spectral form is a module with
 - `factors(band, tensors) -> (up (out, k), down (in, k))`: the change of the weight is `up @ down.T`,
 - `confine(tensors, U_kept, V_kept)`: make the tensors respect directions that belong to other concepts.
 
+The last two dimensions are the layer's; where others stand before them, each function works on many layers at once.
+
 A rival has no band of the layer's own directions. It is a module with
 
 - `begin(site) -> Beginning`: what is trained, and the factors as a function of it; no change at the start,

@@ -100,6 +100,7 @@ def train_together(
             adapter=Adapter(
                 family=base.family,
                 fingerprint=base.fingerprint,
+                prediction_type=base.prediction_type,
                 concepts=(
                     ConceptPart(
                         token=concept.token,
