@@ -168,6 +168,8 @@ def test_regions_are_suggested_in_the_order_of_the_prompt() -> None:
         ("a photo of <V2> near a lake", LEFT),
         ("a photo of <V1> near a lake", RIGHT),
     ]
+    weighed = suggest_regions("a photo of (<V1>:1.3) and [<V2>] near a lake", ["<V1>", "<V2>"])
+    assert [region.prompt for region in weighed] == ["a photo of (<V1>:1.3) near a lake", "a photo of [<V2>] near a lake"]
     assert suggest_regions("<V1> asleep", ["<V1>"]) == (Region(prompt="<V1> asleep"),)
     assert suggest_regions("a lake", ["<V1>"]) == ()
 
