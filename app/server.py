@@ -85,6 +85,7 @@ def serve(root: Path, *, port: int, listen: str, auth: str | None, on_ready: Cal
     from app.actions.trainings import look_at_base
     from app.guard import middleware, wait_for_the_end
     from app.jobs import WorkerProcess
+    from app.ui.live import MOST_PAGES
     from app.ui.page import STYLE, build_page, theme
 
     studio = open_studio(root)
@@ -99,6 +100,7 @@ def serve(root: Path, *, port: int, listen: str, auth: str | None, on_ready: Cal
             share=False,
             quiet=True,
             prevent_thread_lock=True,
+            max_threads=MOST_PAGES,
             allowed_paths=[str(studio.folder(name)) for name in SERVED],
             max_file_size=MAX_UPLOAD,
             app_kwargs={

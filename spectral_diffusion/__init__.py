@@ -34,11 +34,13 @@ _HOME = {
     "load_scorer": "clip_scorer",
     "next_free_band": "bands",
     "preset": "training",
+    "read_base": "base",
     "run_demo": "demo",
     "save_adapter": "adapter_file",
     "save_picture": "picture_file",
     "score_pictures": "score",
     "train": "training",
+    "train_together": "training",
 }
 
 __all__ = sorted(_HOME)

@@ -89,7 +89,8 @@ class ConceptPart:
 class Adapter:
     """One or several concepts, trained on a base of `family` with `fingerprint`, with a strength each and a way to join them.
 
-    The fingerprint is empty when it is not known, as for an imported LoRA.
+    `prediction_type` is what that base predicts, `epsilon` or `v_prediction`. It and the fingerprint are empty when they are
+    not known, as for an imported LoRA.
     """
 
     family: str
@@ -97,10 +98,13 @@ class Adapter:
     concepts: tuple[ConceptPart, ...]
     weights: tuple[float, ...]
     method: str = "sum"
+    prediction_type: str = ""
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise AdapterError(f"'{self.method}' is not a way to join concepts; choose one of {', '.join(METHODS)}.")
+        if self.prediction_type not in ("", "epsilon", "v_prediction"):
+            raise AdapterError(f"'{self.prediction_type}' is nothing that a base predicts; train the adapter again.")
         if len(self.weights) != len(self.concepts):
             raise AdapterError(f"{len(self.concepts)} concepts need as many strengths, got {len(self.weights)}.")
         if not all(math.isfinite(weight) for weight in self.weights):

@@ -1,4 +1,4 @@
-"""Put an adapter on a base for a while: low-rank products beside the frozen layers, tokens beside the vocabulary.
+"""Put an adapter on a base for a while: changes beside the frozen layers or folded into them, tokens beside the vocabulary.
 
 The base's weights are never written; leaving the context takes everything off again, also after an error.
 """
@@ -16,9 +16,11 @@ from torch import nn
 from spectral_diffusion.adapter import Adapter, token_words
 from spectral_diffusion.base import Base, linear_layers, tokenizer_name
 from spectral_diffusion.errors import AdapterError, InputError
+from spectral_diffusion.joining import LowRank
 
 Factors = Callable[[], tuple[torch.Tensor, torch.Tensor]]
-"""Gives a layer's `up (out, k)` and `down (in, k)` at the moment of the forward pass."""
+"""Gives a layer's `up (out, k)` and `down (in, k)` at the moment of the forward pass, or `(concepts, out, k)` and
+`(concepts, in, k)`: then the batch consists of as many equal shares, in order, and each share has factors of its own."""
 Gate = Callable[[str, torch.Tensor], torch.Tensor]
 """Gives, for a layer's key and what it reads, `(batch, n, k)`, how much each column counts at each position, `(1, n or 1, k)`."""
 
@@ -42,12 +44,14 @@ def hooked(
                 return None
             up, down = (tensor.to(output.dtype) for tensor in factor())
             is_convolution = isinstance(module, nn.Conv2d)
-            read = (inputs[0].movedim(1, -1) if is_convolution else inputs[0]) @ down
+            values, result = (tensor.movedim(1, -1) if is_convolution else tensor for tensor in (inputs[0], output))
+            read = _in_shares(values, down) @ down
             if gate is not None:
-                positions = read.reshape(len(read), -1, read.shape[-1])
+                positions = read.reshape(len(values), -1, read.shape[-1])
                 read = (positions * gate(key, positions)).view_as(read)
-            change = read @ up.T
-            return output + (change.movedim(-1, 1) if is_convolution else change)
+            add = torch.addmm if up.dim() == 2 else torch.baddbmm
+            changed = add(_in_shares(result, up), read, up.mT).view(result.shape)
+            return changed.movedim(-1, 1) if is_convolution else changed
 
         return hook
 
@@ -56,6 +60,26 @@ def hooked(
             handle = layers[key].register_forward_hook(hook_for(key, factor))
             stack.callback(handle.remove)
         yield
+
+
+def _in_shares(values: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """Return `values (batch, ..., width)` as rows, `(rows, width)`, or for several concepts `(concepts, rows, width)`."""
+    return values.reshape(*factor.shape[:-2], -1, values.shape[-1])
+
+
+@contextmanager
+def folded(layers: dict[str, nn.Linear], deltas: dict[str, LowRank]) -> Iterator[None]:
+    """While entered, layer `key` has the weight `W + up down^T` in place of its own, which costs nothing in a forward pass."""
+    own = {key: layers[key].weight.data for key in deltas}
+    try:
+        for key, delta in deltas.items():
+            up, down = (factor.to(own[key].device, torch.float32) for factor in (delta.up, delta.down))
+            whole = torch.addmm(own[key].flatten(1).float(), up, down.T)
+            layers[key].weight.data = whole.view(own[key].shape).to(own[key].dtype)
+        yield
+    finally:
+        for key, weight in own.items():
+            layers[key].weight.data = weight
 
 
 class ExtendedEmbedding(nn.Module):
@@ -69,7 +93,7 @@ class ExtendedEmbedding(nn.Module):
     @property
     def rows(self) -> torch.Tensor:
         """The vectors of all new tokens, `(new, width)`."""
-        return torch.cat([self.frozen.weight[:0], *self.vectors])
+        return torch.cat([self.frozen.weight[:0], *(vectors.to(self.frozen.weight) for vectors in self.vectors)])
 
     @property
     def weight(self) -> torch.Tensor:
@@ -80,7 +104,7 @@ class ExtendedEmbedding(nn.Module):
         """Look up `token_ids`."""
         is_new = token_ids >= self.first
         old = self.frozen(token_ids.where(~is_new, 0))
-        if not is_new.any():
+        if not self.vectors:
             return old
         new = nn.functional.embedding((token_ids - self.first).clamp(min=0), self.rows)
         return torch.where(is_new[..., None], new, old)
@@ -143,7 +167,7 @@ def _one_encoder_with_tokens(base: Base, part: str, embeddings: dict[str, torch.
         if extended_tokenizer.add_tokens(words) != len(words):
             raise InputError(f"Two concepts use the token '{token}'; train one of them again with another token.")
     setattr(base.pipeline, tokenizer_name(part), extended_tokenizer)
-    holder.token_embedding = ExtendedEmbedding(frozen, [vectors.to(frozen.weight) for vectors in embeddings.values()])
+    holder.token_embedding = ExtendedEmbedding(frozen, [vectors.to(frozen.weight.device) for vectors in embeddings.values()])
     try:
         yield
     finally:
@@ -167,9 +191,13 @@ def attached(base: Base, adapter: Adapter, gate: Gate | None = None) -> Iterator
     """
     layers = linear_layers(base, None)
     check_fits_base(base, adapter)
-    factors = {key: _constant(delta.up, delta.down, base) for key, delta in adapter.deltas().items()}
+    deltas = adapter.deltas()
+    if gate is None:
+        changed = folded(layers, deltas)
+    else:
+        changed = hooked(layers, {key: _constant(delta.up, delta.down, base) for key, delta in deltas.items()}, gate=gate)
     tokens = {concept.token: concept.embeddings for concept in adapter.concepts if concept.embeddings}
-    with with_tokens(base, tokens), hooked(layers, factors, gate=gate):
+    with with_tokens(base, tokens), changed:
         yield
 
 

@@ -36,7 +36,7 @@ class Base:
     Attributes:
         pipeline: the diffusers pipeline; its weights are frozen and stay as they are.
         family: `sd1`, `sd2`, `sdxl`, or `mini` for the embedded base; adapters fit within a family only.
-        fingerprint: 16 hexadecimal digits of the content of all attention projections, whatever the path.
+        fingerprint: 16 hexadecimal digits of the content of all layers that adapters can change, whatever path or precision.
         source: what was asked for, for messages.
         embedded: whether this is the base that ships with the project.
     """
@@ -63,6 +63,11 @@ class Base:
         return {part: getattr(self.pipeline, tokenizer_name(part)) for part in self.text_encoders}
 
     @property
+    def prediction_type(self) -> str:
+        """What the base predicts: the noise, `epsilon`, or the velocity, `v_prediction`."""
+        return self.pipeline.scheduler.config.prediction_type
+
+    @property
     def resolution(self) -> int:
         """Side in pixels of the pictures that the base was made for."""
         return self.pipeline.unet.config.sample_size * self.pipeline.vae_scale_factor
@@ -80,11 +85,24 @@ def load_base(
     prediction_type: str | None = None,
     configuration: Path | None = None,
 ) -> Base:
-    """Load a base.
+    """Load a base to compute with: as `read_base` does, then in float32 on `device`.
+
+    Args:
+        device: a torch device name; a GPU when there is one, else the CPU.
+    """
+    base = read_base(source, prediction_type=prediction_type, configuration=configuration)
+    for model in _models(base.pipeline).values():
+        nn.Module.to(model, device or ("cuda" if torch.cuda.is_available() else "cpu"), torch.float32)
+    return base
+
+
+def read_base(source: str | Path | None = None, *, prediction_type: str | None = None, configuration: Path | None = None) -> Base:
+    """Return a base as its files hold it, for whoever reads its weights and lets nothing flow through it.
+
+    The weights are in the files' own precision on the CPU, and those of a checkpoint file stay on the disk until they are used.
 
     Args:
         source: a diffusers folder, one checkpoint file or a hub id; the embedded base when missing.
-        device: a torch device name; a GPU when there is one, else the CPU.
         prediction_type: what the base was trained to predict, `epsilon` or `v_prediction`; what it says itself when missing.
         configuration: a folder of pipeline configurations for a checkpoint file; the shipped one of its family when missing.
 
@@ -99,9 +117,8 @@ def load_base(
         raise BaseError(f"There is no prediction type '{prediction_type}'; choose one of {', '.join(PREDICTION_TYPES)}.")
     pipeline = _load_pipeline(place, prediction_type, configuration)
     pipeline.scheduler = _training_scheduler(pipeline.scheduler, prediction_type)
-    pipeline.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     pipeline.set_progress_bar_config(disable=True)
-    for model in (pipeline.unet, pipeline.vae, *_text_encoders(pipeline).values()):
+    for model in _models(pipeline).values():
         model.eval().requires_grad_(False)
     _pool_at_the_end(pipeline)
     return Base(
@@ -152,6 +169,10 @@ def _text_encoders(pipeline: DiffusionPipeline) -> dict[str, nn.Module]:
     return {part: model for part, model in models.items() if model is not None}
 
 
+def _models(pipeline: DiffusionPipeline) -> dict[str, nn.Module]:
+    return {**_text_encoders(pipeline), "unet": pipeline.unet, "vae": pipeline.vae}
+
+
 def tokenizer_name(part: str) -> str:
     """Return what a pipeline calls the tokenizer of the text encoder `part`."""
     return part.replace("text_encoder", "tokenizer")
@@ -187,7 +208,7 @@ def _linear_layers(pipeline: DiffusionPipeline, endings: tuple[str, ...] | None)
 
 def _fingerprint(pipeline: DiffusionPipeline) -> str:
     digest = hashlib.sha256()
-    for key, layer in _linear_layers(pipeline, ATTENTION_LAYERS):
+    for key, layer in _linear_layers(pipeline, None):
         digest.update(f"{key} {tuple(layer.weight.shape)}\n".encode())
-        digest.update(layer.weight.detach().half().cpu().numpy().tobytes())
+        digest.update(layer.weight.detach().half().contiguous().numpy().data)
     return digest.hexdigest()[:16]

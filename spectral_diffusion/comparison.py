@@ -16,6 +16,7 @@ from spectral_diffusion.base import Base
 from spectral_diffusion.clip_scorer import ClipScorer
 from spectral_diffusion.contact_sheet import Cell, Row, contact_sheet
 from spectral_diffusion.errors import InputError
+from spectral_diffusion.files import write_atomically
 from spectral_diffusion.generation import SCHEDULERS, Drawing, generate
 from spectral_diffusion.score import PictureScore, score_pictures
 from spectral_diffusion.toyworld.judge import Judge
@@ -33,6 +34,8 @@ _CONVERSIONS: dict[str, Callable[[str], object]] = {
 AXES = tuple(_CONVERSIONS)
 """What can differ along an axis; an adapter is named as in the mapping given to `compare`."""
 MOST_PICTURES = 100
+BARE = "none"
+"""What the bare base is called among the adapters."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +105,17 @@ class Comparison:
             images = [f"{value:.4f}" for value in score.clip_image.values()]
             writer.writerow([*place, "" if score.clip_text is None else f"{score.clip_text:.4f}", *images, seen])
         return text.getvalue()
+
+
+def write_comparison(comparison: Comparison, sheet: Path) -> None:
+    """Write the labelled pictures as PNG to `sheet`, and the scores as CSV beside it.
+
+    Raises:
+        StorageError: a file could not be written.
+    """
+    image, table = comparison.sheet(), comparison.table()
+    write_atomically(sheet, lambda path: image.save(path, "PNG"))
+    write_atomically(sheet.with_suffix(".csv"), lambda path: path.write_text(table, encoding="utf-8"))
 
 
 def compare(

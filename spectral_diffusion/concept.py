@@ -14,10 +14,10 @@ from PIL import Image
 from spectral_diffusion.errors import InputError, PhotoError
 from spectral_diffusion.photos import (
     BLACK,
-    MASK_ENDING,
     Photo,
     PhotoProblem,
     list_pictures,
+    mask_path,
     read_photo,
     read_photos,
     require_folder,
@@ -110,6 +110,9 @@ def load_concept(folder: Path, *, token: str | None = None, class_word: str | No
     photos = require_photos(report, photo_folder)
     for problem in report.problems:
         _logger.warning("%s", problem)
+    for photo in photos:
+        if photo.advice is not None:
+            _logger.warning("'%s': %s", photo.path, photo.advice)
     examples = tuple(_load_example(photo, token) for photo in photos)
     return Concept(token=token, class_word=class_word, examples=examples, source=folder, problems=report.problems)
 
@@ -240,7 +243,7 @@ def _token_pattern(token: str) -> re.Pattern[str]:
 
 
 def _load_mask(photo: Photo) -> Image.Image | None:
-    path = photo.path.with_name(photo.path.stem + MASK_ENDING)
+    path = mask_path(photo.path)
     if not path.is_file():
         return None
     mask = read_photo(path, background=BLACK).image.convert("L")

@@ -49,6 +49,7 @@ def fuse(
         concepts=tuple(concept for adapter in adapters for concept in adapter.concepts),
         weights=weights,
         method=method,
+        prediction_type=next((adapter.prediction_type for adapter in adapters if adapter.prediction_type), ""),
     )
     if not allow_overlap:
         _check_bands(fused.concepts)

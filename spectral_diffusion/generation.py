@@ -19,6 +19,7 @@ from spectral_diffusion.base import Base
 from spectral_diffusion.condition_picture import Condition, following
 from spectral_diffusion.conditioning import encode_prompts, pipeline_arguments
 from spectral_diffusion.errors import InputError
+from spectral_diffusion.previews import OnPreview, watching
 from spectral_diffusion.regional_attention import Layout, confining_gate, regional_attention
 from spectral_diffusion.regions import MOST_REGIONS, Region, coverage, shares_at
 
@@ -108,6 +109,7 @@ def generate(
     whole: bool = False,
     batch: int = 8,
     on_picture: Callable[[Picture], None] = lambda picture: None,
+    on_preview: OnPreview | None = None,
 ) -> list[Picture]:
     """Draw `drawing.count` pictures, the n-th with seed `drawing.seed + n` whatever the batch.
 
@@ -116,6 +118,7 @@ def generate(
         whole: attach every concept of the adapter, as an exported file does in other tools, not only those in the prompt.
         batch: pictures drawn at once.
         on_picture: called with each picture when it is ready.
+        on_preview: called with a seed and its picture as it forms, a few times on the way; that takes the decoder's time.
 
     Raises:
         AdapterError: the adapter does not fit the base.
@@ -136,7 +139,7 @@ def generate(
         stack.enter_context(_condition(base, drawing))
         stack.enter_context(_scheduler(base, drawing.scheduler))
         for seeds in _batches(range(drawing.seed, drawing.seed + drawing.count), batch):
-            for seed, image in zip(seeds, _draw(base, drawing, words, seeds), strict=True):
+            for seed, image in zip(seeds, _draw(base, drawing, words, seeds, on_preview), strict=True):
                 picture = Picture(image=image, seed=seed, drawing=drawing, tokens=tuple(words), class_words=dict(class_words))
                 on_picture(picture)
                 pictures.append(picture)
@@ -202,7 +205,10 @@ def _condition(base: Base, drawing: Drawing) -> AbstractContextManager[None]:
 
 
 @torch.no_grad()
-def _draw(base: Base, drawing: Drawing, words: dict[str, str], seeds: Sequence[int]) -> list[Image.Image]:
+def _draw(
+    base: Base, drawing: Drawing, words: dict[str, str], seeds: Sequence[int], on_preview: OnPreview | None
+) -> list[Image.Image]:
+    watched = watching(base, drawing.steps, seeds, on_preview) if on_preview is not None else {}
     width, height = _size(base, drawing)
     return base.pipeline(
         **_texts(base, drawing, words, len(seeds)),
@@ -211,6 +217,7 @@ def _draw(base: Base, drawing: Drawing, words: dict[str, str], seeds: Sequence[i
         width=width,
         height=height,
         generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+        **watched,
     ).images
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -13,6 +13,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from spectral_diffusion.errors import PhotoError
+from spectral_diffusion.sharpness import BLURRED, blur_effect
 
 MAX_SIDE = 2048
 """Longest side of a photo in pixels; larger ones are scaled down."""
@@ -50,11 +51,13 @@ class Photo:
         path: the file it came from.
         image: RGB, upright, longest side at most `MAX_SIDE` pixels.
         notes: what was done to it, such as 'turned upright'.
+        advice: what would make a better photo, None when nothing was found; only looked for in a folder of photos.
     """
 
     path: Path
     image: Image.Image
     notes: tuple[str, ...] = ()
+    advice: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +125,7 @@ def read_photos(folder: Path) -> PhotoReport:
         except _Refused as refused:
             problems.append(PhotoProblem(path=path, reason=str(refused)))
         else:
-            photos.append(photo)
+            photos.append(replace(photo, advice=_advice(photo.image)))
             fingerprints.append(fingerprint)
     return PhotoReport(photos=tuple(photos), problems=tuple(problems))
 
@@ -154,6 +157,11 @@ def require_photos(report: PhotoReport, where: Path) -> tuple[Photo, ...]:
         listed = "".join(f"\n  {problem}" for problem in report.problems)
         raise PhotoError(f"'{where}' holds no usable photo; replace or add some:{listed}")
     return report.photos
+
+
+def mask_path(photo: Path) -> Path:
+    """Return where the mask of the photo at `photo` lies."""
+    return photo.with_name(photo.stem + MASK_ENDING)
 
 
 class _Refused(Exception):
@@ -226,6 +234,10 @@ def _prepare(path: Path, opened: Image.Image, background: tuple[int, int, int]) 
         image.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.LANCZOS)
         notes.append(f"scaled down from {size[0]} x {size[1]}")
     return Photo(path=path, image=image, notes=tuple(notes))
+
+
+def _advice(image: Image.Image) -> str | None:
+    return "It looks blurred; a sharp photo teaches more." if blur_effect(image) > BLURRED else None
 
 
 def _scaled_size(size: tuple[int, int]) -> tuple[int, int]:

@@ -12,6 +12,7 @@ from PIL import Image, PngImagePlugin
 from spectral_diffusion.errors import InputError
 from spectral_diffusion.files import write_atomically
 from spectral_diffusion.generation import Drawing, Picture
+from spectral_diffusion.regions import Region
 
 OWN_CHUNK = "spectral_diffusion"
 _PAIR = re.compile(r'([\w ]+): ("(?:\\.|[^"\\])*"|[^,]*)(?:, |$)')
@@ -76,10 +77,10 @@ def read_drawing(path: Path) -> Drawing:
     try:
         with Image.open(path, formats=("PNG",)) as opened:
             opened.load()
-            text = str(getattr(opened, "text", {}).get("parameters", ""))
+            chunks = {key: str(value) for key, value in getattr(opened, "text", {}).items()}
     except Exception as error:  # a damaged file can make a decoder raise anything
         raise InputError(f"'{path.name}' is no PNG picture; give one that was drawn here or in AUTOMATIC1111.") from error
-    head, _, last = text.rpartition("\n")
+    head, _, last = chunks.get("parameters", "").rpartition("\n")
     values = dict(_PAIR.findall(last))
     if not head or not {"Steps", "Sampler", "Seed"} <= values.keys():
         raise InputError(f"'{path.name}' does not say how it was drawn; give a PNG that was drawn here or in AUTOMATIC1111.")
@@ -96,6 +97,13 @@ def read_drawing(path: Path) -> Drawing:
             guidance=float(values.get("CFG scale", Drawing.guidance)),
             scheduler=values["Sampler"] + karras,
             size=(int(width), int(height)) if height else None,
+            **_regions(json.loads(chunks.get(OWN_CHUNK, "{}"))),
         )
-    except ValueError as error:
+    except (ValueError, TypeError, AttributeError) as error:
         raise InputError(f"The settings in '{path.name}' are damaged ({error}); draw the picture again.") from error
+
+
+def _regions(own: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of a drawing that `_own_settings` wrote; nothing for a picture without regions."""
+    regions = tuple(Region(**region | {"box": tuple(region["box"])}) for region in own.get("regions", ()))
+    return {"regions": regions, "confined": bool(own.get("confined"))} if regions else {}

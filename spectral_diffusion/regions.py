@@ -66,13 +66,23 @@ def parse_region(text: str) -> Region:
         InputError: it is not of that form, or the region is not possible.
     """
     edges, equals, prompt = text.partition("=")
-    try:
-        left, top, right, bottom = (float(edge) for edge in edges.split(","))
-    except ValueError as error:
-        raise InputError(f"The region '{text}' is not of the form 0.05,0.2,0.45,0.95=<V1>.") from error
+    box = parse_box(edges)
     if not equals:
         raise InputError(f"The region '{text}' has no prompt; write it after a '=', as in 0.05,0.2,0.45,0.95=<V1>.")
-    return Region(prompt=prompt.strip(), box=(left, top, right, bottom))
+    return Region(prompt=prompt.strip(), box=box)
+
+
+def parse_box(text: str) -> Box:
+    """Return the box that `LEFT,TOP,RIGHT,BOTTOM` describes; `Region` says whether it lies in the picture.
+
+    Raises:
+        InputError: these are not four numbers.
+    """
+    try:
+        left, top, right, bottom = (float(edge) for edge in text.split(","))
+    except ValueError as error:
+        raise InputError(f"The box '{text}' is not of the form 0.05,0.2,0.45,0.95 (left, top, right, bottom).") from error
+    return left, top, right, bottom
 
 
 def read_regions(file: Path) -> tuple[Region, ...]:

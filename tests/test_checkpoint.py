@@ -17,7 +17,7 @@ from narrow_bases import FAMILIES, NarrowBase, change_json, save_original
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from spectral_diffusion.base import load_base
+from spectral_diffusion.base import load_base, read_base
 from spectral_diffusion.checkpoint import hub_folder, load_folder, load_single_file, to_original_layout
 from spectral_diffusion.checkpoint.checkpoint_file import Checkpoint
 from spectral_diffusion.checkpoint.clip_tokenizer import clip_tokenizer
@@ -104,8 +104,24 @@ def test_half_precision_is_read_exactly(dtype: torch.dtype, narrow_bases: dict[s
     narrow = narrow_bases["sd1"]
     half = {name: tensor.to(dtype) for name, tensor in to_original_layout(narrow.pipeline).items()}
     save_file(half, tmp_path / "half.safetensors")
-    written = to_original_layout(load_single_file(tmp_path / "half.safetensors", configuration=narrow.configuration))
-    assert_same_weights(written, {name: tensor.float() for name, tensor in half.items()})
+    read = read_base(tmp_path / "half.safetensors", configuration=narrow.configuration)
+    assert_same_weights(to_original_layout(read.pipeline), half)
+    loaded = load_base(tmp_path / "half.safetensors", device="cpu", configuration=narrow.configuration)
+    assert_same_weights(to_original_layout(loaded.pipeline), {name: tensor.float() for name, tensor in half.items()})
+    assert loaded.fingerprint == read.fingerprint
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_a_file_that_is_only_read_stays_on_the_disk(
+    dtype: torch.dtype, narrow_bases: dict[str, NarrowBase], tmp_path: Path
+) -> None:
+    """The weights of the whole pipeline lie in the one mapping of the file, so memory for a second copy is never taken."""
+    narrow = narrow_bases["sd1"]
+    file = tmp_path / "a.safetensors"
+    save_file({name: tensor.to(dtype) for name, tensor in to_original_layout(narrow.pipeline).items()}, file)
+    pipeline = read_base(file, configuration=narrow.configuration).pipeline
+    weights = [tensor for part in pipeline_parts("sd1") for tensor in getattr(pipeline, part).state_dict().values()]
+    assert max(tensor.data_ptr() for tensor in weights) - min(tensor.data_ptr() for tensor in weights) < file.stat().st_size
 
 
 @pytest.mark.parametrize("form", ["wrapped", "old", "renamed"])
@@ -194,6 +210,17 @@ def test_what_is_no_base_is_said(tensors: Tensors, sentence: str, tmp_path: Path
         load_base(tmp_path / "ein schönes Modell 犬.safetensors")
 
 
+def damaged_in_half(number: float) -> Callable[[Tensors], None]:
+    """Put one `number` into a weight in half precision."""
+
+    def change(tensors: Tensors) -> None:
+        weight = tensors[f"{UNET}out.2.weight"].half()
+        weight.view(-1)[-1] = number
+        tensors[f"{UNET}out.2.weight"] = weight
+
+    return change
+
+
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
@@ -202,6 +229,8 @@ def test_what_is_no_base_is_said(tensors: Tensors, sentence: str, tmp_path: Path
             r"has no tensor .*up\.0\.block\.1\.conv2",
         ),
         (lambda tensors: tensors[f"{UNET}out.2.weight"].fill_(torch.nan), r"holds NaN or infinite numbers in 'unet\.conv_out"),
+        (damaged_in_half(torch.nan), r"holds NaN or infinite numbers in 'unet\.conv_out\.weight'"),
+        (damaged_in_half(-torch.inf), r"holds NaN or infinite numbers in 'unet\.conv_out\.weight'"),
         (
             lambda tensors: tensors.update({f"{UNET}out.2.bias": torch.zeros(5)}),
             r"'unet\.conv_out\.bias' is \(5,\), expected \(4,\)",
@@ -370,8 +399,11 @@ def test_a_folder_in_half_precision_only_is_read(narrow_bases: dict[str, NarrowB
             {"format": "pt"},
         )
         (folder / part / f"{stem}.safetensors").unlink()
-    expected = {name: tensor.half().float() for name, tensor in narrow.pipeline.unet.state_dict().items()}
+    expected = {name: tensor.half() for name, tensor in narrow.pipeline.unet.state_dict().items()}
     assert_same_weights(load_folder(folder).unet.state_dict(), expected)
+    loaded = load_base(folder, device="cpu")
+    assert_same_weights(loaded.pipeline.unet.state_dict(), {name: tensor.float() for name, tensor in expected.items()})
+    assert loaded.pipeline.text_encoder.dtype == loaded.pipeline.vae.dtype == torch.float32
 
 
 def test_a_hub_id_that_is_not_here_says_what_to_download() -> None:

@@ -27,7 +27,7 @@ def test_every_format_is_exported(run: Commands, adapters: tuple[Path, Path], tm
     assert {tensor.dtype for tensor in tensors(out / "peft.safetensors")} == {torch.float32}
     run("export", pair, "--format", "embedding", "--out", tmp_path / "tokens")
     assert sorted(path.name for path in (tmp_path / "tokens").iterdir()) == names[:2]
-    run("export", pair, "--format", "checkpoint", "--base", run.base, "--device", "cpu", "--out", tmp_path / "merged")
+    run("export", pair, "--format", "checkpoint", "--base", run.base, "--out", tmp_path / "merged")
     assert (tmp_path / "merged" / "model_index.json").is_file() and "models/diffusers" in run.out
 
 
@@ -59,7 +59,7 @@ def test_an_exported_lora_is_imported_again(run: Commands, adapters: tuple[Path,
     lora, again = tmp_path / "lora" / "a.safetensors", tmp_path / "again.safetensors"
     run("export", adapters[0], "--out", lora)
     named = ("--token", "<V3>", "--class-word", "snow dog", "--out", again)
-    run("import", lora, *named, "--embedding", tmp_path / "lora" / "V1.safetensors", "--base", run.base, "--device", "cpu")
+    run("import", lora, *named, "--embedding", tmp_path / "lora" / "V1.safetensors", "--base", run.base)
     assert "<V3>  a snow dog, strength 1, lora, " in run.out and "fingerprint unknown" in run.out
     run("import", lora, *named, expect=1)
     assert "exists already; give --force" in run.error

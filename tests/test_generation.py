@@ -151,3 +151,14 @@ def test_drawing_changes_nothing_in_the_base(base: Base, pair: Adapter) -> None:
     generate(base, Drawing(prompt="<V1>", steps=1), pair)
     after = base.pipeline.unet.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_pictures_are_seen_forming_and_end_the_same(tiny_base: Base) -> None:
+    drawing = Drawing(prompt="a dog near a lake", steps=8, seed=5, count=2)
+    previews: list[tuple[int, bytes]] = []
+    watched = generate(tiny_base, drawing, on_preview=lambda seed, image: previews.append((seed, image.tobytes())))
+    assert [seed for seed, _ in previews] == [5, 6] * 3
+    assert len({pixels for _, pixels in previews}) == 6
+    assert [picture.image.tobytes() for picture in watched] == [
+        picture.image.tobytes() for picture in generate(tiny_base, drawing)
+    ]

@@ -60,7 +60,8 @@ def random_adapter(
         activations={group: torch.randn(width, 4, generator=generator) for group, width in widths.items()} if measured else {},
         settings={"steps": 3},
     )
-    return Adapter(family=base.family, fingerprint=base.fingerprint, concepts=(concept,), weights=(1.0,))
+    origin = {"family": base.family, "fingerprint": base.fingerprint, "prediction_type": base.prediction_type}
+    return Adapter(**origin, concepts=(concept,), weights=(1.0,))
 
 
 def band_of(spectrum: Spectrum, start: int, rank: int) -> Spectrum:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pillow_heif
 import pytest
-from PIL import ExifTags, Image, features
+from PIL import ExifTags, Image, ImageDraw, ImageFilter, features
 
 from spectral_diffusion.errors import PhotoError
 from spectral_diffusion.photos import MAX_PHOTOS, MAX_SIDE, Photo, read_photo, read_photos, require_photos
@@ -256,3 +256,16 @@ def test_the_folder_must_be_one(tmp_path: Path) -> None:
         read_photos(tmp_path / "a.png")
     with pytest.raises(PhotoError, match="missing' does not exist; give the folder"):
         read_photos(tmp_path / "missing")
+
+
+def test_a_blurred_photo_is_used_and_named_with_the_remedy(tmp_path: Path) -> None:
+    """Edges of a drawing of 512 pixels: sharp, and out of focus by four pixels."""
+    sharp = Image.new("RGB", (512, 400), (90, 140, 200))
+    drawing = ImageDraw.Draw(sharp)
+    for number in range(12):
+        drawing.ellipse([40 * number, 30 * number, 40 * number + 90, 30 * number + 60], fill=(20 * number, 200, 60))
+    sharp.save(tmp_path / "sharp.png")
+    sharp.transpose(Image.Transpose.FLIP_LEFT_RIGHT).filter(ImageFilter.GaussianBlur(5)).save(tmp_path / "soft.png")
+    advice = {photo.path.name: photo.advice for photo in read_photos(tmp_path).photos}
+    assert advice["sharp.png"] is None
+    assert "blurred; a sharp photo teaches more" in (advice["soft.png"] or "")

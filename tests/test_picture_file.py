@@ -9,12 +9,18 @@ from PIL import Image, PngImagePlugin
 
 from spectral_diffusion.errors import InputError
 from spectral_diffusion.generation import Drawing, Picture
-from spectral_diffusion.picture_file import read_drawing, save_picture
+from spectral_diffusion.picture_file import OWN_CHUNK, read_drawing, save_picture
+from spectral_diffusion.regions import Region
 
 DRAWINGS = [
     Drawing(prompt="a dog", seed=3),
     Drawing(prompt='<V1>, "big": 1\nSteps and stones', negative_prompt="blurred, bad", scheduler="DPM++ 2M Karras"),
     Drawing(prompt="x", negative_prompt="two\nlines", steps=7, guidance=2.5, size=(48, 64)),
+    Drawing(
+        prompt="a lake",
+        regions=(Region(prompt="<V1>", box=(0.0, 0.25, 0.5, 1.0)), Region(prompt="<V2>", negative_prompt="fog")),
+        confined=True,
+    ),
 ]
 
 
@@ -34,6 +40,7 @@ def test_what_is_written_is_read_back(drawing: Drawing, tmp_path: Path) -> None:
     expected = {"prompt", "negative_prompt", "steps", "guidance", "scheduler"}
     assert {name: getattr(read, name) for name in expected} == {name: getattr(drawing, name) for name in expected}
     assert (read.seed, read.size, read.count) == (9, image.size, 1)
+    assert (read.regions, read.confined) == (drawing.regions, drawing.confined)
 
 
 @pytest.mark.parametrize(
@@ -49,6 +56,16 @@ def test_what_is_written_is_read_back(drawing: Drawing, tmp_path: Path) -> None:
 def test_unusable_settings_are_said(parameters: str, sentence: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=sentence):
         read_drawing(save_with(tmp_path / "p.png", parameters))
+
+
+@pytest.mark.parametrize("own", ["[]", '{"regions": [{"box": [0, 0, 1, 1]}]}', '{"regions": 3}', "{"])
+def test_damaged_regions_are_said(own: str, tmp_path: Path) -> None:
+    chunks = PngImagePlugin.PngInfo()
+    chunks.add_itxt("parameters", "a dog\nSteps: 3, Sampler: DDIM, Seed: 1")
+    chunks.add_itxt(OWN_CHUNK, own)
+    Image.new("RGB", (8, 8)).save(tmp_path / "p.png", pnginfo=chunks)
+    with pytest.raises(InputError, match="are damaged"):
+        read_drawing(tmp_path / "p.png")
 
 
 def test_other_files_are_no_pictures(tmp_path: Path) -> None:

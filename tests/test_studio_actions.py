@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import csv
 import json
+import time
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from app.actions.adapters import adapter_cards, export, fuse, library_tokens, map_bands
 from app.actions.concepts import (
@@ -25,14 +27,17 @@ from app.actions.concepts import (
     remove_photo,
     set_caption,
     set_mask,
+    suggest_masks,
     suggest_token,
+    suggested_mask_of,
 )
-from app.actions.pictures import compare, drawing_from, generate, parse_size, picture_cards
+from app.actions.pictures import compare, drawing_from, forming, generate, likeness_of, parse_size, picture_cards
+from app.actions.regions import added, moved, named, removed, suggested
 from app.actions.studio import Studio, open_studio
 from app.actions.tasks import TASKS
 from app.actions.tour import queue_tour
-from app.actions.trainings import base_facts, expectations, look_at_base, train, training_view
-from app.jobs import State
+from app.actions.trainings import base_facts, expectations, look_at_base, train, train_again, training_view
+from app.jobs import State, WorkerProcess
 from app.jobs.identity import identity
 from app.jobs.worker import TaskContext, Worker
 from spectral_diffusion.adapter_file import load_adapter
@@ -40,6 +45,7 @@ from spectral_diffusion.comparison import Axis
 from spectral_diffusion.concept import load_concept
 from spectral_diffusion.errors import InputError
 from spectral_diffusion.generation import Drawing
+from spectral_diffusion.picture_file import read_drawing
 
 QUICK = {"steps": 2, "batch": 1, "rank": 2}
 
@@ -126,8 +132,67 @@ def test_captions_and_masks_reach_the_training(studio: Studio, photo_folder: Pat
     set_mask(studio, name, second, Image.new("L", (48, 40)))
     set_caption(studio, name, first, "")
     card = concept_card(studio, name)
-    assert not card.photos[1].masked and card.photos[0].caption == "a photo of <TOK>"
+    assert card.photos[1].mask is None and card.photos[0].caption == "a photo of <TOK>"
     assert {crop.size for crop in crop_previews(studio, name, first, 32)} == {(32, 32)}
+
+
+def test_masks_are_suggested_and_never_overwritten(studio: Studio, tmp_path: Path) -> None:
+    name, photo = create_concept(studio, "<ball>", "ball"), Image.new("RGB", (160, 120), (40, 80, 170))
+    ImageDraw.Draw(photo).ellipse([50, 30, 110, 100], fill=(200, 40, 30))
+    photo.save(tmp_path / "1.png")
+    photo.transpose(Image.Transpose.FLIP_TOP_BOTTOM).rotate(8, fillcolor=(40, 80, 170)).save(tmp_path / "2.png")
+    add_photos(studio, name, [tmp_path / "1.png", tmp_path / "2.png"])
+    own = Image.new("L", photo.size, 255)
+    set_mask(studio, name, "1.png", own)
+    picture, mask = suggested_mask_of(studio, name, "2.png")
+    assert mask.size == picture.size and concept_card(studio, name).photos[1].mask is None
+    assert suggest_masks(studio, name).startswith("1 mask was made")
+    first, second = concept_card(studio, name).photos
+    assert first.mask is not None and second.mask is not None and first.mask.is_file() and second.mask.is_file()
+    assert load_concept(studio.folder("concepts") / name).examples[0].mask.getextrema() == (255, 255)
+    assert "already" in suggest_masks(studio, name)
+    add_photos(studio, name, [_plain(tmp_path / "3.png")])
+    with pytest.raises(InputError, match="Nothing stands out"):
+        suggested_mask_of(studio, name, "3.png")
+
+
+def _plain(path: Path) -> Path:
+    Image.new("RGB", (64, 64), (9, 90, 200)).save(path)
+    return path
+
+
+def test_regions_are_changed_one_step_at_a_time_and_reach_the_picture(tiny_studio: Studio, photo_folder: Path) -> None:
+    with pytest.raises(InputError, match="names no concept"):
+        suggested(tiny_studio, None, "a dog")
+    regions = named(moved(added(added((), "a lake"), ""), 1, "0, 0.5, 0.5,1"), 1, " a cat ")
+    assert [(region.prompt, region.box) for region in regions] == [
+        ("a lake", (0.25, 0.25, 0.75, 0.75)),
+        ("a cat", (0.0, 0.5, 0.5, 1.0)),
+    ]
+    for change, sentence in (
+        (lambda: moved(regions, 0, "0,0,2,1"), "leaves the picture"),
+        (lambda: moved(regions, 0, "left"), "is not of the form"),
+        (lambda: named(regions, 0, " "), "has no prompt"),
+        (lambda: removed(regions, 7), "no region 8"),
+    ):
+        with pytest.raises(InputError, match=sentence):
+            change()
+    seen = []
+    report = TaskContext.report
+
+    def look(context: TaskContext, **event: object) -> None:
+        report(context, **event)
+        seen.append(forming(tiny_studio))
+
+    drawing = drawing_from({"prompt": "a lake", "steps": 4, "seed": 3, "regions": removed(regions, 0)})
+    generate(tiny_studio, None, drawing)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TaskContext, "report", look)
+        assert work(tiny_studio) == [State.DONE], tiny_studio.jobs.jobs()[0].reason
+    assert [now[1] if now else None for now in seen] == [3, 3, 3, 3] and forming(tiny_studio) is None
+    (card,) = picture_cards(tiny_studio)
+    assert read_drawing(card.path).regions == drawing.regions
+    assert not list(tiny_studio.folder("pictures").glob("*.webp"))
 
 
 def test_tokens_are_suggested_and_checked(studio: Studio) -> None:
@@ -186,6 +251,7 @@ def test_from_photos_to_a_file_that_diffusers_loads(tiny_studio: Studio, photo_f
     pictures = picture_cards(studio, "likeness")
     assert {card.seed for card in pictures} == {7, 8}
     assert all(card.clip_text is not None and set(card.clip_image) == {"<one>", "<two>"} for card in pictures)
+    assert likeness_of(studio, ["<one>", "<three>"]).keys() == {"<one>"}
     exported, compared = studio.jobs.jobs()[0].result, studio.jobs.jobs()[1].result
     with open(studio.file("comparisons", compared["table"]), encoding="utf-8") as table:
         assert len(list(csv.reader(table))) == 5
@@ -196,6 +262,17 @@ def test_from_photos_to_a_file_that_diffusers_loads(tiny_studio: Studio, photo_f
     lora = ["My_pair-lora.json", "My_pair-lora.png", "My_pair-lora.safetensors"]
     assert files == sorted([*lora, "one.safetensors", "two.safetensors", "where-to-put-it.txt"])
     assert exported["error"] < 1e-2 and exported["rank"] == 8
+
+    export(studio, pair.name, "fp32", format="diffusers", rank=1)
+    export(studio, pair.name, format="embedding")
+    export(studio, pair.name, format="checkpoint")
+    train_again(studio, names[0], longer=True)
+    assert set(work(studio)) == {State.DONE}, [job.reason for job in studio.jobs.jobs()]
+    again, checkpoint, embedding, small = (job.result for job in studio.jobs.jobs()[:4])
+    assert again["steps"] == 4 and again["band"] == "0-1"
+    assert "merged" not in checkpoint["names"] and checkpoint["bytes"] > 2 * embedding["bytes"]
+    assert embedding["names"] == ["one.safetensors", "two.safetensors", "where-to-put-it.txt"] and embedding["rank"] is None
+    assert small["rank"] == 1 and 0 < small["rank_errors"]["overall"] < 1
 
 
 def test_a_stopped_training_keeps_its_band_and_ends_as_an_undisturbed_one(
@@ -283,6 +360,10 @@ def test_what_makes_no_sense_is_refused(studio: Studio) -> None:
         export(studio, "/etc/passwd")
     with pytest.raises(InputError, match="no precision"):
         export(studio, "adapters/x.safetensors", "fp8")
+    with pytest.raises(InputError, match="no format"):
+        export(studio, "adapters/x.safetensors", format="zip")
+    with pytest.raises(InputError, match="for LoRAs only"):
+        export(studio, "adapters/x.safetensors", format="checkpoint", rank=4)
     with pytest.raises(InputError, match="There is no"):
         studio.file("exports", "../settings.json")
     add_samples(studio)
@@ -291,3 +372,35 @@ def test_what_makes_no_sense_is_refused(studio: Studio) -> None:
         train(studio, name)
     with pytest.raises(InputError, match="There is no concept"):
         train(studio, "../poodle")
+
+
+def test_actions_answer_at_once_while_a_training_runs(tiny_studio: Studio, photo_folder: Path) -> None:
+    studio, patience = tiny_studio, time.monotonic() + 120
+    add_samples(studio)
+    name = concept_of(studio, "<one>", photo_folder)
+    job = train(studio, name, changes=QUICK | {"steps": 100_000})
+    actions = {
+        "cards": lambda: concept_cards(studio),
+        "training": lambda: training_view(studio, studio.jobs.job(job)),
+        "jobs": lambda: (studio.jobs.jobs(), studio.jobs.waiting()),
+        "expectations": lambda: expectations(studio),
+        "adapters": lambda: adapter_cards(studio),
+        "pictures": lambda: (picture_cards(studio), likeness_of(studio, ["<one>"]), forming(studio)),
+        "caption": lambda: set_caption(studio, name, "0.png", "<TOK> on a sofa"),
+        "draw": lambda: generate(studio, None, drawing_from({"prompt": "a dog"})),
+        "train": lambda: train(studio, "poodle") and studio.jobs.empty(),
+    }
+    with WorkerProcess(studio.folder("jobs"), "app.actions.tasks:TASKS"):
+        while training_view(studio, studio.jobs.job(job)).step < 3:
+            assert time.monotonic() < patience and not studio.jobs.job(job).state.ended, studio.jobs.log(job)
+            time.sleep(0.1)
+        seconds = {what: min(_seconds(action) for _ in range(5)) for what, action in actions.items()}
+        assert studio.jobs.job(job).state is State.RUNNING
+        assert max(seconds.values()) < 0.3, seconds
+        studio.jobs.cancel(job)
+
+
+def _seconds(action: Callable[[], object]) -> float:
+    start = time.monotonic()
+    action()
+    return time.monotonic() - start

@@ -17,6 +17,13 @@ from spectral_diffusion.errors import AdapterError, InputError
 from spectral_diffusion.fusion import DEFAULT_METHOD
 
 PRECISIONS = ("fp16", "bf16", "fp32")
+FORMATS = {
+    "kohya": "LoRA for AUTOMATIC1111, ComfyUI and diffusers",
+    "diffusers": "LoRA with PEFT’s names, for diffusers",
+    "embedding": "the tokens’ embeddings alone",
+    "checkpoint": "the whole base with the concepts in it",
+}
+"""What can be exported, with what it is in words."""
 _KINDS = ("adapters", "fused")
 
 
@@ -97,18 +104,25 @@ def fuse(
     return studio.jobs.submit("fuse", f"Fuse {' and '.join(tokens)}", arguments)
 
 
-def export(studio: Studio, name: str, precision: str = "fp16") -> str:
+def export(studio: Studio, name: str, precision: str = "fp16", *, format: str = "kohya", rank: int | None = None) -> str:
     """Queue the export of the adapter called `name` as a zip file and return the job's name.
 
+    Args:
+        rank: what a LoRA is compressed to; None keeps it exact.
+
     Raises:
-        InputError: there is no such adapter or precision.
+        InputError: there is no such adapter, precision or format, or the rank makes no sense.
     """
     if precision not in PRECISIONS:
         raise InputError(f"There is no precision '{precision}'; choose one of {', '.join(PRECISIONS)}.")
+    if format not in FORMATS:
+        raise InputError(f"There is no format '{format}'; choose one of {', '.join(FORMATS)}.")
+    if rank is not None and (rank < 1 or format not in ("kohya", "diffusers")):
+        raise InputError("A rank is a number from 1 on, for LoRAs only; leave it empty for an exact file.")
     path = adapter_path(studio, name)
-    arguments = {"adapter": name, "precision": precision, "settings": asdict(studio.settings)}
-    arguments["out"] = f"{path.stem}-{time.strftime('%Y%m%d-%H%M%S')}.zip"
-    return studio.jobs.submit("export", f"Export {path.stem}", arguments)
+    arguments = {"adapter": name, "precision": precision, "format": format, "rank": rank, "settings": asdict(studio.settings)}
+    arguments["out"] = f"{path.stem}-{format}-{time.strftime('%Y%m%d-%H%M%S')}.zip"
+    return studio.jobs.submit("export", f"Export {path.stem} as {format}", arguments)
 
 
 def library_tokens(studio: Studio, name: str) -> list[str]:

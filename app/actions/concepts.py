@@ -25,14 +25,15 @@ from spectral_diffusion.concept import (
 )
 from spectral_diffusion.errors import InputError, PhotoError
 from spectral_diffusion.files import write_atomically
-from spectral_diffusion.photos import MASK_ENDING, MAX_PHOTOS, Photo, list_pictures, read_photo, read_photos
+from spectral_diffusion.masks import suggest_mask, write_suggested_masks
+from spectral_diffusion.photos import BLACK, MASK_ENDING, MAX_PHOTOS, Photo, list_pictures, mask_path, read_photo, read_photos
 from spectral_diffusion.training.examples import random_crop
 
 SAMPLES = ("poodle", "black-cat", "raccoon")
 """Sample concepts that a new studio has."""
 MAX_UPLOAD = 64_000_000
 """Bytes that one uploaded file may have."""
-_THUMBNAIL, _MASK_SIDE = 384, 768
+_THUMBNAIL, _MASK_THUMBNAIL, _MASK_SIDE = 384, 128, 768
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,12 +47,12 @@ class Finding:
 
 @dataclass(frozen=True, kw_only=True)
 class PhotoCard:
-    """A photo on the page."""
+    """A photo on the page; `mask` is a small copy of its mask, None without one."""
 
     name: str
     thumbnail: Path
     caption: str
-    masked: bool
+    mask: Path | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,8 +168,7 @@ def add_photos(studio: Studio, name: str, files: Sequence[Path]) -> list[Finding
     reasons = {problem.path.name: problem.reason for problem in report.problems}
     for copy, original in copies.items():
         if copy in used:
-            notes = ", ".join(used[copy].notes) or "good as it is"
-            findings.append(Finding(name=original, used=True, text=f"{notes[0].upper()}{notes[1:]}."))
+            findings.append(Finding(name=original, used=True, text=_found(used[copy])))
             continue
         (folder / copy).unlink()
         many = reasons.get(folder.name, "It is no photo; use JPEG, PNG, WebP or HEIC.")
@@ -190,12 +190,11 @@ def set_caption(studio: Studio, name: str, photo: str, caption: str) -> None:
 def set_mask(studio: Studio, name: str, photo: str, painted: Image.Image | None) -> None:
     """Keep a mask of any size, in which the concept is white; nothing, or one without white, removes it."""
     path = _photo(studio, name, photo)
-    mask_path = path.with_name(path.stem + MASK_ENDING)
     if painted is None or painted.convert("L").getextrema()[1] == 0:
-        mask_path.unlink(missing_ok=True)
+        mask_path(path).unlink(missing_ok=True)
         return
     mask = painted.convert("L").resize(read_photo(path).image.size, Image.Resampling.BILINEAR)
-    write_atomically(mask_path, lambda temporary: mask.save(temporary, "PNG"))
+    write_atomically(mask_path(path), lambda temporary: mask.save(temporary, "PNG"))
 
 
 def mask_of(studio: Studio, name: str, photo: str) -> tuple[Image.Image, Image.Image | None]:
@@ -203,10 +202,32 @@ def mask_of(studio: Studio, name: str, photo: str) -> tuple[Image.Image, Image.I
     path = _photo(studio, name, photo)
     picture = read_photo(path).image.copy()
     picture.thumbnail((_MASK_SIDE, _MASK_SIDE), Image.Resampling.LANCZOS)
-    mask_path = path.with_name(path.stem + MASK_ENDING)
-    if not mask_path.is_file():
+    if not mask_path(path).is_file():
         return picture, None
-    return picture, read_photo(mask_path, background=(0, 0, 0)).image.convert("L").resize(picture.size)
+    return picture, read_photo(mask_path(path), background=BLACK).image.convert("L").resize(picture.size)
+
+
+def suggested_mask_of(studio: Studio, name: str, photo: str) -> tuple[Image.Image, Image.Image]:
+    """Return the upright photo and a mask of what stands out in it, both small enough to paint on; nothing is kept.
+
+    Raises:
+        InputError: nothing stands out.
+    """
+    picture, _ = mask_of(studio, name, photo)
+    mask = suggest_mask(picture)
+    if mask is None:
+        raise InputError(f"Nothing stands out in '{photo}'; paint where the concept is, or use the whole photo.")
+    return picture, mask
+
+
+def suggest_masks(studio: Studio, name: str) -> str:
+    """Make a mask for each photo of a concept that has none, and return in words how many there are now."""
+    made = write_suggested_masks(concept_folder(studio, name))
+    found = sum(mask.path is not None for mask in made)
+    if not made:
+        return "Every photo has a mask already."
+    rest = f"; in {len(made) - found} nothing stands out" if found < len(made) else ""
+    return f"{found} mask{'s were' if found != 1 else ' was'} made{rest}. Look at them, and correct them with “Mask”."
 
 
 def crop_previews(studio: Studio, name: str, photo: str, side: int, count: int = 4) -> list[Image.Image]:
@@ -219,7 +240,7 @@ def crop_previews(studio: Studio, name: str, photo: str, side: int, count: int =
 def remove_photo(studio: Studio, name: str, photo: str) -> None:
     """Move a photo with its caption and mask to the removed ones."""
     path = _photo(studio, name, photo)
-    for part in (path, path.with_suffix(".txt"), path.with_name(path.stem + MASK_ENDING)):
+    for part in (path, path.with_suffix(".txt"), mask_path(path)):
         _remove(studio, part)
     _thumbnail(studio, name, path).unlink(missing_ok=True)
 
@@ -266,12 +287,24 @@ def _photo_card(studio: Studio, name: str, path: Path) -> PhotoCard:
         name=path.name,
         thumbnail=thumbnail,
         caption=caption.read_text(encoding="utf-8").strip() if caption.is_file() else DEFAULT_CAPTION,
-        masked=path.with_name(path.stem + MASK_ENDING).is_file(),
+        mask=_mask_thumbnail(studio, name, path),
     )
 
 
 def _thumbnail(studio: Studio, name: str, photo: Path) -> Path:
     return studio.folder("thumbnails") / name / f"{photo.stem}.webp"
+
+
+def _mask_thumbnail(studio: Studio, name: str, photo: Path) -> Path | None:
+    mask, small = mask_path(photo), _thumbnail(studio, name, mask_path(photo))
+    if not mask.is_file():
+        return None
+    if not small.is_file() or small.stat().st_mtime_ns < mask.stat().st_mtime_ns:
+        with suppress(PhotoError):
+            picture = read_photo(mask, background=BLACK).image
+            picture.thumbnail((_MASK_THUMBNAIL, _MASK_THUMBNAIL))
+            write_atomically(small, lambda temporary: picture.save(temporary, "WEBP"))
+    return small
 
 
 def _make_thumbnails(studio: Studio, name: str, photos: Sequence[Photo]) -> None:
@@ -290,6 +323,12 @@ def _free_path(folder: Path, file: Path) -> Path:
     taken = {path.stem for path in folder.iterdir()}
     stems = (stem, *(f"{stem}-{number}" for number in range(2, 10_000)))
     return folder / f"{next(stem for stem in stems if stem not in taken)}{suffix}"
+
+
+def _found(photo: Photo) -> str:
+    """Return what was done to a photo that is used, and what would make a better one."""
+    notes = ", ".join(photo.notes) or ("" if photo.advice else "good as it is")
+    return " ".join(filter(None, (f"{notes[:1].upper()}{notes[1:]}." if notes else "", photo.advice)))
 
 
 def _own_names(reason: str, copies: dict[str, str]) -> str:

@@ -7,16 +7,21 @@ import re
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from app.actions.adapters import adapter_path
 from app.actions.studio import Studio
+from app.jobs import State
+from spectral_diffusion.attach import tokens_in
 from spectral_diffusion.comparison import MOST_PICTURES, Axis
 from spectral_diffusion.errors import InputError
 from spectral_diffusion.generation import Drawing, random_seed
 
 SORTS = ("newest", "text score", "likeness")
+PREVIEW_ENDING = "-forming.webp"
+"""How the name of the file ends that shows the picture under way of a job."""
 MOST_DRAWN = 64
 """Most pictures of one generation."""
 
@@ -111,12 +116,37 @@ def picture_cards(studio: Studio, sort: str = "newest", count: int = 24) -> list
     return sorted(cards, key=lambda card: -1.0 if keys[sort](card) is None else keys[sort](card), reverse=True)
 
 
+def forming(studio: Studio) -> tuple[Path, int] | None:
+    """Return what the picture under way looks like so far, and its seed; None when none is being drawn."""
+    job = next((job for job in studio.jobs.jobs() if job.kind == "generate" and job.state is State.RUNNING), None)
+    if job is None:
+        return None
+    path = studio.folder("pictures") / f"{job.name}{PREVIEW_ENDING}"
+    seeds = [event["seed"] for event in studio.jobs.progress(job.name) if "forming" in event]
+    return (path, seeds[-1]) if seeds and path.is_file() else None
+
+
+def likeness_of(studio: Studio, tokens: Sequence[str], count: int = 100) -> dict[str, tuple[float, int]]:
+    """Return for each of `tokens` its mean image score over the `count` latest pictures that name it, and how many these are."""
+    scores: dict[str, list[float]] = {token: [] for token in tokens}
+    for card in picture_cards(studio, count=count):
+        for token in scores.keys() & card.clip_image.keys():
+            if tokens_in(card.prompt, [token]):
+                scores[token].append(card.clip_image[token])
+    return {token: (sum(values) / len(values), len(values)) for token, values in scores.items() if values}
+
+
 def picture_card(path: Path) -> PictureCard | None:
     """Return the card of a picture, None when its record is not there yet."""
     try:
-        record = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        return _card(path, path.with_suffix(".json").stat().st_mtime_ns)
     except (OSError, ValueError):
         return None
+
+
+@lru_cache(maxsize=1024)
+def _card(path: Path, changed: int) -> PictureCard:
+    record = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
     return PictureCard(
         path=path,
         prompt=record["prompt"],

@@ -15,25 +15,35 @@ from typing import Any
 
 import psutil
 import torch
+from PIL import Image
 
 from app.actions.adapters import adapter_path
 from app.actions.concepts import concept_folder, concepts_of_tokens
-from app.actions.pictures import picture_card
+from app.actions.pictures import PREVIEW_ENDING, picture_card
 from app.actions.studio import Studio
 from app.actions.trainings import FACTS
 from app.jobs import Stopped, TaskContext
 from app.jobs.worker import Task
+from spectral_diffusion.adapter import Adapter
 from spectral_diffusion.adapter_file import load_adapter, save_adapter
 from spectral_diffusion.album import Album, save_samples
 from spectral_diffusion.attach import check_fits_base
 from spectral_diffusion.band_plan import TakenBand, choose_band, fewest_directions, taken_bands
 from spectral_diffusion.bands import Band
 from spectral_diffusion.base import Base, load_base
-from spectral_diffusion.comparison import Axis, compare
+from spectral_diffusion.comparison import BARE, Axis, compare, write_comparison
 from spectral_diffusion.concept import load_concept
 from spectral_diffusion.errors import SpectralDiffusionError
 from spectral_diffusion.exactness import export_error
-from spectral_diffusion.export import ONLY_DIFFUSERS, Export, export_kohya, places
+from spectral_diffusion.export import (
+    ONLY_DIFFUSERS,
+    Export,
+    export_checkpoint,
+    export_diffusers,
+    export_embeddings,
+    export_kohya,
+    places,
+)
 from spectral_diffusion.files import write_atomically
 from spectral_diffusion.fusion import fuse
 from spectral_diffusion.generation import Drawing, Picture, generate
@@ -44,6 +54,7 @@ from spectral_diffusion.training import PRESETS, TrainingProgress, TrainingSetti
 
 logger = logging.getLogger(__name__)
 
+_PACE_KNOWN = 20  # steps after which the pace of a training is noted for what is expected of the next ones
 _PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -63,6 +74,7 @@ def look_task(arguments: dict[str, Any], context: TaskContext) -> dict[str, Any]
         "resolution": base.resolution,
         "directions": directions,
         "device": str(base.device),
+        "precision": str(base.pipeline.unet.dtype).removeprefix("torch."),
         "presets": {name: preset(name, base).steps for name in PRESETS},
     }
     _write_json(_studio(context).root / FACTS, facts)
@@ -91,6 +103,8 @@ def train_task(arguments: dict[str, Any], context: TaskContext) -> dict[str, Any
             remaining=progress.remaining_seconds,
             samples=[path.name for path in paths],
         )
+        if progress.step == _PACE_KNOWN:
+            _note_pace(studio, arguments["settings"], 1 / progress.steps_per_second, _memory(base))
 
     result = train(base, concept, band, settings, checkpoint=checkpoint, on_progress=report, should_stop=context.should_stop)
     if not result.finished:
@@ -135,10 +149,21 @@ def generate_task(arguments: dict[str, Any], context: TaskContext) -> dict[str, 
         if context.should_stop():
             raise Stopped
 
+    preview = album.folder / f"{context.folder.name}{PREVIEW_ENDING}"
+
+    def show(seed: int, image: Image.Image) -> None:
+        write_atomically(preview, lambda path: image.save(path, "WEBP"))
+        context.report(forming=preview.name, seed=seed, done=len(paths), total=drawing.count)
+        if context.should_stop():
+            raise Stopped
+
     remaining = drawing.count - len(paths)
     if remaining > 0:
         rest = replace(drawing, seed=drawing.seed + len(paths), count=remaining)
-        generate(base, rest, adapter, whole=arguments["whole"], batch=1, on_picture=keep)
+        try:
+            generate(base, rest, adapter, whole=arguments["whole"], batch=1, on_picture=keep, on_preview=show)
+        finally:
+            preview.unlink(missing_ok=True)
     tokens = adapter.tokens if adapter else ()
     _score(studio, base, settings, paths, tokens)
     return {"pictures": [path.name for path in paths]}
@@ -148,7 +173,7 @@ def compare_task(arguments: dict[str, Any], context: TaskContext) -> dict[str, A
     """Draw and score a grid; leave it as one picture and as a table."""
     studio, settings = _studio(context), arguments["settings"]
     base = _base(settings)
-    adapters = {Path(name).stem: load_adapter(adapter_path(studio, name)) for name in arguments["adapters"]} | {"none": None}
+    adapters = {Path(name).stem: load_adapter(adapter_path(studio, name)) for name in arguments["adapters"]} | {BARE: None}
     x, y = (Axis(name=axis["name"], values=tuple(axis["values"])) for axis in (arguments["x"], arguments["y"]))
     total, paths = len(x.values) * len(y.values), []
 
@@ -173,9 +198,7 @@ def compare_task(arguments: dict[str, Any], context: TaskContext) -> dict[str, A
             on_picture=report,
         )
     out = studio.folder("comparisons") / arguments["out"]
-    sheet, table = result.sheet(), result.table()
-    write_atomically(out.with_suffix(".png"), lambda path: sheet.save(path, "PNG"))
-    write_atomically(out.with_suffix(".csv"), lambda path: path.write_text(table, encoding="utf-8"))
+    write_comparison(result, out.with_suffix(".png"))
     return {"sheet": f"{out.name}.png", "table": f"{out.name}.csv"}
 
 
@@ -183,15 +206,9 @@ def export_task(arguments: dict[str, Any], context: TaskContext) -> dict[str, An
     """Export an adapter and pack the files, notes and a picture into one zip."""
     studio = _studio(context)
     adapter = load_adapter(adapter_path(studio, arguments["adapter"]))
-    stem = Path(arguments["adapter"]).stem
     with tempfile.TemporaryDirectory(dir=context.folder) as folder:
         files = Path(folder)
-        made = export_kohya(
-            adapter,
-            files / f"{stem}-lora.safetensors",
-            dtype=_PRECISIONS[arguments["precision"]],
-            preview=_preview(studio, arguments["adapter"]),
-        )
+        made = _export(adapter, arguments, files, _preview(studio, arguments["adapter"]))
         error = _export_error(arguments["settings"], adapter, made)
         notes = [*places(made), *([ONLY_DIFFUSERS] if adapter.family == "mini" else [])]
         (files / "where-to-put-it.txt").write_text("\n".join(notes) + "\n", encoding="utf-8")
@@ -205,8 +222,25 @@ def export_task(arguments: dict[str, Any], context: TaskContext) -> dict[str, An
         "notes": notes,
         "words": made.words,
         "rank": made.rank,
+        "rank_errors": made.errors,
         "error": error,
     }
+
+
+def _export(adapter: Adapter, arguments: dict[str, Any], files: Path, preview: Path | None) -> Export:
+    stem, rank, dtype = Path(arguments["adapter"]).stem, arguments["rank"], _PRECISIONS[arguments["precision"]]
+    match arguments["format"]:
+        case "kohya":
+            return export_kohya(adapter, files / f"{stem}-lora.safetensors", dtype=dtype, rank=rank, preview=preview)
+        case "diffusers":
+            return export_diffusers(adapter, files / f"{stem}-lora.safetensors", dtype=dtype, rank=rank)
+        case "embedding":
+            return export_embeddings(adapter, files, dtype=dtype)
+        case _:
+            base = _base(arguments["settings"])
+            return export_checkpoint(
+                adapter, base, files / (stem if base.family == "mini" else f"{stem}.safetensors"), dtype=dtype
+            )
 
 
 TASKS: dict[str, Task] = {
@@ -265,7 +299,7 @@ def _reserved_band(studio: Studio, base: Base, settings: TrainingSettings, token
         record = json.loads(mine.read_text(encoding="utf-8"))
         if record["rank"] == settings.rank and record["fingerprint"] == base.fingerprint:
             return Band(start=record["start"], rank=record["rank"])
-    taken = taken_bands([studio.folder("adapters")], base, except_for=out)
+    taken = taken_bands([studio.folder("adapters")], base, except_for=[out])
     for path in studio.folder("adapters").glob("*.band.json"):
         record = json.loads(path.read_text(encoding="utf-8"))
         if path != mine:
@@ -303,8 +337,10 @@ def _score_record(score: PictureScore) -> dict[str, Any]:
     return {"clip_text": score.clip_text, "clip_image": score.clip_image, "judged": seen}
 
 
-def _export_error(settings: dict[str, Any], adapter: Any, made: Export) -> float | None:
-    """Return how far the file is from the adapter when diffusers loads it, None where the chosen base does not fit."""
+def _export_error(settings: dict[str, Any], adapter: Adapter, made: Export) -> float | None:
+    """Return how far a LoRA is from the adapter when diffusers loads it, None where the chosen base does not fit."""
+    if made.rank is None:
+        return None
     with suppress(SpectralDiffusionError):
         base = _base(settings)
         check_fits_base(base, adapter)
@@ -322,8 +358,8 @@ def _preview(studio: Studio, name: str) -> Path | None:
 
 def _zip(folder: Path, path: Path) -> None:
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
-        for file in sorted(folder.iterdir()):
-            archive.write(file, file.name)
+        for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+            archive.write(file, file.relative_to(folder))
 
 
 def _write_json(path: Path, value: Any) -> None:

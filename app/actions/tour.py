@@ -43,6 +43,7 @@ def queue_tour(studio: Studio, preset: str = "fast", changes: dict[str, Any] | N
     drawing = Drawing(prompt=TOGETHER.format(*(card.token for card in cards)), count=4, seed=random_seed())
     arguments = {"adapter": fused, "drawing": asdict(drawing), "whole": False, "settings": settings}
     jobs.append(studio.jobs.submit("generate", f"Draw {drawing.prompt}", arguments))
-    arguments = {"adapter": fused, "precision": "fp16", "settings": settings, "out": "tour.zip"}
+    how = {"precision": "fp16", "format": "kohya", "rank": None}
+    arguments = {"adapter": fused, **how, "settings": settings, "out": "tour.zip"}
     jobs.append(studio.jobs.submit("export", "Export tour", arguments))
     return jobs

@@ -85,6 +85,29 @@ def train(studio: Studio, name: str, preset: str = "fast", changes: dict[str, An
     return studio.jobs.submit("train", f"Train {card.token}", arguments)
 
 
+def train_again(studio: Studio, name: str, *, longer: bool = False) -> str:
+    """Queue the training of a concept once more, as it was trained last and on a band that is free, and return the job's name.
+
+    Args:
+        longer: for twice as many steps.
+
+    Raises:
+        InputError: it was never trained here, or is being trained.
+    """
+    last = concept_card(studio, name).job
+    if last is None:
+        raise InputError("It was not trained here yet; choose how long, then Train.")
+    changes = dict(last.arguments["changes"])
+    if longer:
+        changes["steps"] = longer_steps(last)
+    return train(studio, name, last.arguments["preset"], changes)
+
+
+def longer_steps(job: Job) -> int:
+    """Return for how many steps a finished training goes when it is asked to go longer."""
+    return 2 * job.result["steps"]
+
+
 def training_view(studio: Studio, job: Job) -> TrainingView:
     """Return how the training `job` goes or went."""
     events = [event for event in studio.jobs.progress(job.name) if "step" in event]

@@ -12,9 +12,10 @@ import numpy as np
 from PIL import Image
 
 from app.actions import concepts as library
+from app.actions.pictures import likeness_of
 from app.actions.studio import Studio
 from app.actions.tour import queue_tour
-from app.actions.trainings import base_facts, expectations, train, training_view
+from app.actions.trainings import base_facts, expectations, longer_steps, train, train_again, training_view
 from app.jobs import State
 from app.ui import markup
 from app.ui.activity import wire_jobs
@@ -29,7 +30,7 @@ _TOKEN = "<dog>"
 
 def build_concepts(studio: Studio, live: Live) -> None:
     """Build the tab."""
-    chosen = gr.State(lambda: _first_choice(studio))
+    chosen = live.begin(gr.State(None), lambda: _first_choice(studio))
     welcome = live.add(gr.HTML(js_on_load=markup.CLICKS), lambda: _welcome(studio))
     cards = live.add(gr.HTML(elem_id="concept-cards", js_on_load=markup.CLICKS), lambda name: _cards(studio, name), chosen)
     findings, photo_version = gr.HTML(elem_id="findings"), gr.State(0)
@@ -52,7 +53,9 @@ def build_concepts(studio: Studio, live: Live) -> None:
             photos = live.add(
                 gr.HTML(elem_id="photos", js_on_load=markup.CLICKS), lambda name, _: _photos(studio, name), chosen, photo_version
             )
-            more = gr.UploadButton("Add photos", file_count="multiple", file_types=_PHOTO_TYPES, size="sm")
+            with gr.Row():
+                more = gr.UploadButton("Add photos", file_count="multiple", file_types=_PHOTO_TYPES, size="sm")
+                masks = gr.Button("Make masks", size="sm", elem_id="make-masks")
         with gr.Column(scale=2, min_width=300):
             _build_training(studio, live, chosen)
     _build_photo_tools(studio, chosen, photos, photo_version)
@@ -77,6 +80,12 @@ def build_concepts(studio: Studio, live: Live) -> None:
         found = attempt(library.add_photos, studio, name, [Path(file) for file in files or ()])
         return (gr.skip(), version) if found is None else (_findings(found), version + 1)
 
+    def make_masks(name: str | None, version: int) -> int:
+        words = attempt(library.suggest_masks, studio, name or "")
+        if words is not None:
+            gr.Info(words, duration=8, title="Masks")
+        return version + 1
+
     welcome.click(
         lambda: attempt(queue_tour, studio, done="The tour is queued: two trainings, then fusing, drawing, exporting."), **EVENT
     )
@@ -88,6 +97,7 @@ def build_concepts(studio: Studio, live: Live) -> None:
         **EVENT,
     )
     create.click(add, [class_word, token, uploads], [chosen, findings, class_word, token, uploads], **SLOW)
+    masks.click(make_masks, [chosen, photo_version], photo_version, **SLOW)
     more.upload(add_more, [chosen, more, photo_version], [findings, photo_version], **SLOW)
 
 
@@ -107,7 +117,15 @@ def _build_training(studio: Studio, live: Live, chosen: gr.State) -> None:
         changes = {"steps": int(count)} if count else {}
         attempt(train, studio, name or "", how, changes | {"sample_every": int(every or 0)}, done="The training is queued.")
 
+    def go_longer(event: gr.EventData) -> None:
+        do, name, _ = said(event)
+        if do == "longer":
+            attempt(
+                train_again, studio, name, longer=True, done="A longer training is queued; the adapter stays until it is done."
+            )
+
     start.click(begin, [chosen, preset, steps, sample_every], **EVENT)
+    training.click(go_longer, **EVENT)
 
 
 def _build_photo_tools(studio: Studio, chosen: gr.State, photos: gr.HTML, version: gr.State) -> None:
@@ -120,6 +138,7 @@ def _build_photo_tools(studio: Studio, chosen: gr.State, photos: gr.HTML, versio
         )  # fmt: skip
         with gr.Row():
             keep = gr.Button("Keep the mask", variant="primary", size="sm")
+            suggest = gr.Button("Suggest one", size="sm")
             clear = gr.Button("No mask", size="sm")
             close = gr.Button("Close", size="sm")
 
@@ -132,8 +151,7 @@ def _build_photo_tools(studio: Studio, chosen: gr.State, photos: gr.HTML, versio
         elif do == "edit":
             shown = attempt(library.mask_of, studio, name, target)
             if shown is not None:
-                value = {"background": shown[0], "layers": [_white_where(shown[1])] if shown[1] else [], "composite": None}
-                return now, target, gr.update(visible=True), value, _crops(studio, name, target)
+                return now, target, gr.update(visible=True), _to_paint(*shown), _crops(studio, name, target)
         return now + (do in ("caption", "remove-photo")), gr.skip(), gr.skip(), gr.skip(), gr.skip()
 
     def keep_mask(name: str, target: str, value: dict[str, Any] | None, now: int) -> tuple[Any, ...]:
@@ -144,6 +162,11 @@ def _build_photo_tools(studio: Studio, chosen: gr.State, photos: gr.HTML, versio
         attempt(library.set_mask, studio, name, target, None, done="The whole photo counts.")
         return now + 1, gr.update(visible=False)
 
+    def suggest_mask(name: str, target: str) -> Any:
+        shown = attempt(library.suggested_mask_of, studio, name, target, done="Correct it by painting, then keep it.")
+        return gr.skip() if shown is None else _to_paint(*shown)
+
+    suggest.click(suggest_mask, [chosen, photo], editor, **SLOW)
     photos.click(act, [chosen, version], [version, photo, tools, editor, crops], **EVENT)
     keep.click(keep_mask, [chosen, photo, editor, version], [version, tools], **EVENT)
     clear.click(clear_mask, [chosen, photo, version], [version, tools], **EVENT)
@@ -180,10 +203,12 @@ def _cards(studio: Studio, chosen: str | None) -> str:
     cards = library.concept_cards(studio)
     if not cards:
         return markup.empty("No concepts yet. Open “New concept” below and drop a few photos.")
-    return f'<div class="sd-cards">{"".join(_card(card, chosen=card.name == chosen) for card in cards)}</div>'
+    likeness = likeness_of(studio, [card.token for card in cards])
+    shown = (_card(card, likeness.get(card.token), chosen=card.name == chosen) for card in cards)
+    return f'<div class="sd-cards">{"".join(shown)}</div>'
 
 
-def _card(card: library.ConceptCard, *, chosen: bool) -> str:
+def _card(card: library.ConceptCard, likeness: tuple[float, int] | None, *, chosen: bool) -> str:
     cover = (
         markup.image(card.photos[0].thumbnail, f"a photo of {card.token}")
         if card.photos
@@ -196,12 +221,17 @@ def _card(card: library.ConceptCard, *, chosen: bool) -> str:
         state = markup.badge(band, "sd-done") + state
     count = f"{len(card.photos)} photo{'s' if len(card.photos) != 1 else ''}"
     state = state or markup.badge("not trained")
+    score = "" if likeness is None else f'<span class="sd-muted">likeness {likeness[0]:.2f} over {_pictures(likeness[1])}</span>'
     opens = f'data-do="open" data-name="{markup.text(card.name)}" aria-pressed="{"true" if chosen else "false"}"'
     return (
         f'<button type="button" class="sd-card {"sd-chosen" if chosen else ""}" {opens}>{cover}<span class="sd-body">'
         f'<strong>{markup.text(card.token)}</strong><span class="sd-muted">{markup.text(card.class_word)}, {count}</span>'
-        f'<span class="sd-row">{state}</span></span></button>'
+        f'{score}<span class="sd-row">{state}</span></span></button>'
     )
+
+
+def _pictures(count: int) -> str:
+    return f"{count} picture{'s' if count != 1 else ''}"
 
 
 def _title(studio: Studio, name: str | None) -> str:
@@ -234,13 +264,14 @@ def _photos(studio: Studio, name: str | None) -> str:
 
 def _photo(photo: library.PhotoCard) -> str:
     name = markup.text(photo.name)
-    picture = markup.image(photo.thumbnail, f"{photo.name}: {photo.caption}")
+    mask = markup.image(photo.mask, f"mask of {photo.name}", kind="sd-inset") if photo.mask else ""
+    picture = f'<div class="sd-photo">{markup.image(photo.thumbnail, f"{photo.name}: {photo.caption}")}{mask}</div>'
     caption = f'data-do="caption" data-name="{name}" aria-label="Caption of {name}" value="{markup.text(photo.caption)}"'
-    mask = markup.button("edit", photo.name, "Mask ✓" if photo.masked else "Mask", title=f"Mask and crops of {photo.name}")
+    edit = markup.button("edit", photo.name, "Mask ✓" if photo.mask else "Mask", title=f"Mask and crops of {photo.name}")
     remove = markup.button("remove-photo", photo.name, "✕", kind="sd-quiet", title=f"Remove {photo.name}")
     return (
         f'<div class="sd-card">{picture}<div class="sd-body"><input class="sd-field" {caption} maxlength="300">'
-        f'<div class="sd-tools">{mask}{remove}</div></div></div>'
+        f'<div class="sd-tools">{edit}{remove}</div></div></div>'
     )
 
 
@@ -259,13 +290,13 @@ def _expected(studio: Studio) -> str:
     expected = expectations(studio)
     if not expected:
         return markup.muted("Looking at the base …")
-    words = ", ".join(
-        f"{name}: {e.steps} steps" + ("" if e.seconds is None else f" in about {markup.duration(e.seconds)}")
-        for name, e in expected.items()
-    )
-    first = next(iter(expected.values()))
-    memory = f"; about {first.memory / 1e9:.1f} GB of memory" if first.memory else "; times are known after the first training"
-    return markup.muted(f"{words}{memory}.")
+    lines = [
+        f"<strong>{name}</strong> {one.steps} steps, "
+        + ("time known after the first training" if one.seconds is None else f"about {markup.duration(one.seconds)}")
+        + (f", {one.memory / 1e9:.1f} GB" if one.memory else "")
+        for name, one in expected.items()
+    ]
+    return f'<ul class="sd-expected sd-muted">{"".join(f"<li>{line}</li>" for line in lines)}</ul>'
 
 
 def _training(studio: Studio, name: str | None) -> str:
@@ -280,7 +311,9 @@ def _training(studio: Studio, name: str | None) -> str:
         parts.append(markup.muted(speed))
     elif job.state is State.DONE:
         steps, seconds, band = (job.result[key] for key in ("steps", "seconds", "band"))
+        longer = markup.button("longer", card.name, f"Train longer ({longer_steps(job)} steps)")
         parts.append(markup.muted(f"{steps} steps in {markup.duration(seconds)}, directions {band}."))
+        parts.append(f'<div class="sd-row">{longer}</div>')
     elif view.step and job.state in (State.CANCELLED, State.INTERRUPTED):
         parts.append(markup.muted(f"Stopped after step {view.step} of {view.steps}; what was learnt is kept."))
     if job.reason:
@@ -312,6 +345,10 @@ def _inline(picture: Image.Image) -> str:
     content = io.BytesIO()
     picture.save(content, "WEBP", quality=88)
     return f"data:image/webp;base64,{base64.b64encode(content.getvalue()).decode()}"
+
+
+def _to_paint(picture: Image.Image, mask: Image.Image | None) -> dict[str, Any]:
+    return {"background": picture, "layers": [_white_where(mask)] if mask else [], "composite": None}
 
 
 def _white_where(mask: Image.Image) -> Image.Image:

@@ -6,7 +6,7 @@ from typing import Any
 
 import gradio as gr
 
-from app.actions.adapters import PRECISIONS, export
+from app.actions.adapters import FORMATS, PRECISIONS, export
 from app.actions.studio import Studio
 from app.jobs import State
 from app.ui import markup
@@ -18,19 +18,25 @@ _MOST_SHOWN = 6
 
 def build_export(studio: Studio, live: Live) -> None:
     """Build the tab."""
-    gr.Markdown(
-        "A LoRA that AUTOMATIC1111, Forge, ComfyUI and diffusers read (kohya’s naming), with the tokens, notes and a picture."
-    )
+    gr.Markdown("One zip with the files for other tools, a picture, and a note of where each file goes and what to type.")
     with gr.Row():
         adapter = adapter_list(studio, live, "Adapter", bare=False)
+        format = gr.Dropdown(
+            [(f"{name}: {words}", name) for name, words in FORMATS.items()], value="kohya", label="Format", min_width=240
+        )
+    with gr.Row():
         precision = gr.Radio(list(PRECISIONS), value=PRECISIONS[0], label="Precision", info="fp16 is what other tools expect.")
+        rank = gr.Number(
+            label="Rank", info="Empty: exact. A smaller rank makes a smaller LoRA; its error is measured.", value=None,
+            minimum=1, precision=0, min_width=240,
+        )  # fmt: skip
     start = gr.Button("Export", variant="primary", elem_id="export")
     live.add(gr.HTML(elem_id="exports"), lambda: _results(studio))
 
-    def begin(name: str | None, how: str) -> None:
-        attempt(export, studio, name or "", how, done="Exporting …")
+    def begin(name: str | None, form: str, how: str, columns: float | None) -> None:
+        attempt(export, studio, name or "", how, format=form, rank=int(columns) if columns else None, done="Exporting …")
 
-    start.click(begin, [adapter, precision], **EVENT)
+    start.click(begin, [adapter, format, precision, rank], **EVENT)
 
 
 def _results(studio: Studio) -> str:
@@ -43,13 +49,17 @@ def _results(studio: Studio) -> str:
 def _result(studio: Studio, result: dict[str, Any]) -> str:
     path = studio.folder("exports") / result["file"]
     words = ", ".join(f"{token} is typed {word}" for token, word in result["words"].items())
-    error = "" if result["error"] is None else f"; reloaded with diffusers it differs by {result['error']:.1e} at most"
+    facts = [f"rank {result['rank']}"] if result["rank"] is not None else []
+    if result.get("rank_errors"):
+        facts.append(f"compressed, with a relative error of {result['rank_errors']['overall']:.1e}")
+    if result["error"] is not None:
+        facts.append(f"reloaded with diffusers it differs by {result['error']:.1e} at most")
     size = f"{result['bytes'] / 1e6:.1f} MB"
     notes = "".join(f"<li>{markup.text(note)}</li>" for note in result["notes"])
     names = ", ".join(result["names"])
     download = markup.link(path, f"Download, {size}", download=True)
     return (
         f'{markup.heading(result["file"])}<div class="sd-row">{download}'
-        f'<span class="sd-muted">rank {result["rank"]}{markup.text(error)}</span></div>'
+        f'<span class="sd-muted">{markup.text("; ".join(facts))}</span></div>'
         f'{markup.muted(f"{words}. In the zip: {names}.")}<ul class="sd-notes">{notes}</ul>'
     )

@@ -8,7 +8,7 @@ import gradio as gr
 
 from app.actions import adapters as library
 from app.actions.studio import Studio
-from app.actions.trainings import train
+from app.actions.trainings import train_again
 from app.ui import markup
 from app.ui.charts import band_map_chart, cross_talk_table
 from app.ui.live import EVENT, Live, attempt, said, several
@@ -66,7 +66,7 @@ def build_fuse(studio: Studio, live: Live) -> None:
     def retrain(event: gr.EventData) -> None:
         do, name, _ = said(event)
         if do == "retrain":
-            attempt(train, studio, name, done="It is trained again, on a free band.")
+            attempt(train_again, studio, name, done="It is trained again, on a free band.")
 
     chosen.change(show_sliders, chosen, sliders, **EVENT)
     start.click(begin, [chosen, title, method, *sliders], title, **EVENT)

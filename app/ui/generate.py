@@ -12,12 +12,30 @@ from app.actions.adapters import adapter_cards, library_tokens
 from app.actions.studio import Studio
 from app.ui import markup
 from app.ui.live import EVENT, Live, attempt, choices, said
+from app.ui.regions import build_regions, show_regions
 from spectral_diffusion.errors import SpectralDiffusionError
 from spectral_diffusion.generation import SCHEDULERS, Drawing
 from spectral_diffusion.picture_file import read_drawing
+from spectral_diffusion.regions import Region
 
 BARE = "none"
 """Value of the choice to draw without an adapter."""
+
+DROPS = """
+if (!window.takesDroppedPictures) {
+  window.takesDroppedPictures = true;
+  document.addEventListener('dragover', (event) => event.preventDefault());
+  document.addEventListener('drop', (event) => {
+    if (event.defaultPrevented) return;
+    event.preventDefault();
+    const field = document.querySelector('#drop-settings input[type=file]'), files = event.dataTransfer.files;
+    if (!field || files.length !== 1 || files[0].type !== 'image/png') return;
+    field.files = files;
+    field.dispatchEvent(new Event('change', {bubbles: true}));
+  });
+}
+"""
+"""JavaScript: a PNG dropped anywhere but on another field goes to the field that loads settings."""
 
 
 def build_generate(studio: Studio, live: Live) -> None:
@@ -30,14 +48,22 @@ def build_generate(studio: Studio, live: Live) -> None:
             )
             chips = live.add(gr.HTML(elem_id="chips", js_on_load=markup.CLICKS), lambda name: _chips(studio, name), adapter)
             fields = drawing_fields()
+            regions, confined, board = build_regions(studio, adapter, prompt)
             start = gr.Button("Draw", variant="primary", elem_id="draw")
             dropped = gr.File(
-                label="Drop a picture to load its settings", file_types=[".png"], height=160, elem_id="drop-settings"
+                label="Drop a picture to load its settings",
+                file_types=[".png"],
+                height=160,
+                elem_id="drop-settings",
             )
         with gr.Column(scale=3, min_width=300):
-            sort = gr.Radio(list(library.SORTS), value=library.SORTS[0], label="Order")
-            album = live.add(gr.HTML(elem_id="pictures", js_on_load=markup.CLICKS), lambda order: _album(studio, order), sort)
-    settings = [prompt, *fields]
+            sort = gr.Radio(list(library.SORTS), value=library.SORTS[0], label="Order", elem_id="order")
+            live.add(gr.HTML(elem_id="forming"), lambda: _forming(studio))
+            album = live.add(
+                gr.HTML(elem_id="pictures", js_on_load=markup.CLICKS + DROPS), lambda order: _album(studio, order), sort
+            )
+    settings = [prompt, *fields, regions, confined]
+    loaded = [*settings, board]
 
     def begin(name: str | None, *values: Any) -> None:
         drawing = attempt(read_fields, *values)
@@ -57,16 +83,22 @@ def build_generate(studio: Studio, live: Live) -> None:
     def copy_settings(event: gr.EventData) -> Any:
         _, name, _ = said(event)
         path = attempt(studio.file, "pictures", name)
-        return [gr.skip()] * len(settings) if path is None else _load(path)
+        return [gr.skip()] * len(loaded) if path is None else load(path)
 
     def load_dropped(file: str | None) -> Any:
-        return [*([gr.skip()] * len(settings) if file is None else _load(Path(file))), None]
+        return [*([gr.skip()] * len(loaded) if file is None else load(Path(file))), None]
+
+    def load(path: Path) -> list[Any]:
+        drawing = attempt(read_drawing, path, done="Settings loaded.")
+        if drawing is None:
+            return [gr.skip()] * len(loaded)
+        return [*field_values(drawing), show_regions(studio, drawing.regions)]
 
     start.click(begin, [adapter, *settings], **EVENT)
     prompt.submit(begin, [adapter, *settings], **EVENT)
     chips.click(add_chip, prompt, prompt, **EVENT)
-    album.click(copy_settings, None, settings, **EVENT)
-    dropped.upload(load_dropped, dropped, [*settings, dropped], **EVENT)
+    album.click(copy_settings, None, loaded, **EVENT)
+    dropped.upload(load_dropped, dropped, [*loaded, dropped], **EVENT)
 
 
 def adapter_list(
@@ -87,7 +119,7 @@ def drawing_fields() -> list[Any]:
     negative = gr.Textbox("", label="Not in the picture", placeholder="blurred", max_length=2000)
     with gr.Row():
         count = gr.Number(4, label="Pictures", minimum=1, maximum=library.MOST_DRAWN, precision=0, min_width=90)
-        seed = gr.Number(-1, label="Seed", info="-1: any", precision=0, min_width=110)
+        seed = gr.Number(-1, label="Seed (-1: any)", precision=0, min_width=110)
     with gr.Accordion("More settings", open=False):
         sampler = gr.Dropdown(list(SCHEDULERS), value=Drawing.scheduler, label="Sampler")
         steps = gr.Slider(1, 100, Drawing.steps, step=1, label="Steps", buttons=[])
@@ -97,7 +129,16 @@ def drawing_fields() -> list[Any]:
 
 
 def read_fields(
-    prompt: str, negative: str, count: float | None, seed: float | None, sampler: str, steps: float, guidance: float, size: str
+    prompt: str,
+    negative: str,
+    count: float | None,
+    seed: float | None,
+    sampler: str,
+    steps: float,
+    guidance: float,
+    size: str,
+    regions: tuple[Region, ...],
+    confined: bool,
 ) -> Drawing:
     """Return what the fields of a drawing say."""
     return library.drawing_from(
@@ -110,16 +151,17 @@ def read_fields(
             "steps": int(steps),
             "guidance": float(guidance),
             "size": library.parse_size(size),
+            "regions": regions,
+            "confined": confined,
         }
     )
 
 
-def _load(path: Path) -> list[Any]:
-    drawing = attempt(read_drawing, path, done="Settings loaded.")
-    if drawing is None:
-        return [gr.skip()] * 8
+def field_values(drawing: Drawing) -> list[Any]:
+    """Return the fields of a drawing, in the order that `read_fields` takes them."""
     size = f"{drawing.size[0]}x{drawing.size[1]}" if drawing.size else ""
-    return [drawing.prompt, drawing.negative_prompt, 1, drawing.seed, drawing.scheduler, drawing.steps, drawing.guidance, size]
+    how = [drawing.scheduler, drawing.steps, drawing.guidance, size]
+    return [drawing.prompt, drawing.negative_prompt, drawing.count, drawing.seed, *how, drawing.regions, drawing.confined]
 
 
 def _chips(studio: Studio, adapter: str | None) -> str:
@@ -131,6 +173,15 @@ def _chips(studio: Studio, adapter: str | None) -> str:
         return markup.refusal(str(error))
     buttons = "".join(markup.button("chip", token, token, kind="sd-chip", title=f"Add {token} to the prompt") for token in tokens)
     return f'<div class="sd-row">{buttons}</div>'
+
+
+def _forming(studio: Studio) -> str:
+    now = library.forming(studio)
+    if now is None:
+        return ""
+    path, seed = now
+    picture = markup.image(path, f"the picture of seed {seed}, as it forms")
+    return f'<div class="sd-row sd-forming">{picture}<span class="sd-muted">seed {seed} is forming …</span></div>'
 
 
 def _album(studio: Studio, sort: str) -> str:
@@ -145,11 +196,11 @@ def _picture(card: library.PictureCard) -> str:
     scores += [f"{token} {value:.2f}" for token, value in card.clip_image.items()]
     lines = markup.text(" · ".join(scores)) or "being scored …"
     picture = markup.image(card.path, f"{card.prompt}, seed {card.seed}")
-    copy = markup.button("copy", card.path.name, f"Seed {card.seed}", title=f"Use the settings of seed {card.seed}")
+    copy = markup.button("copy", card.path.name, "Copy settings", title=f"Copy the settings of seed {card.seed} into the fields")
     save = markup.link(card.path, "Save", download=True)
     judged = f'<span class="sd-muted">judge: {markup.text(", ".join(card.judged[:2]))}</span>' if card.judged else ""
     return (
         f'<div class="sd-card sd-picture"><a href="{markup.text(markup.file_url(card.path))}" target="_blank" rel="noopener">'
         f'{picture}</a><div class="sd-body"><span class="sd-prompt">{markup.text(card.prompt)}</span>'
-        f'<span class="sd-muted">{lines}</span>{judged}<div class="sd-tools">{copy}{save}</div></div></div>'
+        f'<span class="sd-muted">seed {card.seed} · {lines}</span>{judged}<div class="sd-tools">{copy}{save}</div></div></div>'
     )

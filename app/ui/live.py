@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,9 @@ EVENT: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private",
 """How events run; nearly all are quick."""
 SLOW: dict[str, Any] = EVENT | {"show_progress": "full"}
 """How events run that read photos."""
+MOST_PAGES = 100
+"""Pages that may be open at once; each keeps one event under way."""
+_SIGN_OF_LIFE = 15.0  # seconds between two empty answers, after which a page that was closed is noticed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,15 +34,25 @@ class Live:
 
     def __init__(self) -> None:
         self._parts: list[_Part] = []
+        self._firsts: dict[Any, Callable[[], Any]] = {}
 
     def add(self, component: Any, render: Callable[..., Any], *inputs: Any) -> Any:
         """Let `component` show what `render` returns for the values of `inputs`; return the component."""
         self._parts.append(_Part(component=component, render=render, inputs=inputs))
         return component
 
+    def begin(self, component: Any, value: Callable[[], Any]) -> Any:
+        """Let `component` have the `value` of that moment when the page opens; return the component."""
+        self._firsts[component] = value
+        return component
+
     def wire(self, page: gr.Blocks, seconds: float = 1.0) -> None:
-        """Refresh all parts when the page opens and every `seconds`."""
-        seen = gr.State({})
+        """Refresh all parts when the page opens and every `seconds`.
+
+        The event of the opening page never ends: gradio's client gives the whole connection up when the answer to one event
+        closes the page's stream of answers while another event is being sent, and an event under way keeps the stream open.
+        """
+        seen, timer = gr.State({}), gr.Timer(seconds, active=False)
         inputs = list(dict.fromkeys(control for part in self._parts for control in part.inputs))
         outputs = [seen, *(part.component for part in self._parts)]
 
@@ -52,8 +66,17 @@ class Live:
                 known[number] = digest
             return [known, *results]
 
-        page.load(refresh, [seen, *inputs], outputs, **EVENT)
-        gr.Timer(seconds).tick(refresh, [seen, *inputs], outputs, trigger_mode="once", **EVENT)
+        async def stay_open(*values: Any) -> AsyncIterator[list[Any]]:
+            firsts = {component: value() for component, value in self._firsts.items()}
+            at_hand = dict(zip(inputs, values, strict=True)) | firsts
+            fresh = await asyncio.to_thread(refresh, {}, *(at_hand[control] for control in inputs))
+            yield [gr.Timer(active=True), *firsts.values(), *fresh]
+            while True:
+                await asyncio.sleep(_SIGN_OF_LIFE)
+                yield [gr.skip()] * (1 + len(firsts) + len(outputs))
+
+        page.load(stay_open, inputs, [timer, *self._firsts, *outputs], **EVENT)
+        timer.tick(refresh, [seen, *inputs], outputs, trigger_mode="once", **EVENT)
 
 
 def attempt(action: Callable[..., Any], *arguments: Any, done: str | None = None, **named: Any) -> Any:

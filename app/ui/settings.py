@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import gradio as gr
 import psutil
 
@@ -13,19 +15,19 @@ from app.ui.live import EVENT, Live, attempt
 
 def build_settings(studio: Studio, live: Live) -> None:
     """Build the tab."""
-    now = studio.settings
     base = gr.Textbox(
-        lambda: studio.settings.base or "", label="Base", placeholder="the embedded toy world", elem_id="base",
+        "", label="Base", placeholder="the embedded toy world", elem_id="base",
         info="A diffusers folder or checkpoint file on this computer, or a hub id, of the Stable Diffusion family. "
         "Empty: the embedded base.",
     )  # fmt: skip
-    device = gr.Dropdown(
-        [("the best there is", ""), *((name, name) for name in devices())], value=now.device or "", label="Device"
-    )
+    device = gr.Dropdown([("the best there is", ""), *((name, name) for name in devices())], value="", label="Device")
     clip = gr.Textbox(
-        lambda: studio.settings.clip or "", label="CLIP for the scores", placeholder="the embedded one (toy world only)",
+        "", label="CLIP for the scores", placeholder="the embedded one (toy world only)",
         info="A folder in open_clip’s form, or NAME:WEIGHTS such as ViT-B-32:weights.safetensors.",
     )  # fmt: skip
+    live.begin(base, lambda: studio.settings.base or "")
+    live.begin(device, lambda: studio.settings.device or "")
+    live.begin(clip, lambda: studio.settings.clip or "")
     keep = gr.Button("Keep", variant="primary", elem_id="keep-settings")
     live.add(gr.HTML(elem_id="facts"), lambda: _facts(studio))
 
@@ -46,8 +48,20 @@ def _facts(studio: Studio) -> str:
     else:
         base = [
             ["the base", f"family {facts['family']}, pictures of {facts['resolution']} pixels, on {facts['device']}"],
+            ["precision", _precision(facts)],
             ["room", f"{facts['directions'] // 8} concepts of rank 8 ({facts['directions']} directions)"],
         ]
-    memory = psutil.virtual_memory()
-    rows = [*base, ["folder", str(studio.root)], ["memory", f"{memory.percent:.0f} % of {memory.total / 1e9:.0f} GB in use"]]
+    memory, disk = psutil.virtual_memory(), psutil.disk_usage(str(studio.root))
+    rows = [
+        *base,
+        ["folder", f"{studio.root}, {disk.free / 1e9:.0f} GB free"],
+        ["memory", f"{memory.percent:.0f} % of {memory.total / 1e9:.0f} GB in use"],
+    ]
+    if facts is not None and facts.get("memory"):
+        rows.append(["a training", f"took {facts['memory'] / 1e9:.1f} GB"])
     return markup.table(["what", "now"], rows)
+
+
+def _precision(facts: dict[str, Any]) -> str:
+    mixed = ", bfloat16 while training" if facts["device"].startswith("cuda") else ""
+    return f"{facts.get('precision', 'float32')}{mixed}"

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+from safetensors import SafetensorError, safe_open
 
 from spectral_diffusion.checkpoint.recognition import check_channels
 from spectral_diffusion.errors import BaseError
@@ -18,7 +19,7 @@ _NOT_NEEDED = {"safety_checker": None, "feature_extractor": None}
 
 
 def load_folder(folder: Path) -> DiffusionPipeline:
-    """Load the pipeline in a diffusers folder, in float32.
+    """Load the pipeline in a diffusers folder, each model in the precision of its weights there.
 
     Raises:
         BaseError: it is no diffusers folder, lacks a part, is damaged, or of another kind; the message says which.
@@ -28,7 +29,9 @@ def load_folder(folder: Path) -> DiffusionPipeline:
     parts = _checked_parts(folder, declared, str(index.get("_class_name")))
     unet, vae = (_read_json(folder / part / "config.json", folder) for part in ("unet", "vae"))
     check_channels(str(folder), unet.get("in_channels", 4), vae.get("latent_channels", 4))
-    options: dict[str, Any] = {"variant": _variant(folder), "dtype": torch.float32, "low_cpu_mem_usage": True}
+    variant = _variant(folder)
+    precisions = {part: _precision(folder / part, variant) for part in parts if part in _MODELS}
+    options: dict[str, Any] = {"variant": variant, "dtype": precisions, "low_cpu_mem_usage": True}
     try:
         if "text_encoder_2" in parts:
             return StableDiffusionXLPipeline.from_pretrained(folder, **options, add_watermarker=False)
@@ -66,6 +69,18 @@ def _variant(folder: Path) -> str | None:
     """Return `fp16` when the UNet's weights are there in half precision only, as people keep them to save room."""
     names = [path.name for path in (folder / "unet").glob("*.safetensors")]
     return "fp16" if names and all(".fp16" in name for name in names) else None
+
+
+def _precision(folder: Path, variant: str | None) -> torch.dtype:
+    """Return the precision of a model's weights, told by their first tensor; float32 for other files than safetensors."""
+    for file in sorted(folder.glob(f"*.{variant}*.safetensors" if variant else "*.safetensors")):
+        try:
+            with safe_open(file, "pt") as weights:
+                dtype = weights.get_tensor(next(iter(weights.keys()))).dtype
+        except (SafetensorError, OSError, StopIteration):
+            continue  # loading it says what is wrong
+        return dtype if dtype.is_floating_point else torch.float32
+    return torch.float32
 
 
 def _read_json(path: Path, folder: Path) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from spectral_diffusion.checkpoint.clip_tokenizer import END, clip_tokenizer
 from spectral_diffusion.checkpoint.original_layout import from_original_layout, pipeline_parts
 from spectral_diffusion.checkpoint.recognition import family_of_checkpoint, prediction_type_of
 from spectral_diffusion.errors import BaseError
+from spectral_diffusion.finite import is_finite
 
 CONFIGURATIONS = Path(__file__).resolve().parents[2] / "assets" / "configs"
 """A folder of pipeline configurations per family."""
@@ -31,10 +32,11 @@ _PAD = "!"
 """What OpenCLIP pads with: the word of number 0."""
 _NAMES = {"sd1": "Stable Diffusion 1", "sd2": "Stable Diffusion 2", "sdxl": "SDXL"}
 _PLAIN_SD1 = "cond_stage_model.transformer."
+_PRECISIONS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def load_single_file(path: Path, *, prediction_type: str | None = None, configuration: Path | None = None) -> DiffusionPipeline:
-    """Load a checkpoint file in the original layout, in float32.
+    """Load a checkpoint file in the original layout, in its own precision; weights stay on the disk until they are used.
 
     Args:
         prediction_type: one of `PREDICTION_TYPES`; what the file says when missing.
@@ -88,8 +90,8 @@ def _loaded(model: nn.Module, checkpoint: Checkpoint, part: str, family: str) ->
                 f"'{checkpoint.path}' is not built as {_NAMES[family]}: '{part}.{name}' is {tuple(tensor.shape)}, "
                 f"expected {tuple(wanted[name].shape)}."
             )
-        tensors[name] = tensor.float()
-        if not torch.isfinite(tensors[name]).all():
+        tensors[name] = tensor if tensor.dtype in _PRECISIONS else tensor.float()
+        if not is_finite(tensors[name]):
             raise BaseError(f"'{checkpoint.path}' holds NaN or infinite numbers in '{part}.{name}'; fetch another copy.")
     model.load_state_dict(tensors, assign=True)
     return model.eval()

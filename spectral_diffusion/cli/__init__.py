@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from types import ModuleType
 
-from spectral_diffusion.cli import demo, export, fuse, generate, import_lora, info, score, studio, train
+from spectral_diffusion.cli import compare, demo, export, fuse, generate, import_lora, info, mask, score, studio, train
 from spectral_diffusion.cli.console import Console, log_lines_on_stderr, survive_any_encoding
 from spectral_diffusion.cli.options import Parser
 from spectral_diffusion.errors import SpectralDiffusionError
@@ -26,10 +26,12 @@ __all__ = ["COMMANDS", "main"]
 FAILED, WRONG_USE = 1, 2
 
 COMMANDS: dict[str, ModuleType] = {
+    "mask": mask,
     "train": train,
     "fuse": fuse,
     "generate": generate,
     "score": score,
+    "compare": compare,
     "export": export,
     "import": import_lora,
     "info": info,

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from spectral_diffusion.cli.console import Console, quiet_libraries
-from spectral_diffusion.cli.options import add_base_options, add_json_option, load_chosen_base, pair_type, unique_pairs
+from spectral_diffusion.cli.options import add_base_options, add_json_option, pair_type, read_chosen_base, unique_pairs
 from spectral_diffusion.errors import InputError
 
 if TYPE_CHECKING:
@@ -122,5 +122,5 @@ def _export(adapter: Adapter, arguments: argparse.Namespace) -> Export:
     if arguments.format == "diffusers":
         return export_diffusers(adapter, arguments.out, rank=arguments.rank, **common)
     if arguments.format == "checkpoint":
-        return export_checkpoint(adapter, load_chosen_base(arguments), arguments.out, **common)
+        return export_checkpoint(adapter, read_chosen_base(arguments), arguments.out, **common)
     return export_embeddings(adapter, arguments.out, **common)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spectral_diffusion.cli.console import Console, bar_style, progress_bar, quiet_libraries
-from spectral_diffusion.cli.options import add_base_options, add_json_option, load_chosen_base, picture_size
+from spectral_diffusion.cli.options import add_base_options, add_device_option, add_json_option, load_chosen_base, picture_size
 from spectral_diffusion.cli.outputs import check_writable
 from spectral_diffusion.errors import InputError
 
@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--adapter", type=Path, metavar="FILE", help="an adapter file (default: the bare base draws)")
     parser.add_argument("--prompt", required=True, metavar="TEXT", help='what to draw, such as "<V1> near a lake"')
     parser.add_argument("--negative-prompt", metavar="TEXT", help="what not to draw")
-    _add_drawing_options(parser)
+    add_drawing_options(parser)
     parser.add_argument(
         "--region",
         action="append",
@@ -58,11 +58,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="use every concept of the adapter, as other tools do, not only those that the prompt names",
     )
     add_base_options(parser)
+    add_device_option(parser)
     add_json_option(parser, "the list of pictures")
 
 
-def _add_drawing_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options whose defaults are those of `Drawing`."""
+def add_drawing_options(parser: argparse.ArgumentParser, without: Sequence[str] = ()) -> None:
+    """Add the options whose defaults are those of `Drawing`, all but those called in `without`."""
     from spectral_diffusion.generation import SCHEDULERS, Drawing
 
     default = {field.name: field.default for field in fields(Drawing)}
@@ -88,7 +89,8 @@ def _add_drawing_options(parser: argparse.ArgumentParser) -> None:
         "size": {"type": picture_size, "metavar": "WxH", "help": "in pixels (default: the base's own)"},
     }
     for name, option in options.items():
-        parser.add_argument(f"--{name}", **option)
+        if name not in without:
+            parser.add_argument(f"--{name}", **option)
 
 
 def run(arguments: argparse.Namespace, console: Console) -> int:
@@ -161,12 +163,15 @@ def _condition(arguments: argparse.Namespace) -> Condition | None:
 def _check_fit(base: Base, adapter: Adapter) -> None:
     """Refuse an adapter of another family; tell how well one of another base fits."""
     from spectral_diffusion.attach import check_fits_base
-    from spectral_diffusion.fit import band_misfit, misfit_in_words
+    from spectral_diffusion.fit import ROUNDING, band_misfit, misfit_in_words
 
     check_fits_base(base, adapter)
-    if adapter.fingerprint != base.fingerprint:
-        misfit = misfit_in_words(band_misfit(base, adapter))
-        logger.warning("The adapter was trained on another base of the family; its bands are off by %s.", misfit)
+    if adapter.fingerprint == base.fingerprint:
+        return
+    misfit = band_misfit(base, adapter)
+    if max(misfit.values(), default=0) > ROUNDING:
+        words = misfit_in_words(misfit)
+        logger.warning("The adapter was trained on another base of the family; its bands are off by %s.", words)
 
 
 def _warn_if_unnamed(adapter: Adapter, drawing: Drawing) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from spectral_diffusion.cli.console import Console, quiet_libraries
 from spectral_diffusion.cli.describe import adapter_data, adapter_lines
-from spectral_diffusion.cli.options import add_base_options, add_json_option, add_out_options, load_chosen_base
+from spectral_diffusion.cli.options import add_base_options, add_json_option, add_out_options, read_chosen_base
 from spectral_diffusion.cli.outputs import check_output
 
 SUMMARY = "make an adapter of an ordinary LoRA, to fuse it beside others or export it again"
@@ -39,7 +39,7 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
         token=arguments.token,
         class_word=arguments.class_word,
         embedding=arguments.embedding,
-        base=load_chosen_base(arguments) if arguments.base is not None else None,
+        base=read_chosen_base(arguments) if arguments.base is not None else None,
     )
     save_adapter(adapter, arguments.out)
     data = adapter_data(adapter, arguments.out)

@@ -1,46 +1,67 @@
-"""`spectral-diffusion info`: what an adapter file holds."""
+"""`spectral-diffusion info`: what an adapter file holds, or how a picture was drawn."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spectral_diffusion.cli.console import Console, quiet_libraries
 from spectral_diffusion.cli.describe import adapter_data, adapter_lines
-from spectral_diffusion.cli.options import add_base_options, add_json_option, load_chosen_base
+from spectral_diffusion.cli.options import add_base_options, add_json_option, read_chosen_base
 from spectral_diffusion.errors import AdapterError
 
 if TYPE_CHECKING:
     from spectral_diffusion.adapter import Adapter
     from spectral_diffusion.base import Base
 
-SUMMARY = "show what an adapter file holds"
+SUMMARY = "show what an adapter file holds, or how a picture was drawn"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    parser.add_argument("adapter", type=Path, metavar="FILE", help="an adapter file")
+    parser.add_argument("file", type=Path, metavar="FILE", help="an adapter file, or a PNG drawn here or in AUTOMATIC1111")
     add_base_options(parser)
     add_json_option(parser, "it")
 
 
 def run(arguments: argparse.Namespace, console: Console) -> int:
-    """Show the adapter, and how well it fits the base when one is given."""
+    """Show the adapter, and how well it fits the base when one is given; of a picture, the settings of its drawing."""
     quiet_libraries()
+    if arguments.file.suffix.lower() == ".png":
+        return _show_picture(arguments.file, console)
     from spectral_diffusion.adapter_file import load_adapter
     from spectral_diffusion.band_map import band_map
 
-    adapter = load_adapter(arguments.adapter)
-    data = adapter_data(adapter, arguments.adapter) | {"band_map": band_map([adapter]).to_json()}
+    adapter = load_adapter(arguments.file)
+    data = adapter_data(adapter, arguments.file) | {"band_map": band_map([adapter]).to_json()}
     lines = list(adapter_lines(data))
     if arguments.base is not None:
-        data["base"] = _compare(adapter, load_chosen_base(arguments))
+        data["base"] = _compare(adapter, read_chosen_base(arguments))
         lines += _verdict(data["base"])
     for line in lines:
         console.say(line)
     console.give(data)
+    return 0
+
+
+def _show_picture(path: Path, console: Console) -> int:
+    from spectral_diffusion.picture_file import read_drawing
+
+    drawing = read_drawing(path)
+    console.say(f"{path}\n  prompt      {drawing.prompt}")
+    if drawing.negative_prompt:
+        console.say(f"  not         {drawing.negative_prompt}")
+    size = f", {drawing.size[0]}x{drawing.size[1]} pixels" if drawing.size else ""
+    how = f"{drawing.scheduler}, {drawing.steps} steps, guidance {drawing.guidance:g}"
+    console.say(f"  drawn by    {how}, seed {drawing.seed}{size}")
+    for region in drawing.regions:
+        console.say(f"  region      {','.join(f'{edge:g}' for edge in region.box)}={region.prompt}")
+    data = asdict(drawing)
+    data["regions"] = [{key: value for key, value in region.items() if key != "mask"} for region in data["regions"]]
+    console.give({"path": str(path)} | data)
     return 0
 
 

@@ -25,7 +25,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_base_options(parser: argparse.ArgumentParser) -> None:
-    """Add `--base`, `--prediction-type` and `--device`."""
+    """Add `--base` and `--prediction-type`."""
     parser.add_argument(
         "--base",
         metavar="BASE",
@@ -37,7 +37,6 @@ def add_base_options(parser: argparse.ArgumentParser) -> None:
         choices=("epsilon", "v_prediction"),
         help="what the base was trained to predict (default: what its files say)",
     )
-    add_device_option(parser)
 
 
 def add_device_option(parser: argparse.ArgumentParser) -> None:
@@ -57,7 +56,7 @@ def add_out_options(parser: argparse.ArgumentParser, what: str) -> None:
 
 
 def load_chosen_base(arguments: argparse.Namespace) -> Base:
-    """Return the base that `--base`, `--prediction-type` and `--device` ask for.
+    """Return the base that `--base`, `--prediction-type` and `--device` ask for, to compute with.
 
     Raises:
         BaseError: it cannot be loaded.
@@ -67,6 +66,17 @@ def load_chosen_base(arguments: argparse.Namespace) -> Base:
 
     check_device(arguments.device)
     return load_base(arguments.base, device=arguments.device, prediction_type=arguments.prediction_type)
+
+
+def read_chosen_base(arguments: argparse.Namespace) -> Base:
+    """Return the base that `--base` and `--prediction-type` ask for, only to be read.
+
+    Raises:
+        BaseError: it cannot be read.
+    """
+    from spectral_diffusion.base import read_base
+
+    return read_base(arguments.base, prediction_type=arguments.prediction_type)
 
 
 def check_device(name: str | None) -> None:

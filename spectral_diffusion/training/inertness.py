@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 
 from spectral_diffusion.base import Base
-from spectral_diffusion.conditioning import encode, tokenize
+from spectral_diffusion.conditioning import tokenize
+from spectral_diffusion.training.prediction import predict
 
 STRANGER = "<stranger-{}>"
 STRANGERS = 4
@@ -39,12 +40,18 @@ class InertPool:
     predictions: torch.Tensor
 
 
-def stranger_vectors(base: Base, class_vectors: dict[str, torch.Tensor], seed: int) -> dict[str, dict[str, torch.Tensor]]:
-    """Return, per stranger and text encoder, a `(1, width)` vector: the class word's, moved as far as words lie apart."""
+def stranger_vectors(
+    base: Base, class_vectors: dict[str, torch.Tensor], seed: int, first: int = 0
+) -> dict[str, dict[str, torch.Tensor]]:
+    """Return, per stranger and text encoder, a `(1, width)` vector: the class word's, moved as far as words lie apart.
+
+    Args:
+        first: number of the first stranger, where several concepts have strangers of their own.
+    """
     generator = torch.Generator().manual_seed(seed)
     spreads = {part: model.get_input_embeddings().weight.std().item() for part, model in base.text_encoders.items()}
     return {
-        STRANGER.format(number): {
+        STRANGER.format(first + number): {
             part: vector.mean(0, keepdim=True) + spreads[part] * torch.randn(1, vector.shape[1], generator=generator).to(vector)
             for part, vector in class_vectors.items()
         }
@@ -52,13 +59,12 @@ def stranger_vectors(base: Base, class_vectors: dict[str, torch.Tensor], seed: i
     }
 
 
-def inert_captions(class_word: str, count: int, generator: torch.Generator) -> list[str]:
+def inert_captions(class_word: str, strangers: tuple[str, ...], count: int, generator: torch.Generator) -> list[str]:
     """Return captions without the concept's token: its class word, other classes, strangers, pairs, and nothing at all."""
 
     def pick(options: tuple[str, ...]) -> str:
         return options[int(torch.randint(len(options), (1,), generator=generator))]
 
-    strangers = tuple(STRANGER.format(number) for number in range(STRANGERS))
     captions = []
     for number in range(count):
         kind = number % 8
@@ -71,14 +77,14 @@ def inert_captions(class_word: str, count: int, generator: torch.Generator) -> l
 
 
 @torch.no_grad()
-def build_inert_pool(base: Base, class_word: str, count: int, seed: int) -> InertPool:
+def build_inert_pool(base: Base, class_word: str, strangers: tuple[str, ...], count: int, seed: int) -> InertPool:
     """Draw pictures with the bare base and keep `count` noisy samples of them with the base's own predictions.
 
     Must be called while the strangers' tokens are known to the base and no delta is attached.
     """
     pipeline, scheduler = base.pipeline, base.pipeline.scheduler
     generator = torch.Generator().manual_seed(seed)
-    captions = inert_captions(class_word, count, generator)
+    captions = inert_captions(class_word, strangers, count, generator)
     to_draw = captions[:PICTURES]
     drawn = torch.cat(
         [
@@ -103,5 +109,5 @@ def build_inert_pool(base: Base, class_word: str, count: int, seed: int) -> Iner
     batch = min(32, base.pictures_at_once)
     for start in range(0, count, batch):
         part = slice(start, start + batch)
-        parts.append(pipeline.unet(noisy[part], times[part], **encode(base, ids[part])).sample)
+        parts.append(predict(base, noisy[part], times[part], ids[part]))
     return InertPool(noisy=noisy, times=times, ids=ids, predictions=torch.cat(parts))

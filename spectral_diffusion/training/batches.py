@@ -1,0 +1,92 @@
+"""What one step shows: noisy crops of each concept's photos and, beside them, samples to stay inert on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import torch
+
+from spectral_diffusion.base import Base
+from spectral_diffusion.training.examples import EncodedExamples
+from spectral_diffusion.training.inertness import InertPool
+from spectral_diffusion.training.prediction import target
+from spectral_diffusion.training.settings import TrainingSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shown:
+    """What a concept is trained on.
+
+    Attributes:
+        token, class_word: what it is called.
+        words: what the token is written as for the text encoder, a word per vector.
+        examples: its encoded photos.
+        ids: token ids `(n, text encoders, length)` of their captions.
+        pool: what to stay inert on.
+    """
+
+    token: str
+    class_word: str
+    words: str
+    examples: EncodedExamples
+    ids: torch.Tensor
+    pool: InertPool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """`n` samples per concept, photos first, then those to stay inert on.
+
+    Attributes:
+        noisy, targets: `(concepts, n, channels, h, w)`.
+        times: `(concepts, n)`.
+        ids: `(concepts, n, text encoders, length)`.
+        weights: `(concepts, n, 1, h, w)` of the squared distances, of mean 1 over the photos.
+        shares: `(concepts, n, 2)`, how much each sample counts in the concept's loss and in the inertness loss.
+    """
+
+    noisy: torch.Tensor
+    times: torch.Tensor
+    ids: torch.Tensor
+    targets: torch.Tensor
+    weights: torch.Tensor
+    shares: torch.Tensor
+
+    def part(self, number: int, parts: int) -> Batch:
+        """Return part `number` of as many as `parts`, by samples."""
+        return Batch(**{field.name: getattr(self, field.name)[:, number::parts] for field in fields(self)})
+
+
+@torch.no_grad()
+def draw_batch(base: Base, concepts: Sequence[Shown], settings: TrainingSettings, step: int) -> Batch:
+    """Return the batch of step number `step`; a concept's share is the same whatever others stand beside it."""
+    shares = [_share(base, concept, settings, step) for concept in concepts]
+    return Batch(**{name: torch.stack([share[name] for share in shares]) for name in shares[0]})
+
+
+def _share(base: Base, concept: Shown, settings: TrainingSettings, step: int) -> dict[str, torch.Tensor]:
+    examples, pool, scheduler = concept.examples, concept.pool, base.pipeline.scheduler
+    generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
+    count, shape = settings.batch, examples.latents.shape[1:]
+    chosen = torch.randint(len(examples.latents), (count,), generator=generator)
+    noise = torch.randn((count, *shape), generator=generator)
+    times = torch.randint(scheduler.config.num_train_timesteps, (count,), generator=generator)
+    inert = torch.randint(len(pool.noisy), (count if settings.inertness else 0,), generator=generator)
+    chosen, noise, times, inert = (_sent(tensor, base.device) for tensor in (chosen, noise, times, inert))
+    clean, masks = examples.latents[chosen], examples.masks[chosen]
+    weights = masks + (1 - masks) * settings.background
+    weights = weights / weights.mean().clamp(min=1e-6)  # a crop beside the mask weighs nothing
+    return {
+        "noisy": torch.cat([scheduler.add_noise(clean, noise, times), pool.noisy[inert]]),
+        "times": torch.cat([times, pool.times[inert]]),
+        "ids": torch.cat([concept.ids[chosen], pool.ids[inert]]),
+        "targets": torch.cat([target(base, clean, noise, times), pool.predictions[inert]]),
+        "weights": torch.cat([weights, weights.new_ones(len(inert), *weights.shape[1:])]),
+        "shares": _sent(torch.block_diag(torch.ones(count, 1), torch.ones(len(inert), 1)) / count, base.device),
+    }
+
+
+def _sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return `tensor` on `device`, without waiting for a GPU to finish what it is doing."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

@@ -1,0 +1,259 @@
+"""One training under way: steps, losses, checkpoints."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from PIL import Image
+
+from spectral_diffusion.activations import measure_activations
+from spectral_diffusion.base import Base
+from spectral_diffusion.conditioning import prompts
+from spectral_diffusion.errors import TrainingError
+from spectral_diffusion.training.batches import Batch, Shown, draw_batch
+from spectral_diffusion.training.checkpoint import load_checkpoint, save_checkpoint
+from spectral_diffusion.training.memory import Plan, checkpointing, elsewhere, measured_plan
+from spectral_diffusion.training.prediction import predict
+from spectral_diffusion.training.settings import TrainingSettings
+from spectral_diffusion.training.trainable import Trainable
+
+logger = logging.getLogger(__name__)
+
+READ_EVERY = 10
+"""Steps on a GPU between two looks at the losses: each makes the program wait for the GPU."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingProgress:
+    """How far a training is: losses of this step, speed in steps per second, remaining seconds, sample pictures if any.
+
+    With several concepts the losses are means over them, and the samples stand in their order, as many of each.
+    """
+
+    step: int
+    steps: int
+    concept_loss: float
+    inertness_loss: float
+    steps_per_second: float
+    remaining_seconds: float
+    samples: tuple[Image.Image, ...] = ()
+
+
+class Run:
+    """The optimiser, the step it is at, and the checkpoint of a training of one concept or several."""
+
+    def __init__(
+        self, base: Base, trainable: Trainable, settings: TrainingSettings, concepts: Sequence[Shown], checkpoint: Path | None
+    ):
+        self.base, self.trainable, self.settings, self.concepts = base, trainable, settings, concepts
+        self.checkpoint = checkpoint
+        self.optimizer = torch.optim.AdamW(
+            [
+                {"params": trainable.parameters("unet"), "rate": settings.unet_rate},
+                {"params": trainable.parameters("text_encoder"), "rate": settings.text_encoder_rate},
+                {
+                    "params": [vectors for own in trainable.embeddings for vectors in own.values()],
+                    "rate": settings.token_rate,
+                    "weight_decay": 0.0,
+                },
+            ],
+            betas=(0.9, 0.999),
+            weight_decay=settings.weight_decay,
+            fused=True,
+        )
+        self.samples_each = settings.batch * (2 if settings.inertness else 1)
+        self.plan, self.fell_back = Plan(), False
+        self.step, self.seconds = 0, 0.0
+        self.good: dict[str, Any] | None = None
+        self.name = self._digest()
+        self._resume()
+
+    @property
+    def finished(self) -> bool:
+        """Whether the last step was made."""
+        return self.step == self.settings.steps
+
+    def _digest(self) -> str:
+        outcome = asdict(self.settings) | {"checkpoint_every": None, "sample_every": None}
+        digest = hashlib.sha256(json.dumps([outcome, self.base.fingerprint, list(self.base.text_encoders)]).encode())
+        for concept in self.concepts:
+            digest.update(json.dumps([concept.token, concept.class_word, concept.examples.captions]).encode())
+            digest.update(concept.examples.latents.cpu().numpy().tobytes())
+            digest.update(concept.examples.masks.cpu().numpy().tobytes())
+        digest.update(self.trainable.stacks[0].band.U.cpu().numpy().tobytes())
+        return digest.hexdigest()
+
+    def _resume(self) -> None:
+        state = load_checkpoint(self.checkpoint, self.name) if self.checkpoint else None
+        if state is None:
+            return
+        self.trainable.load(state["trainable"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step, self.seconds = state["step"], state["seconds"]
+        logger.info("The training goes on from step %d.", self.step)
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "trainable": self.trainable.state(),
+            "optimizer": _copied(self.optimizer.state_dict()),
+            "step": self.step,
+            "seconds": self.seconds,
+        }
+
+    def _save(self) -> None:
+        if self.checkpoint is not None:
+            save_checkpoint(self.checkpoint, self.name, self._state())
+
+    def loop(self, on_progress: Callable[[TrainingProgress], None], should_stop: Callable[[], bool]) -> None:
+        """Run all steps that remain."""
+        steps, started_at, started = self.settings.steps, self.step, time.monotonic()
+        before = self.seconds
+        self.plan = measured_plan(self.base, self._trial, self.samples_each)
+        while self.step < steps and not should_stop():
+            losses = self._one_step()
+            self.seconds = before + time.monotonic() - started
+            if self.step % self.settings.checkpoint_every == 0 and self.step < steps:
+                self._save()
+            if losses is not None:
+                speed = (self.step - started_at) / max(time.monotonic() - started, 1e-6)
+                on_progress(
+                    TrainingProgress(
+                        step=self.step,
+                        steps=steps,
+                        concept_loss=losses[0],
+                        inertness_loss=losses[1],
+                        steps_per_second=speed,
+                        remaining_seconds=(steps - self.step) / speed,
+                        samples=self._samples(),
+                    )
+                )
+        if self.step < steps:
+            self._save()
+
+    def _one_step(self) -> tuple[float, float] | None:
+        """Make one step; return its losses where they are looked at."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["rate"] * (1 - self.step / self.settings.steps)
+        losses = self._backward(draw_batch(self.base, self.concepts, self.settings, self.step))
+        gradients = [self.trainable.gradients(number) for number in range(len(self.concepts))]
+        norms = [torch.nn.utils.get_total_norm(own) for own in gradients]
+        for own, norm in zip(gradients, norms, strict=True):
+            torch._foreach_mul_(own, (self.settings.gradient_norm / (norm + 1e-6)).clamp(max=1.0))
+        read = self._read(losses, norms) if self._looks() else None
+        self.optimizer.step()
+        self.trainable.confine()
+        self.step += 1
+        return read
+
+    def _looks(self) -> bool:
+        """Tell whether the losses of this step are looked at."""
+        if self.base.device.type == "cpu":
+            return True
+        number, sampling = self.step + 1, self.settings.sample_every
+        return number in (1, self.settings.steps) or number % READ_EVERY == 0 or bool(sampling and number % sampling == 0)
+
+    def _read(self, losses: torch.Tensor, norms: list[torch.Tensor]) -> tuple[float, float]:
+        """Return the mean losses and keep the state if all is well; what is not a number stays so until the next look."""
+        concept_loss, inertness_loss, norm = torch.cat([losses, torch.stack(norms)[:, None]], dim=1).mean(0).tolist()
+        if not math.isfinite(concept_loss + inertness_loss):
+            self._fail("the loss is not a number")
+        if not math.isfinite(norm):
+            self._fail("the gradient is not a number")
+        self.good = self._state()
+        return concept_loss, inertness_loss
+
+    def _backward(self, batch: Batch) -> torch.Tensor:
+        """Put the batch's gradients into place and return its losses, in smaller parts if memory asks for it, once."""
+        try:
+            return self._passes(batch, self.plan)
+        except torch.OutOfMemoryError as error:
+            if self.fell_back:
+                raise TrainingError(
+                    f"Memory does not suffice for {self.plan} either; choose a smaller batch, or close what else uses the GPU."
+                ) from error
+        self.plan, self.fell_back = self.plan.smaller(self.samples_each), True  # here, what the failed pass held is free again
+        logger.warning("Memory did not suffice; the training goes on with %s.", self.plan)
+        torch.cuda.empty_cache()
+        return self._backward(batch)
+
+    def _passes(self, batch: Batch, plan: Plan) -> torch.Tensor:
+        self.optimizer.zero_grad(set_to_none=True)
+        losses = []
+        with checkpointing(self.base.pipeline.unet, plan.checkpointing):
+            for number in range(plan.parts):
+                of_part = self._losses(batch.part(number, plan.parts))
+                (of_part[:, 0] + self.settings.inertness * of_part[:, 1]).sum().backward()
+                losses.append(of_part.detach())
+        return torch.stack(losses).sum(0)
+
+    def _losses(self, batch: Batch) -> torch.Tensor:
+        """Return each concept's masked denoising loss and its inertness loss, `(concepts, 2)`, from one forward pass."""
+        self.trainable.show(self.base.pipeline.unet.dtype)
+        inputs = (tensor.flatten(0, 1) for tensor in (batch.noisy, batch.times, batch.ids))
+        predicted = predict(self.base, *inputs).view(batch.targets.shape)
+        errors = ((predicted - batch.targets) ** 2 * batch.weights).mean((2, 3, 4))
+        return (errors[..., None] * batch.shares).sum(1)
+
+    def _trial(self, plan: Plan) -> None:
+        """Make a pass with one sample of each concept, to see what it takes."""
+        self._passes(draw_batch(self.base, self.concepts, self.settings, 0).part(0, self.samples_each), plan)
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def activations(self) -> list[dict[str, torch.Tensor]]:
+        """Return what each concept's model feeds into its layers while it draws, once it is trained to the end."""
+        if not self.finished:
+            return [{} for _ in self.concepts]
+        measured = []
+        for number, concept in enumerate(self.concepts):
+            self.trainable.show(self.base.pipeline.unet.dtype, number)
+            measured.append(measure_activations(self.base, concept.words, self.trainable.keys, self.settings.seed))
+        return measured
+
+    @torch.no_grad()
+    def _samples(self) -> tuple[Image.Image, ...]:
+        every = self.settings.sample_every
+        if not every or self.step % every:
+            return ()
+        pipeline, images = self.base.pipeline, []
+        vae = pipeline.vae
+        with elsewhere(vae, self.base.device):
+            for number, concept in enumerate(self.concepts):
+                self.trainable.show(pipeline.unet.dtype, number)
+                latents = pipeline(
+                    **prompts(self.base, [f"a photo of {concept.words}"] * 2),
+                    num_inference_steps=15,
+                    height=self.base.resolution,
+                    width=self.base.resolution,
+                    generator=torch.Generator().manual_seed(self.settings.seed),
+                    output_type="latent",
+                ).images
+                pixels = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor).sample
+                images += pipeline.image_processor.postprocess(pixels)
+        return tuple(images)
+
+    def _fail(self, what: str) -> NoReturn:
+        kept = ""
+        if self.checkpoint is not None and self.good is not None:
+            save_checkpoint(self.checkpoint, self.name, self.good)
+            kept = f" The last good state, of step {self.good['step']}, is kept in '{self.checkpoint}'."
+        raise TrainingError(
+            f"The training stopped at step {self.step}: {what}.{kept} Lower the learning rates, or look for a damaged photo."
+        )
+
+
+def _copied(state: Any) -> Any:
+    """Return a copy of an optimiser's state; `copy.deepcopy` takes as long as the optimiser's step."""
+    if isinstance(state, torch.Tensor):
+        return state.clone()
+    if isinstance(state, dict):
+        return {name: _copied(value) for name, value in state.items()}
+    return [_copied(value) for value in state] if isinstance(state, list) else state

@@ -1,0 +1,89 @@
+"""Layers of one shape side by side, of one concept or several: few large operations in place of many small ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+from torch.nn.functional import pad
+
+from spectral_diffusion.adapter import LayerPart
+from spectral_diffusion.spectrum import Spectrum
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConceptLayer:
+    """One concept's band in one layer, and the directions of other bands, `U_kept (out, m)`, `V_kept (in, m)`, to leave alone."""
+
+    band: Spectrum
+    U_kept: torch.Tensor
+    V_kept: torch.Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stack:
+    """`n` layers of one shape, of every concept that is being trained.
+
+    Attributes:
+        form: the module of the parametrisation.
+        keys: the layers' keys.
+        band: each concept's directions, `U (concepts, n, out, r)`, `s (concepts, n, r)`, `V (concepts, n, in, r)`.
+        tensors: the trained tensors by name, `(concepts, n, ...)` each.
+        U_kept, V_kept: what each leaves alone, `(concepts, n, out or in, m)`; columns that one has not are zero.
+    """
+
+    form: ModuleType
+    keys: tuple[str, ...]
+    band: Spectrum
+    tensors: dict[str, torch.Tensor]
+    U_kept: torch.Tensor
+    V_kept: torch.Tensor
+
+    def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return `up (concepts, n, out, k)` and `down (concepts, n, in, k)` of the tensors as they are now."""
+        return self.form.factors(self.band, self.tensors)
+
+    def confine(self) -> None:
+        """Take out of every layer what lies in other concepts' bands."""
+        if self.U_kept.shape[-1]:
+            self.form.confine(self.tensors, self.U_kept, self.V_kept)
+
+    def parts(self, concept: int) -> dict[str, LayerPart]:
+        """Return a copy of the layers of concept number `concept` as an adapter holds them, on the CPU."""
+
+        def taken(tensor: torch.Tensor, layer: int) -> torch.Tensor:
+            return tensor[concept, layer].detach().clone().cpu()
+
+        return {
+            key: LayerPart(
+                band=Spectrum(U=taken(self.band.U, i), s=taken(self.band.s, i), V=taken(self.band.V, i)),
+                tensors={name: taken(tensor, i) for name, tensor in self.tensors.items()},
+            )
+            for i, key in enumerate(self.keys)
+        }
+
+
+def stacked(form: ModuleType, concepts: Sequence[dict[str, ConceptLayer]]) -> list[Stack]:
+    """Return the layers of `concepts`, all of which have the same keys, stacked by part of the base and shape."""
+    groups: dict[tuple[object, ...], list[str]] = {}
+    for key, layer in concepts[0].items():
+        groups.setdefault((key.split(".")[0], layer.band.U.shape, layer.band.V.shape), []).append(key)
+    return [_stack(form, keys, [[layers[key] for key in keys] for layers in concepts]) for keys in groups.values()]
+
+
+def _stack(form: ModuleType, keys: list[str], concepts: list[list[ConceptLayer]]) -> Stack:
+    def of(take: Callable[[ConceptLayer], torch.Tensor]) -> torch.Tensor:
+        return torch.stack([torch.stack([take(layer) for layer in layers]) for layers in concepts])
+
+    kept = max(layer.U_kept.shape[1] for layers in concepts for layer in layers)
+    band = Spectrum(U=of(lambda layer: layer.band.U), s=of(lambda layer: layer.band.s), V=of(lambda layer: layer.band.V))
+    return Stack(
+        form=form,
+        keys=tuple(keys),
+        band=band,
+        tensors={name: tensor.requires_grad_(True) for name, tensor in form.initial(band).items()},
+        U_kept=of(lambda layer: pad(layer.U_kept, (0, kept - layer.U_kept.shape[1]))),
+        V_kept=of(lambda layer: pad(layer.V_kept, (0, kept - layer.V_kept.shape[1]))),
+    )
