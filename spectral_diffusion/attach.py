@@ -1,4 +1,4 @@
-"""Put an adapter on a base for a while: low-rank products beside the frozen layers, tokens beside the vocabulary.
+"""Put an adapter on a base for a while: changes beside the frozen layers or folded into them, tokens beside the vocabulary.
 
 The base's weights are never written; leaving the context takes everything off again, also after an error.
 """
@@ -16,6 +16,7 @@ from torch import nn
 from spectral_diffusion.adapter import Adapter, token_words
 from spectral_diffusion.base import Base, linear_layers, tokenizer_name
 from spectral_diffusion.errors import AdapterError, InputError
+from spectral_diffusion.joining import LowRank
 
 Factors = Callable[[], tuple[torch.Tensor, torch.Tensor]]
 """Gives a layer's `up (out, k)` and `down (in, k)` at the moment of the forward pass, or `(concepts, out, k)` and
@@ -64,6 +65,21 @@ def hooked(
 def _in_shares(values: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
     """Return `values (batch, ..., width)` as rows, `(rows, width)`, or for several concepts `(concepts, rows, width)`."""
     return values.reshape(*factor.shape[:-2], -1, values.shape[-1])
+
+
+@contextmanager
+def folded(layers: dict[str, nn.Linear], deltas: dict[str, LowRank]) -> Iterator[None]:
+    """While entered, layer `key` has the weight `W + up down^T` in place of its own, which costs nothing in a forward pass."""
+    own = {key: layers[key].weight.data for key in deltas}
+    try:
+        for key, delta in deltas.items():
+            up, down = (factor.to(own[key].device, torch.float32) for factor in (delta.up, delta.down))
+            whole = torch.addmm(own[key].flatten(1).float(), up, down.T)
+            layers[key].weight.data = whole.view(own[key].shape).to(own[key].dtype)
+        yield
+    finally:
+        for key, weight in own.items():
+            layers[key].weight.data = weight
 
 
 class ExtendedEmbedding(nn.Module):
@@ -175,9 +191,13 @@ def attached(base: Base, adapter: Adapter, gate: Gate | None = None) -> Iterator
     """
     layers = linear_layers(base, None)
     check_fits_base(base, adapter)
-    factors = {key: _constant(delta.up, delta.down, base) for key, delta in adapter.deltas().items()}
+    deltas = adapter.deltas()
+    if gate is None:
+        changed = folded(layers, deltas)
+    else:
+        changed = hooked(layers, {key: _constant(delta.up, delta.down, base) for key, delta in deltas.items()}, gate=gate)
     tokens = {concept.token: concept.embeddings for concept in adapter.concepts if concept.embeddings}
-    with with_tokens(base, tokens), hooked(layers, factors, gate=gate):
+    with with_tokens(base, tokens), changed:
         yield
 
 

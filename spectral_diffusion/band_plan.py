@@ -25,19 +25,19 @@ class TakenBand:
     path: Path
 
 
-def taken_bands(places: Sequence[Path], base: Base, except_for: Path) -> list[TakenBand]:
+def taken_bands(places: Sequence[Path], base: Base, except_for: Sequence[Path]) -> list[TakenBand]:
     """Return the bands of all adapters in `places` that belong to `base`'s family.
 
     Args:
         places: adapter files, or folders of which every adapter counts.
-        except_for: the file that is about to be written; what stands there now does not count.
+        except_for: the files that are about to be written; what stands there now does not count.
 
     Raises:
         AdapterError: a file that was named is no adapter, or a folder does not exist.
     """
-    taken = []
+    taken, excepted = [], {path.resolve() for path in except_for}
     for path in _adapter_files(places):
-        if path.resolve() == except_for.resolve():
+        if path.resolve() in excepted:
             continue
         adapter = load_adapter(path)
         if adapter.family != base.family:

@@ -29,7 +29,7 @@ from spectral_diffusion.picture_file import save_picture
 from spectral_diffusion.score import with_class_words
 from spectral_diffusion.spectrum import base_spectrum
 from spectral_diffusion.toyworld.judge import Judge, load_judge
-from spectral_diffusion.training import TrainingProgress, TrainingSettings, preset, train
+from spectral_diffusion.training import TrainingProgress, TrainingSettings, preset, train_together
 
 DEMO_CONCEPTS = ("poodle", "black-cat")
 PROMPTS = (
@@ -189,22 +189,20 @@ def _train_all(
     out: Path,
     on_line: Callable[[str], None],
     on_progress: Callable[[TrainingProgress], None],
-) -> tuple[dict[str, Adapter], dict[str, float]]:
-    trained: dict[str, Adapter] = {}
-    seconds: dict[str, float] = {}
+) -> tuple[dict[str, Adapter], float]:
     spectrum = base_spectrum(base, linear_layers(base, settings.layers))
     directions = min(len(layer.s) for layer in spectrum.values())
-    taken: list[Band] = []
+    bands: list[Band] = []
     for token, concept in concepts.items():
-        band = next_free_band(taken, settings.rank, directions)
-        taken.append(band)
-        on_line(f"Training {token} ({concept.class_word}) on singular directions {band} ...")
-        file = out / f"{concept.source.name}.safetensors"
-        result = train(base, concept, band, settings, checkpoint=file.with_suffix(".checkpoint"), on_progress=on_progress)
-        save_adapter(result.adapter, file)
-        file.with_suffix(".checkpoint").unlink(missing_ok=True)
-        trained[token], seconds[token] = result.adapter, round(result.seconds, 1)
-    return trained, seconds
+        bands.append(next_free_band(bands, settings.rank, directions))
+        on_line(f"Training {token} ({concept.class_word}) on singular directions {bands[-1]} ...")
+    together, checkpoint = list(zip(concepts.values(), bands, strict=True)), out / "training.checkpoint"
+    results = train_together(base, together, settings, checkpoint=checkpoint, on_progress=on_progress)
+    for concept, result in zip(concepts.values(), results, strict=True):
+        save_adapter(result.adapter, out / f"{concept.source.name}.safetensors")
+    checkpoint.unlink(missing_ok=True)
+    trained = {token: result.adapter for token, result in zip(concepts, results, strict=True)}
+    return trained, round(results[0].seconds, 1)
 
 
 def _by_prompt(group: dict[str, list[JudgedPicture]], score: str) -> dict[str, float]:

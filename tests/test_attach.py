@@ -73,6 +73,7 @@ def test_afterwards_the_base_is_bit_for_bit_what_it_was(fails: bool, tiny_base: 
     models = (pipeline.unet, pipeline.text_encoder, pipeline.vae)
     weights = [{name: tensor.clone() for name, tensor in model.state_dict().items()} for model in models]
     modules = [set(model.modules()) for model in models]
+    places = [[parameter.data_ptr() for parameter in model.parameters()] for model in models]
     tokenizer, words, before = pipeline.tokenizer, len(pipeline.tokenizer), outputs(tiny_base, "a <V1>")
     try:
         with attached(tiny_base, random_adapter(tiny_base)):
@@ -85,6 +86,7 @@ def test_afterwards_the_base_is_bit_for_bit_what_it_was(fails: bool, tiny_base: 
         state = model.state_dict()
         assert state.keys() == kept.keys() and all(torch.equal(state[name], kept[name]) for name in kept)
         assert set(model.modules()) == parts and not any(part._forward_hooks for part in parts)
+    assert [[parameter.data_ptr() for parameter in model.parameters()] for model in models] == places
     assert pipeline.tokenizer is tokenizer and len(tokenizer) == words
     assert same(outputs(tiny_base, "a <V1>"), before)
 
@@ -113,6 +115,26 @@ def test_a_token_that_begins_another_is_not_taken_for_it() -> None:
     assert tokens_in("a dog", []) == set()
 
 
+def test_while_drawing_nothing_is_computed_beside_the_layers(base: Base) -> None:
+    adapter = random_adapter(base)
+    with attached(base, adapter):
+        assert not any(module._forward_hooks for module in base.pipeline.unet.modules())
+        folded_in = outputs(base)
+    with attached(base, adapter, gate=lambda key, read: torch.ones(1, 1, read.shape[-1])):
+        beside = outputs(base)
+    for one, other in zip(folded_in, beside, strict=True):
+        assert (one - other).norm() / other.norm() < 1e-5  # float32 round-off through all layers
+
+
+def test_a_base_in_half_precision_gets_its_own_weights_back(tiny_base: Base) -> None:
+    unet = tiny_base.pipeline.unet.half()
+    before = {name: tensor.clone() for name, tensor in unet.state_dict().items()}
+    with attached(tiny_base, random_adapter(tiny_base)):
+        assert {tensor.dtype for tensor in unet.state_dict().values()} == {torch.float16}
+        assert not all(torch.equal(before[name], tensor) for name, tensor in unet.state_dict().items())
+    assert all(torch.equal(before[name], tensor) for name, tensor in unet.state_dict().items())
+
+
 def test_deltas_can_be_switched_off_for_a_while(base: Base) -> None:
     (layer,) = list(linear_layers(base).items())[:1]
     inputs, switch = torch.ones(1, layer[1].in_features), Switch()
@@ -122,6 +144,20 @@ def test_deltas_can_be_switched_off_for_a_while(base: Base) -> None:
         torch.testing.assert_close(layer[1](inputs), bare + layer[1].in_features, rtol=1e-6, atol=0)
         switch.on = False
         assert torch.equal(layer[1](inputs), bare)
+
+
+def test_each_share_of_a_batch_goes_through_factors_of_its_own(base: Base) -> None:
+    (key, layer), *_ = linear_layers(base).items()
+    generator = torch.Generator().manual_seed(0)
+    up, down = (torch.randn(3, width, 2, generator=generator) for width in (layer.out_features, layer.in_features))
+    inputs = torch.randn(6, 5, layer.in_features, generator=generator)
+    with hooked({key: layer}, {key: lambda: (up, down)}):
+        together = layer(inputs)
+    for share in range(3):
+        with hooked({key: layer}, {key: lambda share=share: (up[share], down[share])}):
+            own = layer(inputs[2 * share : 2 * share + 2])
+        # sums of 50 products in float32
+        torch.testing.assert_close(together[2 * share : 2 * share + 2], own, rtol=1e-5, atol=1e-5)
 
 
 def test_an_adapter_of_another_family_is_refused(base: Base) -> None:

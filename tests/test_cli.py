@@ -58,6 +58,22 @@ def test_from_photos_to_pictures_and_exported_files(run: Commands, photo_folder:
     assert "<V1>" in run.out and "directions 2-3" in run.out and "fits" in run.out
 
 
+def test_several_concepts_are_trained_in_one_go(run: Commands, photo_folder: Path, tmp_path: Path) -> None:
+    one, two = tmp_path / "one.safetensors", tmp_path / "two.safetensors"
+    words = ("--out", one, two, "--token", "<V1>", "<V2>", "--class-word", "dog", "cat", "--sample-every", 2, "--json", "-")
+    base = ("--base", run.base, "--device", "cpu", "--steps", 2, "--batch", 1, "--rank", 2)
+    trained = json.loads(run("train", photo_folder, photo_folder, *words, *base))
+    assert [data["concepts"][0]["token"] for data in trained] == ["<V1>", "<V2>"]
+    assert [data["concepts"][0]["band"] for data in trained] == [[0, 1], [2, 3]]
+    assert [load_adapter(file).tokens for file in (one, two)] == [("<V1>",), ("<V2>",)]
+    assert [len(list((tmp_path / f"{name}-samples").iterdir())) for name in ("one", "two")] == [2, 2]
+    assert not list(tmp_path.glob("*.checkpoint"))
+    run("train", photo_folder, photo_folder, *words[:5], "<V3>", *base, "--force", expect=1)
+    assert "--token has 3 values for 2 folder(s) of photos" in run.error
+    run("train", photo_folder, photo_folder, "--out", one, one, *words[3:9], *base, "--force", expect=1)
+    assert "Two concepts have the same --out" in run.error
+
+
 def test_progress_and_text_do_not_mix_with_data(run: Commands, photo_folder: Path, tmp_path: Path) -> None:
     adapter = tmp_path / "one.safetensors"
     trained = json.loads(run.train(photo_folder, adapter, "--token", "<V1>", "--json", "-"))

@@ -87,6 +87,15 @@ def trained_tensors(adapter: Adapter) -> dict[str, torch.Tensor]:
     return named | concept.embeddings | concept.activations
 
 
+def assert_near(one: Adapter, other: Adapter) -> None:
+    """Assert that the two learnt the same but for the order of float32 sums, which Adam magnifies where gradients are small."""
+    measured = one.concepts[0].activations  # eigenvectors, of which the last are anything
+    first, second = trained_tensors(one), trained_tensors(other)
+    assert first.keys() == second.keys()
+    for name in first.keys() - measured.keys():
+        assert (first[name] - second[name]).norm() <= 1e-2 * second[name].norm().clamp(min=1e-6), name
+
+
 def assert_bit_equal(one: Adapter, other: Adapter) -> None:
     first, second = trained_tensors(one), trained_tensors(other)
     assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)

@@ -299,7 +299,7 @@ def _reserved_band(studio: Studio, base: Base, settings: TrainingSettings, token
         record = json.loads(mine.read_text(encoding="utf-8"))
         if record["rank"] == settings.rank and record["fingerprint"] == base.fingerprint:
             return Band(start=record["start"], rank=record["rank"])
-    taken = taken_bands([studio.folder("adapters")], base, except_for=out)
+    taken = taken_bands([studio.folder("adapters")], base, except_for=[out])
     for path in studio.folder("adapters").glob("*.band.json"):
         record = json.loads(path.read_text(encoding="utf-8"))
         if path != mine:

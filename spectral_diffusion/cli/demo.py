@@ -28,7 +28,7 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
     quiet_libraries()
     from spectral_diffusion.demo import run_demo
 
-    with closing(TrainingDisplay(arguments.out)) as training, closing(CountDisplay("drawing", "picture")) as drawing:
+    with closing(TrainingDisplay()) as training, closing(CountDisplay("drawing", "picture")) as drawing:
         report = run_demo(arguments.out, on_line=console.say, on_progress=training.show, on_drawn=drawing.show)
     console.give(report)
     return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,9 +34,9 @@ class CountDisplay:
 
 
 class TrainingDisplay:
-    """Shows each training as a bar that begins where the training does, and keeps sample pictures in a folder."""
+    """Shows each training as a bar that begins where the training does, and keeps each concept's sample pictures in a folder."""
 
-    def __init__(self, samples: Path):
+    def __init__(self, samples: Sequence[Path] = ()):
         self.samples = samples
         self.bar: tqdm | None = None
 
@@ -49,7 +50,9 @@ class TrainingDisplay:
         if progress.samples:
             from spectral_diffusion.album import save_samples
 
-            save_samples(progress.samples, progress.step, self.samples)
+            each = len(progress.samples) // len(self.samples)
+            for number, folder in enumerate(self.samples):
+                save_samples(progress.samples[number * each : (number + 1) * each], progress.step, folder)
         if progress.step == progress.steps:
             self.close()
 

@@ -1,9 +1,10 @@
-"""`spectral-diffusion train`: photos of one concept in, an adapter file out."""
+"""`spectral-diffusion train`: photos of one concept or several in, an adapter file each out."""
 
 from __future__ import annotations
 
 import argparse
 import logging
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import Field, fields, replace
 from pathlib import Path
@@ -16,10 +17,11 @@ from spectral_diffusion.cli.options import (
     add_base_options,
     add_device_option,
     add_json_option,
-    add_out_options,
     load_chosen_base,
+    safetensors_file,
 )
 from spectral_diffusion.cli.outputs import check_output, check_writable
+from spectral_diffusion.errors import InputError
 
 if TYPE_CHECKING:
     from spectral_diffusion.bands import Band
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
     from spectral_diffusion.concept import Concept
     from spectral_diffusion.training import TrainingResult, TrainingSettings
 
-SUMMARY = "train one concept from a folder of photos"
+SUMMARY = "train a concept from a folder of photos, or several at once"
 
 logger = logging.getLogger(__name__)
 
@@ -38,14 +40,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     parser.add_argument(
         "photos",
+        nargs="+",
         type=Path,
         metavar="PHOTOS",
-        help="folder with photos of one concept; captions NAME.txt, masks NAME-mask.png and concept.toml may be there",
+        help="folder with photos of one concept; captions NAME.txt, masks NAME-mask.png and concept.toml may be there. "
+        "Several folders are several concepts, trained in one go: sooner than one by one, with the same result",
     )
-    parser.add_argument("--token", metavar="WORD", help='the word that calls the concept in prompts, such as "<V1>"')
-    parser.add_argument("--class-word", metavar="WORD", help="what it is, in a word that the base knows, such as dog")
+    parser.add_argument("--token", nargs="+", metavar="WORD", help='the word that calls each concept in prompts, such as "<V1>"')
+    parser.add_argument(
+        "--class-word", nargs="+", metavar="WORD", help="what each is, in a word that the base knows, such as dog"
+    )
     parser.add_argument("--preset", choices=PRESETS, default="balanced", help="how long to train (default: %(default)s)")
-    add_out_options(parser, "the adapter")
+    parser.add_argument(
+        "--out", nargs="+", type=safetensors_file, required=True, metavar="FILE", help="each adapter, a .safetensors file"
+    )
+    parser.add_argument("--force", action="store_true", help="overwrite --out if it exists")
     parser.add_argument(
         "--avoid",
         action="append",
@@ -54,7 +63,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PLACE",
         help="an adapter, or a folder of adapters, whose bands are taken; repeatable",
     )
-    parser.add_argument("--band", type=int, metavar="START", help="first singular direction (default: the next free band)")
+    parser.add_argument(
+        "--band", type=int, metavar="START", help="first singular direction; more concepts follow (default: free bands)"
+    )
     parser.add_argument("--allow-overlap", action="store_true", help="accept a --band that an avoided adapter has taken")
     add_base_options(parser)
     add_device_option(parser)
@@ -83,23 +94,45 @@ def _setting_options(field: Field[Any]) -> dict[str, Any]:
 
 def run(arguments: argparse.Namespace, console: Console) -> int:
     """Train, save, and say what was made; a stopped training keeps its checkpoint and returns 1."""
-    check_output(arguments.out, force=arguments.force)
+    outs: list[Path] = arguments.out
+    tokens, class_words = (_one_each(arguments, name) for name in ("token", "class_word"))
+    if len(_one_each(arguments, "out")) > len({out.resolve() for out in outs}):
+        raise InputError("Two concepts have the same --out; give each a file of its own.")
+    for out in outs:
+        check_output(out, force=arguments.force)
     quiet_libraries()
     from spectral_diffusion.adapter_file import save_adapter
     from spectral_diffusion.concept import load_concept
 
-    concept = load_concept(arguments.photos, token=arguments.token, class_word=arguments.class_word)
+    named = zip(arguments.photos, tokens, class_words, strict=True)
+    concepts = [load_concept(photos, token=token, class_word=class_word) for photos, token, class_word in named]
     base = load_chosen_base(arguments)
     settings = _chosen_settings(arguments, base)
-    band = _chosen_band(arguments, base, settings, concept.token, console)
-    checkpoint = arguments.out.with_name(f"{arguments.out.name}.checkpoint")
-    result = _train(base, concept, band, settings, checkpoint, arguments.out)
-    if not result.finished:
-        return _say_how_to_resume(result, settings, checkpoint)
-    save_adapter(result.adapter, arguments.out)
+    bands = _chosen_bands(arguments, base, settings, [concept.token for concept in concepts], console)
+    checkpoint = outs[0].with_name(f"{outs[0].name}.checkpoint")
+    results = _train(base, list(zip(concepts, bands, strict=True)), settings, checkpoint, outs)
+    if not results[0].finished:
+        return _say_how_to_resume(results[0], settings, checkpoint)
+    for result, out in zip(results, outs, strict=True):
+        save_adapter(result.adapter, out)
     checkpoint.unlink(missing_ok=True)
-    _report(result, arguments.out, console)
+    _report(results, outs, console)
     return 0
+
+
+def _one_each(arguments: argparse.Namespace, name: str) -> list[Any]:
+    """Return what was given as option `name`, one for each folder of photos; as many times nothing where it was left out.
+
+    Raises:
+        InputError: there are more or fewer.
+    """
+    given, folders = getattr(arguments, name), len(arguments.photos)
+    if given is not None and len(given) != folders:
+        option = f"--{name.replace('_', '-')}"
+        raise InputError(
+            f"{option} has {len(given)} values for {folders} folder(s) of photos; give one for each, in their order."
+        )
+    return given or [None] * folders
 
 
 def _chosen_settings(arguments: argparse.Namespace, base: Base) -> TrainingSettings:
@@ -112,35 +145,43 @@ def _chosen_settings(arguments: argparse.Namespace, base: Base) -> TrainingSetti
     return replace(preset(arguments.preset, base), **changes)
 
 
-def _chosen_band(arguments: argparse.Namespace, base: Base, settings: TrainingSettings, token: str, console: Console) -> Band:
-    """Return the concept's band and say how many concepts the base has room for."""
-    from spectral_diffusion.band_plan import choose_band, fewest_directions, taken_bands
+def _chosen_bands(
+    arguments: argparse.Namespace, base: Base, settings: TrainingSettings, tokens: Sequence[str], console: Console
+) -> list[Band]:
+    """Return a band for each concept and say how many concepts the base has room for."""
+    from spectral_diffusion.band_plan import TakenBand, choose_band, fewest_directions, taken_bands
     from spectral_diffusion.bands import slots
 
     taken = taken_bands(arguments.avoid, base, except_for=arguments.out)
     for other in taken:
-        if other.token.lower() == token.lower():
+        if other.token.lower() in map(str.lower, tokens):
             logger.warning("'%s' uses the token '%s' too, so the two can never be fused.", other.path, other.token)
     with closing(CountDisplay("spectrum", "layer")) as display:
         directions = fewest_directions(base, settings.layers, display.show)
-    band = choose_band(arguments.band, settings.rank, directions, taken, allow_overlap=arguments.allow_overlap)
-    console.say(
-        f"The base has room for {slots(directions, settings.rank)} concepts of rank {settings.rank}; "
-        f"{token} gets the singular directions {band}."
-    )
-    return band
+    console.say(f"The base has room for {slots(directions, settings.rank)} concepts of rank {settings.rank}.")
+    bands = []
+    for number, (token, out) in enumerate(zip(tokens, arguments.out, strict=True)):
+        start = None if arguments.band is None else arguments.band + number * settings.rank
+        band = choose_band(start, settings.rank, directions, taken, allow_overlap=arguments.allow_overlap)
+        console.say(f"{token} gets the singular directions {band}.")
+        taken.append(TakenBand(token=token, band=band, path=out))
+        bands.append(band)
+    return bands
 
 
-def _train(base: Base, concept: Concept, band: Band, settings: TrainingSettings, checkpoint: Path, out: Path) -> TrainingResult:
+def _train(
+    base: Base, concepts: Sequence[tuple[Concept, Band]], settings: TrainingSettings, checkpoint: Path, outs: Sequence[Path]
+) -> list[TrainingResult]:
     """Train with a progress bar until the end or Ctrl-C."""
-    from spectral_diffusion.training import train
+    from spectral_diffusion.training import train_together
 
-    samples = out.with_name(f"{out.stem}-samples")
+    samples = [out.with_name(f"{out.stem}-samples") for out in outs]
     if settings.sample_every:
-        check_writable(samples)
+        for folder in samples:
+            check_writable(folder)
     notice = "Stopping after this step; press Ctrl-C again to leave at once."
     with stop_on_interrupt(notice) as should_stop, closing(TrainingDisplay(samples)) as display:
-        return train(base, concept, band, settings, checkpoint=checkpoint, on_progress=display.show, should_stop=should_stop)
+        return train_together(base, concepts, settings, checkpoint=checkpoint, on_progress=display.show, should_stop=should_stop)
 
 
 def _say_how_to_resume(result: TrainingResult, settings: TrainingSettings, checkpoint: Path) -> int:
@@ -153,9 +194,15 @@ def _say_how_to_resume(result: TrainingResult, settings: TrainingSettings, check
     return 1
 
 
-def _report(result: TrainingResult, out: Path, console: Console) -> None:
-    data = adapter_data(result.adapter, out) | {"steps": result.steps_done, "seconds": round(result.seconds, 1)}
-    console.say(f"Trained in {result.seconds:.0f} seconds:")
-    for line in adapter_lines(data):
-        console.say(line)
-    console.give(data)
+def _report(results: Sequence[TrainingResult], outs: Sequence[Path], console: Console) -> None:
+    """Say what was made; the data of one concept stands by itself, that of several in a list."""
+    seconds = results[0].seconds
+    console.say(f"Trained in {seconds:.0f} seconds:")
+    made = [
+        adapter_data(result.adapter, out) | {"steps": result.steps_done, "seconds": round(seconds, 1)}
+        for result, out in zip(results, outs, strict=True)
+    ]
+    for data in made:
+        for line in adapter_lines(data):
+            console.say(line)
+    console.give(made if len(made) > 1 else made[0])

@@ -6,6 +6,8 @@ A form is a module with
 - `initial(band) -> dict[str, Tensor]`: trained tensors, all zero, so that nothing changes at the start,
 - `factors(band, tensors) -> (up (out, k), down (in, k))`: the change of the weight is `up @ down.T`,
 - `confine(tensors, U_kept, V_kept)`: make the tensors respect directions that belong to other concepts.
+
+The last two dimensions are the layer's; where others stand before them, each function works on many layers at once.
 """
 
 from spectral_diffusion.parametrisations import additive, lora, rotational

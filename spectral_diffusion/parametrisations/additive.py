@@ -13,26 +13,27 @@ TENSORS = ("A", "B", "c")
 
 
 def initial(band: Spectrum) -> dict[str, torch.Tensor]:
-    """Return `A (out, r)`, `B (in, r)` and `c (r)`, all zero."""
+    """Return `A (..., out, r)`, `B (..., in, r)` and `c (..., r)`, all zero."""
     return {"A": torch.zeros_like(band.U), "B": torch.zeros_like(band.V), "c": torch.zeros_like(band.s)}
 
 
 def factors(band: Spectrum, tensors: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return `up (out, 2r)` and `down (in, 2r)` of the difference `W' - W`, written without cancellation.
+    """Return `up (..., out, 2r)` and `down (..., in, 2r)` of the difference `W' - W`, written without cancellation.
 
     It is exactly zero for zero tensors, in any precision; its rank is at most `2r`.
     """
-    A, B, c = tensors["A"], tensors["B"], tensors["c"]
-    up = torch.cat([A * (band.s + c) + band.U * c, (band.U + A) * (band.s + c)], dim=1)
-    down = torch.cat([band.V, B], dim=1)
+    A, B, c = tensors["A"], tensors["B"], tensors["c"][..., None, :]
+    s = band.s[..., None, :] + c
+    up = torch.cat([A * s + band.U * c, (band.U + A) * s], dim=-1)
+    down = torch.cat([band.V, B], dim=-1)
     return up, down
 
 
 @torch.no_grad()
 def confine(tensors: dict[str, torch.Tensor], U_kept: torch.Tensor, V_kept: torch.Tensor) -> None:
-    """Project `A` and `B` in place onto the complement of `U_kept (out, m)` and `V_kept (in, m)` (orthonormal columns).
+    """Project `A` and `B` in place onto the complement of `U_kept (..., out, m)`, `V_kept (..., in, m)` (orthonormal columns).
 
     The parameters are projected, not their gradients: an adaptive optimiser's step leaves the subspace.
     """
-    tensors["A"].sub_(U_kept @ (U_kept.T @ tensors["A"]))
-    tensors["B"].sub_(V_kept @ (V_kept.T @ tensors["B"]))
+    tensors["A"].sub_(U_kept @ (U_kept.mT @ tensors["A"]))
+    tensors["B"].sub_(V_kept @ (V_kept.mT @ tensors["B"]))

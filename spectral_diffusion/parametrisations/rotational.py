@@ -14,19 +14,19 @@ TENSORS = ("Q_U", "Q_V", "g")
 
 
 def initial(band: Spectrum) -> dict[str, torch.Tensor]:
-    """Return `Q_U (r, r)`, `Q_V (r, r)` and `g (r)`, all zero."""
-    rank = len(band.s)
-    return {"Q_U": band.s.new_zeros(rank, rank), "Q_V": band.s.new_zeros(rank, rank), "g": torch.zeros_like(band.s)}
+    """Return `Q_U (..., r, r)`, `Q_V (..., r, r)` and `g (..., r)`, all zero."""
+    square = torch.zeros_like(torch.diag_embed(band.s))
+    return {"Q_U": square, "Q_V": square.clone(), "g": torch.zeros_like(band.s)}
 
 
 def factors(band: Spectrum, tensors: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return `up (out, r)` and `down (in, r)` of the difference `W' - W`: exactly zero for zero tensors, rank at most `r`.
+    """Return `up (..., out, r)` and `down (..., in, r)` of `W' - W`: exactly zero for zero tensors, rank at most `r`.
 
     With `R = I + P` the difference of the cores is `diag(s g) + P_U S + S P_V^T + P_U S P_V^T`, `S = diag(s (1 + g))`.
     """
     P_U, P_V = _rotation_minus_identity(tensors["Q_U"]), _rotation_minus_identity(tensors["Q_V"])
-    S = torch.diag(band.s * (1 + tensors["g"]))
-    core = torch.diag(band.s * tensors["g"]) + P_U @ S + S @ P_V.T + P_U @ S @ P_V.T
+    S = torch.diag_embed(band.s * (1 + tensors["g"]))
+    core = torch.diag_embed(band.s * tensors["g"]) + P_U @ S + S @ P_V.mT + P_U @ S @ P_V.mT
     return band.U @ core, band.V
 
 
@@ -36,6 +36,6 @@ def confine(tensors: dict[str, torch.Tensor], U_kept: torch.Tensor, V_kept: torc
 
 def _rotation_minus_identity(raw: torch.Tensor) -> torch.Tensor:
     """Return `R - I = 2 (I - Q)^-1 Q` for the skew part `Q` of `raw`, solved in float32 at least: LAPACK has no half."""
-    Q = ((raw - raw.T) / 2).to(torch.promote_types(raw.dtype, torch.float32))
-    identity = torch.eye(len(Q), device=Q.device, dtype=Q.dtype)
+    Q = ((raw - raw.mT) / 2).to(torch.promote_types(raw.dtype, torch.float32))
+    identity = torch.eye(Q.shape[-1], device=Q.device, dtype=Q.dtype)
     return (2 * torch.linalg.solve(identity - Q, Q)).to(raw.dtype)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import logging
@@ -105,7 +104,7 @@ class Run:
     def _state(self) -> dict[str, Any]:
         return {
             "trainable": self.trainable.state(),
-            "optimizer": copy.deepcopy(self.optimizer.state_dict()),
+            "optimizer": _copied(self.optimizer.state_dict()),
             "step": self.step,
             "seconds": self.seconds,
         }
@@ -249,3 +248,12 @@ class Run:
         raise TrainingError(
             f"The training stopped at step {self.step}: {what}.{kept} Lower the learning rates, or look for a damaged photo."
         )
+
+
+def _copied(state: Any) -> Any:
+    """Return a copy of an optimiser's state; `copy.deepcopy` takes as long as the optimiser's step."""
+    if isinstance(state, torch.Tensor):
+        return state.clone()
+    if isinstance(state, dict):
+        return {name: _copied(value) for name, value in state.items()}
+    return [_copied(value) for value in state] if isinstance(state, list) else state

@@ -43,22 +43,12 @@ class Stack:
 
     def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return `up (concepts, n, out, k)` and `down (concepts, n, in, k)` of the tensors as they are now."""
-        return _for_each(
-            lambda band, tensors: self.form.factors(Spectrum(**band), tensors),
-            {name: getattr(self.band, name) for name in ("U", "s", "V")},
-            self.tensors,
-        )
+        return self.form.factors(self.band, self.tensors)
 
-    @torch.no_grad()
     def confine(self) -> None:
         """Take out of every layer what lies in other concepts' bands."""
-
-        def confined(tensors: dict[str, torch.Tensor], U: torch.Tensor, V: torch.Tensor) -> dict[str, torch.Tensor]:
-            self.form.confine(tensors, U, V)
-            return tensors
-
         if self.U_kept.shape[-1]:
-            _for_each(confined, self.tensors, self.U_kept, self.V_kept)
+            self.form.confine(self.tensors, self.U_kept, self.V_kept)
 
     def parts(self, concept: int) -> dict[str, LayerPart]:
         """Return a copy of the layers of concept number `concept` as an adapter holds them, on the CPU."""
@@ -75,11 +65,6 @@ class Stack:
         }
 
 
-def _for_each(function: Callable[..., object], *arguments: object) -> object:
-    """Call `function` for every concept and layer at once."""
-    return torch.func.vmap(torch.func.vmap(function))(*arguments)
-
-
 def stacked(form: ModuleType, concepts: Sequence[dict[str, ConceptLayer]]) -> list[Stack]:
     """Return the layers of `concepts`, all of which have the same keys, stacked by part of the base and shape."""
     groups: dict[tuple[object, ...], list[str]] = {}
@@ -93,12 +78,12 @@ def _stack(form: ModuleType, keys: list[str], concepts: list[list[ConceptLayer]]
         return torch.stack([torch.stack([take(layer) for layer in layers]) for layers in concepts])
 
     kept = max(layer.U_kept.shape[1] for layers in concepts for layer in layers)
-    names = form.initial(concepts[0][0].band)
+    band = Spectrum(U=of(lambda layer: layer.band.U), s=of(lambda layer: layer.band.s), V=of(lambda layer: layer.band.V))
     return Stack(
         form=form,
         keys=tuple(keys),
-        band=Spectrum(U=of(lambda layer: layer.band.U), s=of(lambda layer: layer.band.s), V=of(lambda layer: layer.band.V)),
-        tensors={name: of(lambda layer, name=name: form.initial(layer.band)[name]).requires_grad_(True) for name in names},
+        band=band,
+        tensors={name: tensor.requires_grad_(True) for name, tensor in form.initial(band).items()},
         U_kept=of(lambda layer: pad(layer.U_kept, (0, kept - layer.U_kept.shape[1]))),
         V_kept=of(lambda layer: pad(layer.V_kept, (0, kept - layer.V_kept.shape[1]))),
     )
