@@ -62,12 +62,12 @@ def build_concepts(studio: Studio, live: Live) -> None:
         do, target, _ = said(event)
         return target if do == "open" else name, ""
 
-    def remove_concept(name: str, event: gr.EventData) -> str | None:
+    def remove_concept(event: gr.EventData) -> tuple[Any, ...]:
         do, target, _ = said(event)
-        if do == "remove-concept":
-            attempt(library.remove_concept, studio, target, done="It lies among the removed ones.")
-            return _first_choice(studio)
-        return name
+        if do != "remove-concept":
+            return gr.skip(), gr.skip()
+        attempt(library.remove_concept, studio, target, done="It lies among the removed ones.")
+        return (gr.skip(), gr.skip()) if target in library.concept_names(studio) else (_first_choice(studio), "")
 
     def add(word: str, wanted: str, files: list[str] | None) -> tuple[Any, ...]:
         name = attempt(_create, studio, word, wanted, [Path(file) for file in files or ()])
@@ -90,7 +90,7 @@ def build_concepts(studio: Studio, live: Live) -> None:
         lambda: attempt(queue_tour, studio, done="The tour is queued: two trainings, then fusing, drawing, exporting."), **EVENT
     )
     cards.click(open_concept, chosen, [chosen, paper], **EVENT)
-    photos.click(remove_concept, chosen, chosen, **EVENT)
+    photos.click(remove_concept, None, [chosen, paper], **EVENT)
     class_word.blur(
         lambda word: gr.update(placeholder=library.suggest_token(studio, word) if word.strip() else _TOKEN),  # taken when empty
         class_word,
