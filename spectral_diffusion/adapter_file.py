@@ -1,9 +1,8 @@
 """Adapter files: one safetensors with everything an adapter is, its description as JSON in the metadata.
 
 Tensors are named `NUMBER/embeddings/TEXT_ENCODER`, `NUMBER/layers/LAYER/TENSOR` (`U`, `s`, `V` of the band and the trained
-ones) and `NUMBER/activations/GROUP`, where `NUMBER` counts the concepts. Band and trained matrices are stored in float16, the
-rest in float32 (the aligned sum solves with the activations, and their rounding would come out of it a thousandfold); reading
-returns float32.
+ones) and `NUMBER/activations/GROUP`, where `NUMBER` counts the concepts. Matrices of the layers and the activations are stored in
+float16, the rest in float32; reading returns float32.
 """
 
 from __future__ import annotations
@@ -22,14 +21,15 @@ from spectral_diffusion.adapter import Adapter, ConceptPart, LayerPart, input_gr
 from spectral_diffusion.bands import Band
 from spectral_diffusion.errors import AdapterError, InputError
 from spectral_diffusion.files import write_atomically
-from spectral_diffusion.parametrisations import FORMS, PARAMETRISATIONS
+from spectral_diffusion.finite import is_finite
+from spectral_diffusion.parametrisations import FORMS, SPECTRAL
 from spectral_diffusion.spectrum import Spectrum
 
 FORMAT = "spectral-diffusion-adapter"
 FORMAT_VERSION = 1
 _LAYER = re.compile(r"(unet|text_encoder|text_encoder_2)(\.[A-Za-z0-9_]+)+|text")
 _TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
-_TALL = ("U", "V", "A", "B", "up", "down")
+_TALL = ("U", "V", "A", "B", "up", "down", "matrix")
 
 
 def save_adapter(adapter: Adapter, path: Path) -> None:
@@ -43,7 +43,7 @@ def save_adapter(adapter: Adapter, path: Path) -> None:
         for part, vectors in concept.embeddings.items():
             tensors[f"{number}/embeddings/{part}"] = vectors
         for group, factor in concept.activations.items():
-            tensors[f"{number}/activations/{group}"] = factor
+            tensors[f"{number}/activations/{group}"] = _in_half(factor)
         for key, part in concept.layers.items():
             band = {"U": part.band.U, "s": part.band.s, "V": part.band.V} if part.band else {}
             for name, tensor in (band | part.tensors).items():
@@ -56,7 +56,7 @@ def save_adapter(adapter: Adapter, path: Path) -> None:
 def _in_half(tensor: torch.Tensor) -> torch.Tensor:
     """Return `tensor` in float16, or as it is where a number is too large for that: an adapter is never lost."""
     half = tensor.half()
-    return half if torch.isfinite(half).all() else tensor
+    return half if is_finite(half) else tensor
 
 
 def _describe(adapter: Adapter) -> dict[str, Any]:
@@ -67,6 +67,7 @@ def _describe(adapter: Adapter) -> dict[str, Any]:
         "version": FORMAT_VERSION,
         "family": adapter.family,
         "fingerprint": adapter.fingerprint,
+        "prediction_type": adapter.prediction_type,
         "method": adapter.method,
         "concepts": [
             {
@@ -126,6 +127,7 @@ def _assemble(description: dict[str, Any], tensors: dict[str, torch.Tensor]) -> 
     return Adapter(
         family=str(description["family"]),
         fingerprint=str(description["fingerprint"]),
+        prediction_type=str(description.get("prediction_type", "")),  # earlier files do not say it
         concepts=concepts,
         weights=tuple(float(record["weight"]) for record in description["concepts"]),
         method=description["method"],
@@ -139,7 +141,7 @@ def _checked_numbers(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor
         if not tensor.is_floating_point():
             raise AdapterError(f"tensor '{name}' holds {tensor.dtype} instead of floating-point numbers.")
         checked[name] = tensor.float()
-        if not torch.isfinite(checked[name]).all():
+        if not is_finite(checked[name]):
             raise AdapterError(f"tensor '{name}' holds NaN or infinite numbers; train it again.")
     return checked
 
@@ -147,7 +149,8 @@ def _checked_numbers(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor
 def _assemble_concept(number: int, record: dict[str, Any], remaining: dict[str, torch.Tensor]) -> ConceptPart:
     if record["parametrisation"] not in FORMS:
         raise AdapterError(f"its parametrisation '{record['parametrisation']}' is unknown; update this program.")
-    has_band = record["parametrisation"] in PARAMETRISATIONS
+    is_spectral = record["parametrisation"] in SPECTRAL
+    has_band = is_spectral or record["band"] is not None
     band = Band(start=int(record["band"][0]), rank=int(record["band"][1])) if has_band else None
     embeddings: dict[str, torch.Tensor] = {}
     grouped: dict[str, dict[str, torch.Tensor]] = {}
@@ -162,7 +165,9 @@ def _assemble_concept(number: int, record: dict[str, Any], remaining: dict[str, 
             embeddings[path[0]] = remaining.pop(name)
         else:
             raise AdapterError(f"tensor '{name}' has a name that no adapter has.")
-    layers = {key: _assemble_layer(key, part, record["parametrisation"], band) for key, part in grouped.items()}
+    layers = {
+        key: _assemble_layer(key, part, record["parametrisation"], band if is_spectral else None) for key, part in grouped.items()
+    }
     if band or embeddings:
         _check_embeddings(record["token"], embeddings)
     if not layers:
@@ -202,7 +207,7 @@ def _assemble_layer(key: str, tensors: dict[str, torch.Tensor], parametrisation:
     if set(tensors) != expected_names:
         raise AdapterError(f"layer '{key}' holds {sorted(tensors)}, expected {sorted(expected_names)}.")
     if own is None:
-        return _assemble_lora(key, tensors)
+        return _assemble_dense(key, tensors) if parametrisation == "dense" else _assemble_lora(key, tensors)
     band = Spectrum(U=tensors["U"], s=tensors["s"], V=tensors["V"])
     shapes_fit = (band.U.ndim, band.s.ndim, band.V.ndim) == (2, 1, 2) and band.U.shape[1] == band.V.shape[1] == len(
         band.s
@@ -224,6 +229,12 @@ def _assemble_lora(key: str, tensors: dict[str, torch.Tensor]) -> LayerPart:
         raise AdapterError(
             f"layer '{key}' has factors of shape {tuple(up.shape)} and {tuple(down.shape)}, expected (out, r) and (in, r)."
         )
+    return LayerPart(band=None, tensors=tensors)
+
+
+def _assemble_dense(key: str, tensors: dict[str, torch.Tensor]) -> LayerPart:
+    if tensors["matrix"].ndim != 2 or not tensors["matrix"].numel():
+        raise AdapterError(f"the matrix of layer '{key}' has shape {tuple(tensors['matrix'].shape)}, expected (out, in).")
     return LayerPart(band=None, tensors=tensors)
 
 

@@ -63,6 +63,11 @@ class Base:
         return {part: getattr(self.pipeline, tokenizer_name(part)) for part in self.text_encoders}
 
     @property
+    def prediction_type(self) -> str:
+        """What the base predicts: the noise, `epsilon`, or the velocity, `v_prediction`."""
+        return self.pipeline.scheduler.config.prediction_type
+
+    @property
     def resolution(self) -> int:
         """Side in pixels of the pictures that the base was made for."""
         return self.pipeline.unet.config.sample_size * self.pipeline.vae_scale_factor

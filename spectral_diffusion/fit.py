@@ -14,6 +14,9 @@ from spectral_diffusion.base import Base, linear_layers
 GROUPS = ("text encoder", "UNet down", "UNet mid", "UNet up")
 """Groups of layers that a fit is told for, in the order of the data's way."""
 
+ROUNDING = 0.01
+"""A misfit below this comes from rounding, of the adapter's file or of a copy of its base in another precision."""
+
 
 def layer_group(key: str) -> str:
     """Return which of `GROUPS` the layer `key` belongs to."""

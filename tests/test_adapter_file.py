@@ -89,6 +89,22 @@ def test_a_fused_adapter_comes_back_and_gives_the_same_deltas(pair: Adapter, fil
         assert (deltas[key].dense() - delta.dense()).norm() / delta.dense().norm() < 1e-3  # float16's rounding of the factors
 
 
+def test_a_file_of_an_earlier_release_is_read(pair: Adapter, file: Path) -> None:
+    """It held more of the activations, in float32, and did not say what its base predicts."""
+    earlier = {
+        f"{number}/activations/{group}": torch.randn(len(factor), 48, generator=torch.Generator().manual_seed(2))
+        for number, concept in enumerate(pair.concepts)
+        for group, factor in concept.activations.items()
+    }
+    rewrite(file, lambda tensors, description: (tensors.update(earlier), description.pop("prediction_type")))
+    loaded = load_adapter(file)
+    assert loaded.prediction_type == ""
+    for name, factor in earlier.items():
+        number, _, group = name.split("/")
+        assert torch.equal(loaded.concepts[int(number)].activations[group], factor)
+    assert all(delta.dense().isfinite().all() for delta in loaded.deltas().values())
+
+
 def test_numbers_too_large_for_half_precision_are_kept(pair: Adapter, tmp_path: Path) -> None:
     large = {key: replace(part, tensors=part.tensors | {"A": part.tensors["A"] * 1e9}) for key, part in layers(pair).items()}
     adapter = replace(pair.only(pair.tokens[:1]), concepts=(replace(pair.concepts[0], layers=large),))
@@ -178,7 +194,8 @@ def drop_activations(tensors: Tensors, description: Description) -> None:
         (say(concepts=[]), "it holds no concept"),
         (say(concepts={"a": 1}), "description is damaged"),
         (say(concepts=7), "description is damaged"),
-        (say(method="average"), "'average' is not a way to join"),
+        (say(method="mean"), "'mean' is not a way to join"),
+        (say(prediction_type="sample"), "'sample' is nothing that a base predicts"),
         (say_of_concept(band=[0, 0]), "rank of a band must be at least 1"),
         (say_of_concept(band=[-1, 2]), "must start at direction 0 or later"),
         (say_of_concept(band=[0, 3]), "does not have 3 directions"),

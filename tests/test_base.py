@@ -125,7 +125,7 @@ def test_a_training_moves_every_part_that_the_unet_reads(
 ) -> None:
     adapter, base = trained(family), loaded_bases[family]
     (concept,) = adapter.concepts
-    assert (adapter.family, adapter.fingerprint) == (family, base.fingerprint)
+    assert (adapter.family, adapter.fingerprint, adapter.prediction_type) == (family, base.fingerprint, "epsilon")
     assert list(concept.embeddings) == PARTS[family]
     for part, vectors in concept.embeddings.items():
         dog = base.tokenizers[part]("dog", add_special_tokens=False).input_ids

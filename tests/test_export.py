@@ -97,6 +97,7 @@ def test_the_metadata_is_complete(export: Export) -> None:
         "ss_network_alpha": "7.0", "ss_output_name": "my pair", "sshs_model_hash": hashlib.sha256(payload).hexdigest(),
         "modelspec.sai_model_spec": "1.0.1", "modelspec.architecture": "stable-diffusion-v1/lora",
         "modelspec.title": "my pair", "modelspec.resolution": "64x64", "modelspec.trigger_phrase": "V1, Kätzchen",
+        "modelspec.prediction_type": "epsilon",
     }  # fmt: skip
     assert {key: metadata.get(key) for key in expected} == expected
     assert metadata.keys() - expected.keys() == {"ss_tag_frequency", "modelspec.date", "modelspec.description"}
@@ -126,6 +127,27 @@ def test_every_family_is_called_by_its_name(family: str, expected: tuple[str, ..
     names = "ss_base_model_version", "ss_v2", "modelspec.architecture", "modelspec.resolution"
     version = json.loads(export.side_files[0].read_text(encoding="utf-8"))["sd version"]
     assert (*(metadata[name] for name in names), version) == expected
+
+
+@pytest.mark.parametrize(
+    ("family", "predicts", "expected"),
+    [
+        ("sd2", "v_prediction", ("stable-diffusion-v2-768-v/lora", "768x768", "v")),
+        ("sd2", "epsilon", ("stable-diffusion-v2-512/lora", "512x512", "epsilon")),
+        ("sd2", "", ("stable-diffusion-v2-512/lora", "512x512", None)),
+        ("sdxl", "v_prediction", ("stable-diffusion-xl-v1-base/lora", "1024x1024", "v")),
+    ],
+)
+def test_the_metadata_says_what_the_base_predicts(
+    family: str, predicts: str, expected: tuple[str | None, ...], pair: Adapter, tmp_path: Path
+) -> None:
+    save_adapter(replace(pair, family=family, prediction_type=predicts), tmp_path / "adapter.safetensors")
+    adapter = load_adapter(tmp_path / "adapter.safetensors")
+    assert adapter.prediction_type == predicts
+    with safe_open(export_kohya(adapter, tmp_path / "a.safetensors").path, "pt") as file:
+        metadata = file.metadata()
+    names = "modelspec.architecture", "modelspec.resolution", "modelspec.prediction_type"
+    assert tuple(metadata.get(name) for name in names) == expected
 
 
 def test_the_export_check_sees_a_wrong_file(base: Base, pair: Adapter, tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from spectral_diffusion.checkpoint.clip_tokenizer import END, clip_tokenizer
 from spectral_diffusion.checkpoint.original_layout import from_original_layout, pipeline_parts
 from spectral_diffusion.checkpoint.recognition import family_of_checkpoint, prediction_type_of
 from spectral_diffusion.errors import BaseError
+from spectral_diffusion.finite import is_finite
 
 CONFIGURATIONS = Path(__file__).resolve().parents[2] / "assets" / "configs"
 """A folder of pipeline configurations per family."""
@@ -90,15 +91,10 @@ def _loaded(model: nn.Module, checkpoint: Checkpoint, part: str, family: str) ->
                 f"expected {tuple(wanted[name].shape)}."
             )
         tensors[name] = tensor if tensor.dtype in _PRECISIONS else tensor.float()
-        if not _is_finite(tensors[name]):
+        if not is_finite(tensors[name]):
             raise BaseError(f"'{checkpoint.path}' holds NaN or infinite numbers in '{part}.{name}'; fetch another copy.")
     model.load_state_dict(tensors, assign=True)
     return model.eval()
-
-
-def _is_finite(tensor: torch.Tensor) -> bool:
-    """Tell it from the extremes, in one pass and without a second tensor: NaN comes out of them as NaN."""
-    return bool(torch.stack(torch.aminmax(tensor)).isfinite().all())
 
 
 def _with_usual_names(tensors: dict[str, torch.Tensor]) -> dict[str, Any]:

@@ -53,9 +53,7 @@ def export_checkpoint(
     deltas = adapter.deltas()
     if is_file:
         merged = merged_pipeline(base, deltas, dtype)
-        tensors, metadata = to_original_layout(merged), _metadata(base, path)
-        if base.family == "sdxl" and _predicts_velocity(base):
-            tensors["v_pred"] = torch.zeros(0)  # AUTOMATIC1111 and ComfyUI tell it by this
+        tensors, metadata = to_original_layout(merged) | _marks(base), _metadata(base, path)
         write_together(writers | {path: lambda temporary: save_file(tensors, temporary, metadata)})
     else:
         _check_folder(path, overwrite=overwrite)
@@ -118,17 +116,22 @@ def _metadata(base: Base, path: Path) -> dict[str, str]:
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": {
             "sd1": "stable-diffusion-v1",
-            "sd2": "stable-diffusion-v2-768-v" if _predicts_velocity(base) else "stable-diffusion-v2-512",
+            "sd2": "stable-diffusion-v2-768-v" if base.prediction_type == "v_prediction" else "stable-diffusion-v2-512",
             "sdxl": "stable-diffusion-xl-v1-base",
         }[base.family],
         "modelspec.title": path.stem,
         "modelspec.resolution": f"{base.resolution}x{base.resolution}",
-        "modelspec.prediction_type": "v" if _predicts_velocity(base) else "epsilon",
+        "modelspec.prediction_type": "v" if base.prediction_type == "v_prediction" else "epsilon",
     }
 
 
-def _predicts_velocity(base: Base) -> bool:
-    return base.pipeline.scheduler.config.prediction_type == "v_prediction"
+def _marks(base: Base) -> dict[str, torch.Tensor]:
+    """Return the empty tensors by whose names AUTOMATIC1111 and ComfyUI tell what SDXL predicts, and from which noise."""
+    marks = {
+        "v_pred": base.family == "sdxl" and base.prediction_type == "v_prediction",
+        "ztsnr": base.pipeline.scheduler.config.get("rescale_betas_zero_snr", False),
+    }
+    return {name: torch.zeros(0) for name, is_so in marks.items() if is_so}
 
 
 def _check_folder(path: Path, *, overwrite: bool) -> None:

@@ -9,6 +9,7 @@ import torch
 
 from spectral_diffusion.adapter import Adapter
 from spectral_diffusion.errors import AdapterError, InputError
+from spectral_diffusion.finite import is_finite
 from spectral_diffusion.fit import GROUPS, layer_group
 from spectral_diffusion.joining import LowRank
 
@@ -83,6 +84,6 @@ def in_precision(tensor: torch.Tensor, dtype: torch.dtype, name: str) -> torch.T
         AdapterError: a number of what is called `name` is too large for `dtype`.
     """
     converted = tensor.detach().to(dtype).contiguous()
-    if not torch.isfinite(converted).all():
+    if not is_finite(converted):
         raise AdapterError(f"'{name}' holds numbers too large for {dtype}; lower the strengths.")
     return converted

@@ -32,6 +32,9 @@ _ARCHITECTURES = {
     "mini": "stable-diffusion-v1/lora",
 }
 _RESOLUTIONS = {"sd1": "512x512", "sd2": "512x512", "sdxl": "1024x1024", "mini": "64x64"}
+_SD2_OF_VELOCITY = {"modelspec.architecture": "stable-diffusion-v2-768-v/lora", "modelspec.resolution": "768x768"}
+_PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v"}
+"""What the metadata calls what a base predicts."""
 _SD_VERSIONS = {"sd1": "SD1", "sd2": "SD2", "sdxl": "SDXL", "mini": "SD1"}
 
 
@@ -111,7 +114,9 @@ def _metadata(
     payload = save(tensors)
     header = 8 + int.from_bytes(payload[:8], "little")
     description = f"Spectral adapter of {', '.join(adapter.tokens)}, strengths {list(adapter.weights)}"
-    return {
+    predicted = {"modelspec.prediction_type": _PREDICTIONS[adapter.prediction_type]} if adapter.prediction_type else {}
+    of_velocity = _SD2_OF_VELOCITY if (adapter.family, adapter.prediction_type) == ("sd2", "v_prediction") else {}
+    record = {
         "ss_base_model_version": _BASE_VERSIONS[adapter.family],
         "ss_v2": str(adapter.family == "sd2"),
         "ss_network_module": "networks.lora",
@@ -128,3 +133,4 @@ def _metadata(
         "modelspec.date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "modelspec.description": description,
     }
+    return record | predicted | of_velocity

@@ -84,7 +84,8 @@ def import_lora(path: Path, *, token: str, class_word: str, embedding: Path | No
         layers=layers,
         settings={"imported": path.name},
     )
-    adapter = Adapter(family=family, fingerprint="", concepts=(concept,), weights=(1.0,))
+    predicted = base.prediction_type if base is not None else ""
+    adapter = Adapter(family=family, fingerprint="", prediction_type=predicted, concepts=(concept,), weights=(1.0,))
     if base is not None:
         check_fits_base(base, adapter)
     return adapter
