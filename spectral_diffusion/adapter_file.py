@@ -102,7 +102,8 @@ def load_adapter(path: Path) -> Adapter:
             metadata = file.metadata() or {}
             if metadata.get("format") != FORMAT:
                 raise AdapterError(
-                    f"'{path}' is not an adapter of this program; give a file made by 'spectral-diffusion train' or 'fuse'."
+                    f"'{path}' is not an adapter of this program; give a file made by 'spectral-diffusion train' or 'fuse', "
+                    "or make one of an ordinary LoRA by 'spectral-diffusion import'."
                 )
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (SafetensorError, OSError, UnicodeDecodeError) as error:
