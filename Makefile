@@ -2,11 +2,13 @@
 
 PYTHON ?= python3
 PYTEST_ARGS ?=
+EXPERIMENT ?=
+BENCH_ARGS ?=
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo studio test lint base clean
+.PHONY: help setup demo studio test lint bench base clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 16
@@ -33,6 +35,9 @@ test: $(INSTALLED) ## run the tests
 
 lint: $(INSTALLED) ## check the code's style
 	$(BIN)/ruff check .
+
+bench: $(INSTALLED) ## the method against its rivals, into out/bench; EXPERIMENT=fusion for one, BENCH_ARGS=--full on a GPU
+	$(BIN)/python -m benchmarks.lab $(EXPERIMENT) $(BENCH_ARGS)
 
 base: $(INSTALLED) ## train the embedded base anew (hours on a CPU; goes on where it was stopped)
 	$(BIN)/python -m spectral_diffusion.toyworld.recipe

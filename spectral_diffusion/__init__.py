@@ -36,6 +36,7 @@ _HOME = {
     "preset": "training",
     "read_base": "base",
     "run_demo": "demo",
+    "report_fusion": "fusion_report",
     "save_adapter": "adapter_file",
     "save_picture": "picture_file",
     "score_pictures": "score",

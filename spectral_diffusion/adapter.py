@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import combinations
 from typing import Any
 
@@ -12,19 +13,19 @@ import torch
 
 from spectral_diffusion.bands import Band
 from spectral_diffusion.errors import AdapterError
-from spectral_diffusion.joining import LowRank, aligned_sum, weighted_sum
+from spectral_diffusion.joining import FUSERS, LowRank, weighted_sum
 from spectral_diffusion.parametrisations import FORMS
 from spectral_diffusion.spectrum import Spectrum
 
-METHODS = ("sum", "aligned")
-"""How the concepts of one adapter are joined: the plain exact sum, or the aligned sum."""
+METHODS = tuple(FUSERS)
+"""How the concepts of one adapter can be joined."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerPart:
     """One concept's part in one layer: the band's directions `U_b (out, r)`, `s_b (r)`, `V_b (in, r)` and what was trained.
 
-    An imported LoRA has no band; its tensors are `up (out, r)` and `down (in, r)`.
+    A LoRA has no band; its tensors are `up (out, r)` and `down (in, r)`. Nor has a dense change, a `matrix (out, in)`.
     """
 
     band: Spectrum | None
@@ -33,6 +34,8 @@ class LayerPart:
     @property
     def shape(self) -> tuple[int, int]:
         """`(out, in)` of the weight that is changed."""
+        if "matrix" in self.tensors:
+            return tuple(self.tensors["matrix"].shape)
         out_side, in_side = (self.tensors["up"], self.tensors["down"]) if self.band is None else (self.band.U, self.band.V)
         return len(out_side), len(in_side)
 
@@ -44,7 +47,7 @@ class ConceptPart:
     Attributes:
         token: the word that calls the concept in a prompt.
         class_word: what it is a kind of.
-        band: the singular directions that are its own, in every layer; none for an imported LoRA.
+        band: the directions that are its own, in every layer; none for a LoRA.
         parametrisation: a key of `FORMS`.
         embeddings: the vectors that the token stands for, per text encoder (`text_encoder`, in SDXL also `text_encoder_2`),
             each `(n, width of that encoder)` with one `n`; where there are none, the token stands for the class word.
@@ -80,7 +83,9 @@ class ConceptPart:
         return LowRank(up=up, down=down)
 
     def parameters(self) -> int:
-        """Return how many numbers were trained, token embeddings included."""
+        """Return how many numbers were trained, token embeddings included; of what is kept, where its training did not say."""
+        if isinstance(self.settings.get("parameters"), int):
+            return self.settings["parameters"]
         trained = sum(tensor.numel() for part in self.layers.values() for tensor in part.tensors.values())
         return trained + sum(vectors.numel() for vectors in self.embeddings.values())
 
@@ -110,8 +115,8 @@ class Adapter:
         if not all(math.isfinite(weight) for weight in self.weights):
             raise AdapterError(f"Strengths must be numbers, got {', '.join(map(str, self.weights))}.")
         _check_tokens(self.concepts)
-        if self.method == "aligned" and len(self.concepts) > 1:
-            _check_measured(self.concepts)
+        if FUSERS[self.method].measured and len(self.concepts) > 1:
+            _check_measured(self.concepts, self.method)
 
     @property
     def tokens(self) -> tuple[str, ...]:
@@ -153,14 +158,28 @@ class Adapter:
         return replace(self, weights=tuple(weight * factors.get(token, 1.0) for token, weight in strengths))
 
     def delta(self, key: str) -> LowRank:
-        """Return the joined change of layer `key`: exact factors, low rank."""
+        """Return the joined change of layer `key`: exact factors, low rank.
+
+        Raises:
+            AdapterError: the method fails on this layer; the message says why.
+        """
         having = [index for index, concept in enumerate(self.concepts) if key in concept.layers]
         deltas = [self.concepts[index].delta(key) for index in having]
         weights = [self.weights[index] for index in having]
-        group = input_group(key)
         if self.method == "sum" or len(having) == 1:
             return weighted_sum(deltas, weights)
-        return aligned_sum(deltas, weights, [self.concepts[index].activations[group] for index in having])
+        if key not in self._joined:
+            activations = [self.concepts[index].activations.get(input_group(key)) for index in having]
+            try:
+                self._joined[key] = FUSERS[self.method].join(deltas, weights, activations)
+            except ArithmeticError as error:
+                raise AdapterError(f"Layer '{key}' cannot be joined by '{self.method}': {error}; fuse with 'sum'.") from error
+        return self._joined[key]
+
+    @cached_property
+    def _joined(self) -> dict[str, LowRank]:
+        """What was joined already, other than by the plain sum: some methods take long."""
+        return {}
 
     def deltas(self) -> dict[str, LowRank]:
         """Return the joined change of every layer, by layer key."""
@@ -181,11 +200,12 @@ def _check_tokens(concepts: Sequence[ConceptPart]) -> None:
             )
 
 
-def _check_measured(concepts: Sequence[ConceptPart]) -> None:
+def _check_measured(concepts: Sequence[ConceptPart], method: str) -> None:
     for concept in concepts:
         if not all(input_group(key) in concept.activations for key in concept.layers):
             raise AdapterError(
-                f"'{concept.token}' carries no measured activations, which the aligned sum needs; fuse with the method 'sum'."
+                f"'{concept.token}' carries no measured activations, which the method '{method}' needs; fuse with the method "
+                "'sum'."
             )
 
 

@@ -22,14 +22,14 @@ from spectral_diffusion.bands import Band
 from spectral_diffusion.errors import AdapterError, InputError
 from spectral_diffusion.files import write_atomically
 from spectral_diffusion.finite import is_finite
-from spectral_diffusion.parametrisations import FORMS, PARAMETRISATIONS
+from spectral_diffusion.parametrisations import FORMS, SPECTRAL
 from spectral_diffusion.spectrum import Spectrum
 
 FORMAT = "spectral-diffusion-adapter"
 FORMAT_VERSION = 1
 _LAYER = re.compile(r"(unet|text_encoder|text_encoder_2)(\.[A-Za-z0-9_]+)+|text")
 _TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
-_TALL = ("U", "V", "A", "B", "up", "down")
+_TALL = ("U", "V", "A", "B", "up", "down", "matrix")
 
 
 def save_adapter(adapter: Adapter, path: Path) -> None:
@@ -150,7 +150,8 @@ def _checked_numbers(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor
 def _assemble_concept(number: int, record: dict[str, Any], remaining: dict[str, torch.Tensor]) -> ConceptPart:
     if record["parametrisation"] not in FORMS:
         raise AdapterError(f"its parametrisation '{record['parametrisation']}' is unknown; update this program.")
-    has_band = record["parametrisation"] in PARAMETRISATIONS
+    is_spectral = record["parametrisation"] in SPECTRAL
+    has_band = is_spectral or record["band"] is not None
     band = Band(start=int(record["band"][0]), rank=int(record["band"][1])) if has_band else None
     embeddings: dict[str, torch.Tensor] = {}
     grouped: dict[str, dict[str, torch.Tensor]] = {}
@@ -165,7 +166,9 @@ def _assemble_concept(number: int, record: dict[str, Any], remaining: dict[str, 
             embeddings[path[0]] = remaining.pop(name)
         else:
             raise AdapterError(f"tensor '{name}' has a name that no adapter has.")
-    layers = {key: _assemble_layer(key, part, record["parametrisation"], band) for key, part in grouped.items()}
+    layers = {
+        key: _assemble_layer(key, part, record["parametrisation"], band if is_spectral else None) for key, part in grouped.items()
+    }
     if band or embeddings:
         _check_embeddings(record["token"], embeddings)
     if not layers:
@@ -205,7 +208,7 @@ def _assemble_layer(key: str, tensors: dict[str, torch.Tensor], parametrisation:
     if set(tensors) != expected_names:
         raise AdapterError(f"layer '{key}' holds {sorted(tensors)}, expected {sorted(expected_names)}.")
     if own is None:
-        return _assemble_lora(key, tensors)
+        return _assemble_dense(key, tensors) if parametrisation == "dense" else _assemble_lora(key, tensors)
     band = Spectrum(U=tensors["U"], s=tensors["s"], V=tensors["V"])
     shapes_fit = (band.U.ndim, band.s.ndim, band.V.ndim) == (2, 1, 2) and band.U.shape[1] == band.V.shape[1] == len(
         band.s
@@ -227,6 +230,12 @@ def _assemble_lora(key: str, tensors: dict[str, torch.Tensor]) -> LayerPart:
         raise AdapterError(
             f"layer '{key}' has factors of shape {tuple(up.shape)} and {tuple(down.shape)}, expected (out, r) and (in, r)."
         )
+    return LayerPart(band=None, tensors=tensors)
+
+
+def _assemble_dense(key: str, tensors: dict[str, torch.Tensor]) -> LayerPart:
+    if tensors["matrix"].ndim != 2 or not tensors["matrix"].numel():
+        raise AdapterError(f"the matrix of layer '{key}' has shape {tuple(tensors['matrix'].shape)}, expected (out, in).")
     return LayerPart(band=None, tensors=tensors)
 
 

@@ -26,12 +26,12 @@ def fuse(
 
     Args:
         strengths: factor on each adapter's own strengths; 1 when missing.
-        method: `sum`, the plain sum, or `aligned`, the aligned sum (see `joining.aligned_sum`). Both are exact low-rank values.
+        method: how to join them, one of `adapter.METHODS` (see `joining.FUSERS`); the result is low-rank whatever the method.
         allow_overlap: accept concepts that were trained on overlapping bands.
 
     Raises:
         AdapterError: nothing to fuse, one concept twice, two concepts with one token, different bases, or a concept without
-            the measurements that the aligned sum needs.
+            the measurements that the method needs, or a layer that it cannot join.
         BandError: two concepts share singular directions; the message names them.
     """
     if not adapters:
@@ -53,6 +53,8 @@ def fuse(
     )
     if not allow_overlap:
         _check_bands(fused.concepts)
+    if method != "sum":
+        fused.deltas()  # a method that fails does so here, not when a picture is drawn
     return fused
 
 

@@ -194,7 +194,7 @@ def drop_activations(tensors: Tensors, description: Description) -> None:
         (say(concepts=[]), "it holds no concept"),
         (say(concepts={"a": 1}), "description is damaged"),
         (say(concepts=7), "description is damaged"),
-        (say(method="average"), "'average' is not a way to join"),
+        (say(method="mean"), "'mean' is not a way to join"),
         (say(prediction_type="sample"), "'sample' is nothing that a base predicts"),
         (say_of_concept(band=[0, 0]), "rank of a band must be at least 1"),
         (say_of_concept(band=[-1, 2]), "must start at direction 0 or later"),

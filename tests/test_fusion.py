@@ -12,10 +12,11 @@ import pytest
 import torch
 from test_parametrisations import BASES, FORMS, random_adapter, shared_base
 
-from spectral_diffusion.adapter import Adapter
+from spectral_diffusion.adapter import Adapter, input_group
 from spectral_diffusion.base import Base, linear_layers
 from spectral_diffusion.errors import AdapterError, BandError
 from spectral_diffusion.fusion import DEFAULT_METHOD, fuse
+from spectral_diffusion.joining import FUSERS
 
 EXACT = 1e-5
 """Largest relative difference in float32 (issue 2, exactness)."""
@@ -92,7 +93,28 @@ def test_strengths_scale_the_deltas(base: Base) -> None:
         one.scaled(float("nan"))
 
 
-@pytest.mark.parametrize("method", ["sum", "aligned"])
+@pytest.mark.parametrize("method", FUSERS)
+@pytest.mark.parametrize("forms", [("additive", "rotational"), ("lora", "additive")], ids=" ".join)
+def test_every_method_joins_concepts_of_any_parametrisation(method: str, forms: tuple[str, str], base: Base) -> None:
+    adapters = on_bands_of_their_own(base, forms, measured=True)
+    deltas = fuse(adapters, strengths=[1.0, -0.5], method=method).deltas()
+    assert deltas.keys() == adapters[0].deltas().keys()
+    assert all(torch.isfinite(delta.up).all() and 0 < delta.rank <= 8 for delta in deltas.values())
+
+
+def test_a_layer_that_a_method_cannot_join_is_named(base: Base) -> None:
+    adapters = on_bands_of_their_own(base, ["additive"] * 2, measured=True)
+    key = adapters[0].layer_keys()[0]
+    dead = [
+        replace(adapter, concepts=(replace(concept, activations=concept.activations | {input_group(key): torch.zeros(48, 4)}),))
+        for adapter in adapters
+        for concept in adapter.concepts
+    ]
+    with pytest.raises(AdapterError, match=rf"Layer '{key}' cannot be joined by 'regmean': .* singular; fuse with 'sum'"):
+        fuse(dead, method="regmean")
+
+
+@pytest.mark.parametrize("method", FUSERS)
 def test_only_one_concept_of_a_fused_adapter_is_as_never_fused(method: str, base: Base) -> None:
     adapters = on_bands_of_their_own(base, ["additive", "rotational"], measured=True)
     fused = fuse(adapters, method=method)
@@ -112,10 +134,12 @@ def test_the_aligned_sum_needs_measured_activations(base: Base) -> None:
         assert delta.rank == plain.delta(key).rank
     assert relative(aligned.delta(key).dense(), plain.delta(key).dense()) > 0.01
     unmeasured = replace(two, concepts=(replace(two.concepts[0], activations={}),))
-    with pytest.raises(AdapterError, match=r"'<V2>' carries no measured activations.*fuse with the method 'sum'"):
+    with pytest.raises(
+        AdapterError, match=r"'<V2>' carries no measured activations, which the method 'aligned' needs; fuse .*'sum'"
+    ):
         fuse([one, unmeasured])
-    with pytest.raises(AdapterError, match="'average' is not a way to join concepts; choose one of sum, aligned"):
-        fuse([one, two], method="average")
+    with pytest.raises(AdapterError, match="'mean' is not a way to join concepts; choose one of sum, aligned, average"):
+        fuse([one, two], method="mean")
 
 
 def test_overlapping_bands_are_refused_by_name_unless_allowed(base: Base) -> None:

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from peft.utils import merge_utils
 
-from spectral_diffusion.joining import RHO, LowRank, aligned_sum, weighted_sum
+from spectral_diffusion.joining import FUSERS, RHO, LowRank, aligned_sum, weighted_sum
+from spectral_diffusion.joining.aligned import SHRINKAGE, regression_mean
+from spectral_diffusion.joining.gradient import ITERATIONS, gradient_fusion
+from spectral_diffusion.joining.merges import DENSITY, SEED, dare, svd, ties
 
 OUT, IN, RANKS, WEIGHTS = 9, 12, (2, 3), (1.0, 0.6)
 
@@ -88,3 +92,90 @@ def test_alignment_keeps_the_rank_the_ups_and_the_precision(deltas: list[LowRank
 def test_one_concept_is_left_as_it_is(deltas: list[LowRank], activations: list[torch.Tensor]) -> None:
     aligned = aligned_sum(deltas[:1], WEIGHTS[:1], activations[:1])
     torch.testing.assert_close(aligned.dense(), deltas[0].dense(), rtol=0, atol=1e-11)
+
+
+def test_regmean_minimises_what_it_says(deltas: list[LowRank], activations: list[torch.Tensor]) -> None:
+    D = regression_mean(deltas, WEIGHTS, activations).dense().requires_grad_()
+    objective = torch.zeros(())
+    for delta, weight, F in zip(deltas, WEIGHTS, activations, strict=True):
+        G = F @ F.T
+        shrunk = SHRINKAGE * G + (1 - SHRINKAGE) * torch.diag(G.diagonal())
+        left = D - weight * delta.dense()
+        objective = objective + ((left @ shrunk) * left).sum()
+    (gradient,) = torch.autograd.grad(objective, D)
+    assert gradient.abs().max() < 1e-12
+
+
+def test_singular_normal_equations_are_said(deltas: list[LowRank], activations: list[torch.Tensor]) -> None:
+    dead = [factor.index_fill(0, torch.tensor([3]), 0) for factor in activations]
+    with pytest.raises(ArithmeticError, match="normal equations are singular"):
+        regression_mean(deltas, WEIGHTS, dead)
+    with pytest.raises(ArithmeticError, match="normal equations are singular"):
+        aligned_sum(deltas, WEIGHTS, [1e12 * factor for factor in activations])
+
+
+def test_gradient_fusion_takes_the_steps_that_it_takes_on_dense_weights(
+    deltas: list[LowRank], activations: list[torch.Tensor]
+) -> None:
+    D, size = torch.zeros(OUT, IN, dtype=torch.float64, requires_grad=True), 0.0
+    pairs = [(w * delta.dense(), F) for delta, w, F in zip(deltas, WEIGHTS, activations, strict=True)]
+    size = sum((own @ F).square().sum() for own, F in pairs)
+    optimizer = torch.optim.LBFGS(
+        [D], max_iter=ITERATIONS, history_size=25, line_search_fn="strong_wolfe", tolerance_grad=1e-16, tolerance_change=1e-16
+    )
+
+    def loss() -> torch.Tensor:
+        optimizer.zero_grad()
+        value = sum(((D - own) @ F).square().sum() for own, F in pairs) / size
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    fused = gradient_fusion(deltas, WEIGHTS, activations)
+    assert fused.rank == sum(RANKS)
+    torch.testing.assert_close(fused.dense(), D.detach(), rtol=0, atol=1e-6)  # 50 steps let rounding grow
+    for own, F in pairs:  # nine measured directions leave room to fit both
+        assert ((fused.dense() - own) @ F).norm() / (own @ F).norm() < 1e-3
+
+
+def test_gradient_fusion_that_diverges_is_said(deltas: list[LowRank], activations: list[torch.Tensor]) -> None:
+    with pytest.raises(ArithmeticError, match="L-BFGS diverged"):
+        gradient_fusion(deltas, WEIGHTS, [activations[0], activations[1] * float("inf")])
+    zero = gradient_fusion(deltas, (0.0, 0.0), activations)
+    assert torch.count_nonzero(zero.dense()) == 0
+
+
+def test_merges_are_those_of_peft(deltas: list[LowRank]) -> None:
+    dense, weights = [delta.dense().float() for delta in deltas], torch.tensor(WEIGHTS)
+    full = [LowRank(up=matrix, down=torch.eye(IN)) for matrix in dense]  # of full rank, so that nothing is cut off
+    torch.testing.assert_close(ties(full, WEIGHTS).dense(), merge_utils.ties(dense, weights, DENSITY), rtol=0, atol=1e-5)
+    torch.manual_seed(SEED)
+    expected = merge_utils.dare_linear(dense, weights, DENSITY)
+    before = torch.random.get_rng_state()
+    torch.testing.assert_close(dare(full, WEIGHTS).dense(), expected, rtol=0, atol=1e-5)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_cut_merges_keep_the_rank_they_promise(deltas: list[LowRank]) -> None:
+    assert svd(deltas, WEIGHTS).rank == max(RANKS)
+    assert ties(deltas, WEIGHTS).rank == dare(deltas, WEIGHTS).rank == sum(RANKS)
+    values = torch.linalg.svdvals(dense_sum(deltas))
+    lost = (svd(deltas, WEIGHTS).dense() - dense_sum(deltas)).norm()
+    torch.testing.assert_close(lost, values[max(RANKS) :].norm())  # Eckart and Young
+
+
+@pytest.mark.parametrize("method", FUSERS)
+@pytest.mark.parametrize("weights", [(1.0, -0.5), (1.0, 0.0), (0.0, 0.0)])
+def test_negative_and_zero_weights_are_joined(
+    method: str, weights: tuple[float, float], deltas: list[LowRank], activations: list[torch.Tensor]
+) -> None:
+    joined = FUSERS[method].join(deltas, weights, activations).dense()
+    assert torch.isfinite(joined).all()
+    assert any(weights) == bool(joined.norm() > 1e-9)
+
+
+def test_a_hundred_concepts_are_joined(activations: list[torch.Tensor]) -> None:
+    many = [LowRank(up=normal(OUT, 1, seed=seed), down=normal(IN, 1, seed=100 + seed)) for seed in range(100)]
+    for method, fuser in FUSERS.items():
+        joined = fuser.join(many, [0.1] * 100, activations * 50)
+        assert torch.isfinite(joined.dense()).all() and joined.dense().norm() > 0, method

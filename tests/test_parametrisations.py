@@ -11,11 +11,11 @@ import torch
 from spectral_diffusion.adapter import Adapter, ConceptPart, LayerPart, input_group
 from spectral_diffusion.bands import Band
 from spectral_diffusion.base import Base, linear_layers, load_base
-from spectral_diffusion.parametrisations import PARAMETRISATIONS
+from spectral_diffusion.parametrisations import SPECTRAL
 from spectral_diffusion.spectrum import Spectrum, base_spectrum, singular_directions
 
 OUT, IN, RANK = 24, 18, 3
-FORMS = sorted(PARAMETRISATIONS)
+FORMS = sorted(SPECTRAL)
 BASES = ("tiny", "embedded")
 
 
@@ -42,15 +42,15 @@ def random_adapter(
     layers = linear_layers(base)
     parts = {}
     for key, spectrum in base_spectrum(base, layers).items():
-        band = band_of(spectrum, start, rank)
-        zeros = PARAMETRISATIONS[form].initial(band)
+        band = band_of(spectrum, start, rank) if form in SPECTRAL else None
+        zeros = SPECTRAL[form].initial(band) if band else zero_tensors(form, layers[key].weight, rank)
         tensors = {name: size * torch.randn(zero.shape, generator=generator) for name, zero in zeros.items()}
         parts[key] = LayerPart(band=band, tensors=tensors)
     widths = {input_group(key): layers[key].in_features for key in parts}
     concept = ConceptPart(
         token=token,
         class_word="dog",
-        band=Band(start=start, rank=rank),
+        band=Band(start=start, rank=rank) if form in SPECTRAL else None,
         parametrisation=form,
         embeddings={
             part: torch.randn(vectors, model.config.hidden_size, generator=generator)
@@ -62,6 +62,13 @@ def random_adapter(
     )
     origin = {"family": base.family, "fingerprint": base.fingerprint, "prediction_type": base.prediction_type}
     return Adapter(**origin, concepts=(concept,), weights=(1.0,))
+
+
+def zero_tensors(form: str, weight: torch.Tensor, rank: int) -> dict[str, torch.Tensor]:
+    """Return the tensors of a form without a band: a LoRA's or a dense change's."""
+    if form == "dense":
+        return {"matrix": torch.zeros(weight.shape)}
+    return {"up": torch.zeros(len(weight), rank), "down": torch.zeros(weight.shape[1], rank)}
 
 
 def band_of(spectrum: Spectrum, start: int, rank: int) -> Spectrum:
@@ -78,12 +85,12 @@ def whole_spectrum(dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, Sp
 
 def random_tensors(form: str, band: Spectrum, size: float = 0.3) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(7)
-    zeros = PARAMETRISATIONS[form].initial(band)
+    zeros = SPECTRAL[form].initial(band)
     return {name: size * torch.randn(zero.shape, generator=generator).to(zero) for name, zero in zeros.items()}
 
 
 def delta(form: str, band: Spectrum, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
-    up, down = PARAMETRISATIONS[form].factors(band, tensors)
+    up, down = SPECTRAL[form].factors(band, tensors)
     return up @ down.T
 
 
@@ -105,13 +112,13 @@ def cayley(raw: torch.Tensor) -> torch.Tensor:
 def after_optimiser_steps(form: str, band: Spectrum, kept: Spectrum) -> dict[str, torch.Tensor]:
     """Return the tensors after AdamW steps with weight decay towards a random weight, confined after each."""
     target = torch.randn(OUT, IN, dtype=torch.float64, generator=torch.Generator().manual_seed(9))
-    tensors = {name: tensor.requires_grad_() for name, tensor in PARAMETRISATIONS[form].initial(band).items()}
+    tensors = {name: tensor.requires_grad_() for name, tensor in SPECTRAL[form].initial(band).items()}
     optimizer = torch.optim.AdamW(tensors.values(), lr=0.05, weight_decay=0.1)
     for _ in range(6):
         optimizer.zero_grad()
         (delta(form, band, tensors) - target).square().sum().backward()
         optimizer.step()
-        PARAMETRISATIONS[form].confine(tensors, kept.U, kept.V)
+        SPECTRAL[form].confine(tensors, kept.U, kept.V)
     return {name: tensor.detach() for name, tensor in tensors.items()}
 
 
@@ -119,7 +126,7 @@ def after_optimiser_steps(form: str, band: Spectrum, kept: Spectrum) -> dict[str
 @pytest.mark.parametrize("form", FORMS)
 def test_the_change_is_exactly_zero_at_the_start(form: str, dtype: torch.dtype) -> None:
     band = band_of(whole_spectrum(dtype)[1], 2, RANK)
-    change = delta(form, band, PARAMETRISATIONS[form].initial(band))
+    change = delta(form, band, SPECTRAL[form].initial(band))
     assert change.dtype == dtype and torch.count_nonzero(change) == 0
 
 
@@ -127,7 +134,7 @@ def test_the_change_is_exactly_zero_at_the_start(form: str, dtype: torch.dtype) 
 def test_training_can_leave_the_start(form: str) -> None:
     weight, spectrum = whole_spectrum()
     band = band_of(spectrum, 2, RANK)
-    tensors = {name: tensor.requires_grad_() for name, tensor in PARAMETRISATIONS[form].initial(band).items()}
+    tensors = {name: tensor.requires_grad_() for name, tensor in SPECTRAL[form].initial(band).items()}
     (delta(form, band, tensors) * weight.flip(0)).sum().backward()
     assert all(torch.count_nonzero(tensor.grad) for tensor in tensors.values())
 
@@ -146,7 +153,7 @@ def test_the_low_rank_change_is_the_dense_one(form: str) -> None:
 def test_the_rank_is_that_of_the_form(form: str, rank: int) -> None:
     band = band_of(whole_spectrum()[1], 2, RANK)
     tensors = random_tensors(form, band)
-    up, down = PARAMETRISATIONS[form].factors(band, tensors)
+    up, down = SPECTRAL[form].factors(band, tensors)
     assert up.shape == (OUT, rank) and down.shape == (IN, rank)
     assert torch.linalg.matrix_rank(up @ down.T) == rank
 

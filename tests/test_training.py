@@ -333,7 +333,7 @@ def test_a_class_word_of_several_pieces_starts_at_their_mean(base: Base) -> None
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"parametrisation": "lora"}, "'lora' is unknown; choose one of additive, rotational"),
+        ({"parametrisation": "lokr"}, "'lokr' is unknown; choose one of additive, rotational, lora"),
         ({"rank": 0}, "rank must be at least 1, got 0"),
         ({"steps": 0}, "steps must be at least 1"),
         ({"batch": -1}, "batch must be at least 1"),

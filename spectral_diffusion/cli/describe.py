@@ -41,7 +41,7 @@ def adapter_lines(data: dict[str, Any]) -> Iterator[str]:
     yield f"{data['path']} ({size_in_words(data['bytes'])})"
     yield f"  base        family {data['family']}, fingerprint {data['fingerprint'] or 'unknown'}"
     if len(data["concepts"]) > 1:
-        yield f"  joined by   {'the aligned sum' if data['method'] == 'aligned' else 'the plain sum'}"
+        yield f"  joined by   {data['method']}"
     yield f"  parameters  {data['parameters']:,}"
     for concept in data["concepts"]:
         where = f"directions {concept['band'][0]}-{concept['band'][1]} of " if concept["band"] else ""

@@ -3,20 +3,34 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import closing
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from spectral_diffusion.cli.console import Console, quiet_libraries
 from spectral_diffusion.cli.describe import adapter_data, adapter_lines
-from spectral_diffusion.cli.options import add_json_option, add_out_options
-from spectral_diffusion.cli.outputs import check_output
+from spectral_diffusion.cli.displays import CountDisplay
+from spectral_diffusion.cli.options import (
+    add_base_options,
+    add_json_option,
+    add_out_options,
+    html_file,
+    load_chosen_base,
+    pair_type,
+    unique_pairs,
+)
+from spectral_diffusion.cli.outputs import check_file, check_output
+
+if TYPE_CHECKING:
+    from spectral_diffusion.adapter import Adapter
 
 SUMMARY = "join several adapters into one"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    from spectral_diffusion.adapter import METHODS
     from spectral_diffusion.fusion import DEFAULT_METHOD
+    from spectral_diffusion.joining import FUSERS
 
     parser.add_argument("adapters", nargs="+", type=Path, metavar="ADAPTER", help="adapter files, each on its own band")
     add_out_options(parser, "the fused adapter")
@@ -25,17 +39,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--method",
-        choices=METHODS,
+        choices=tuple(FUSERS),
         default=DEFAULT_METHOD,
-        help="the plain sum, or the aligned sum, which keeps each concept as it acts alone (default: %(default)s)",
+        help="; ".join(f"{name}: {fuser.help}" for name, fuser in FUSERS.items()) + " (default: %(default)s)",
     )
     parser.add_argument("--allow-overlap", action="store_true", help="accept adapters trained on overlapping bands")
     add_json_option(parser, "what was made")
+    group = parser.add_argument_group("report", "What the fusion kept: every concept drawn alone and fused, on the base.")
+    group.add_argument("--report", type=html_file, metavar="FILE", help="write this page, and its figures as .json beside it")
+    group.add_argument(
+        "--references",
+        action="append",
+        type=pair_type('"<V1>=folder"'),
+        default=[],
+        metavar="TOKEN=FOLDER",
+        help="a concept's photos, to compare with (default: its own pictures alone); repeatable",
+    )
+    group.add_argument("--clip", metavar="MODEL", help="a CLIP, as for 'score' (default: the embedded one)")
+    add_base_options(parser)
 
 
 def run(arguments: argparse.Namespace, console: Console) -> int:
     """Fuse, save, and say what was made."""
     check_output(arguments.out, force=arguments.force, inputs=arguments.adapters)
+    references = unique_pairs(arguments.references, "--references")
+    if arguments.report is not None:
+        check_file(arguments.report, "--report")
     quiet_libraries()
     from spectral_diffusion.adapter_file import load_adapter, save_adapter
     from spectral_diffusion.fusion import fuse
@@ -50,5 +79,25 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
     data = adapter_data(fused, arguments.out)
     for line in adapter_lines(data):
         console.say(line)
+    if arguments.report is not None:
+        data["report"] = _report(arguments, fused, references, console)
     console.give(data)
     return 0
+
+
+def _report(arguments: argparse.Namespace, fused: Adapter, references: dict[str, str], console: Console) -> dict[str, Any]:
+    """Write the report, say the verdicts, and return its figures."""
+    from spectral_diffusion.clip_scorer import load_scorer
+    from spectral_diffusion.fusion_report import report_fusion, save_report
+    from spectral_diffusion.photos import read_photos, require_photos
+
+    folders = {token: Path(folder) for token, folder in references.items()}
+    photos = {token: [photo.image for photo in require_photos(read_photos(folder), folder)] for token, folder in folders.items()}
+    base, scorer = load_chosen_base(arguments), load_scorer(arguments.clip, device=arguments.device or "cpu")
+    with closing(CountDisplay("report", "picture")) as display:
+        report = report_fusion(base, fused, scorer, photos, on_picture=display.show)
+    save_report(report, arguments.report)
+    for concept in report.concepts:
+        console.say(f"  {concept.verdict}")
+    console.say(f"  report      {arguments.report}")
+    return report.to_json()

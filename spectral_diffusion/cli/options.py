@@ -97,6 +97,14 @@ def safetensors_file(text: str) -> Path:
     return path
 
 
+def html_file(text: str) -> Path:
+    """Return a path that ends in `.html`."""
+    path = Path(text)
+    if path.suffix.lower() != ".html":
+        raise argparse.ArgumentTypeError(f"'{text}' does not end in .html")
+    return path
+
+
 def picture_size(text: str) -> tuple[int, int]:
     """Return `(width, height)` from `512x768`."""
     try:

@@ -148,10 +148,13 @@ def _chosen_settings(arguments: argparse.Namespace, base: Base) -> TrainingSetti
 def _chosen_bands(
     arguments: argparse.Namespace, base: Base, settings: TrainingSettings, tokens: Sequence[str], console: Console
 ) -> list[Band]:
-    """Return a band for each concept and say how many concepts the base has room for."""
+    """Return a band for each concept and say how many concepts the base has room for; a form without bands needs none."""
     from spectral_diffusion.band_plan import TakenBand, choose_band, fewest_directions, taken_bands
-    from spectral_diffusion.bands import slots
+    from spectral_diffusion.bands import Band, slots
+    from spectral_diffusion.parametrisations import BANDED
 
+    if settings.parametrisation not in BANDED:
+        return [Band(start=0, rank=settings.rank)] * len(tokens)
     taken = taken_bands(arguments.avoid, base, except_for=arguments.out)
     for other in taken:
         if other.token.lower() in map(str.lower, tokens):

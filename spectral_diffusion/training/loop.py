@@ -7,12 +7,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from spectral_diffusion.adapter import Adapter, ConceptPart, token_words
-from spectral_diffusion.attach import check_new_token, hooked, with_tokens
+from spectral_diffusion.attach import check_new_token, with_tokens
 from spectral_diffusion.bands import Band
-from spectral_diffusion.base import Base, linear_layers
+from spectral_diffusion.base import Base
 from spectral_diffusion.concept import Concept
 from spectral_diffusion.conditioning import tokenize
 from spectral_diffusion.errors import InputError
+from spectral_diffusion.parametrisations import BANDED
 from spectral_diffusion.training.batches import Shown
 from spectral_diffusion.training.examples import EncodedExamples, encode_examples
 from spectral_diffusion.training.inertness import STRANGERS, build_inert_pool, stranger_vectors
@@ -89,9 +90,11 @@ def train_together(
             for (concept, _), encoded, own in zip(concepts, examples, strangers, strict=True)
         ]
         run = Run(base, trainable, settings, shown, checkpoint)
-        with hooked(linear_layers(base, settings.layers), trainable.factors()):
+        with trainable.adaptation.attached():
             run.loop(on_progress, should_stop)
             activations = run.activations()
+    trained = [trainable.adaptation.result(number) for number in range(len(concepts))]
+    banded, parameters = settings.parametrisation in BANDED, trainable.parameter_count()
     return [
         TrainingResult(
             adapter=Adapter(
@@ -102,12 +105,12 @@ def train_together(
                     ConceptPart(
                         token=concept.token,
                         class_word=concept.class_word,
-                        band=band,
-                        parametrisation=settings.parametrisation,
+                        band=band if banded else None,
+                        parametrisation=trained[number].form,
                         embeddings=trainable.token_vectors(number),
-                        layers=trainable.layer_parts(number),
+                        layers=trained[number].parts,
                         activations=activations[number],
-                        settings=asdict(settings) | {"steps_done": run.step},
+                        settings=asdict(settings) | {"steps_done": run.step, "parameters": parameters},
                     ),
                 ),
                 weights=(1.0,),

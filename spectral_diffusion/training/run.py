@@ -89,7 +89,7 @@ class Run:
             digest.update(json.dumps([concept.token, concept.class_word, concept.examples.captions]).encode())
             digest.update(concept.examples.latents.cpu().numpy().tobytes())
             digest.update(concept.examples.masks.cpu().numpy().tobytes())
-        digest.update(self.trainable.stacks[0].band.U.cpu().numpy().tobytes())
+        digest.update(self.trainable.adaptation.fixed.cpu().numpy().tobytes())
         return digest.hexdigest()
 
     def _resume(self) -> None:
@@ -150,8 +150,8 @@ class Run:
             torch._foreach_mul_(own, (self.settings.gradient_norm / (norm + 1e-6)).clamp(max=1.0))
         read = self._read(losses, norms) if self._looks() else None
         self.optimizer.step()
-        self.trainable.confine()
         self.step += 1
+        self.trainable.adaptation.after_step(self.step)
         return read
 
     def _looks(self) -> bool:
@@ -191,13 +191,14 @@ class Run:
         with checkpointing(self.base.pipeline.unet, plan.checkpointing):
             for number in range(plan.parts):
                 of_part = self._losses(batch.part(number, plan.parts))
-                (of_part[:, 0] + self.settings.inertness * of_part[:, 1]).sum().backward()
+                loss = (of_part[:, 0] + self.settings.inertness * of_part[:, 1]).sum()
+                (loss + self.trainable.adaptation.penalty() / plan.parts).backward()
                 losses.append(of_part.detach())
         return torch.stack(losses).sum(0)
 
     def _losses(self, batch: Batch) -> torch.Tensor:
         """Return each concept's masked denoising loss and its inertness loss, `(concepts, 2)`, from one forward pass."""
-        self.trainable.show(self.base.pipeline.unet.dtype)
+        self.trainable.adaptation.show(self.base.pipeline.unet.dtype)
         inputs = (tensor.flatten(0, 1) for tensor in (batch.noisy, batch.times, batch.ids))
         predicted = predict(self.base, *inputs).view(batch.targets.shape)
         errors = ((predicted - batch.targets) ** 2 * batch.weights).mean((2, 3, 4))
@@ -214,8 +215,10 @@ class Run:
             return [{} for _ in self.concepts]
         measured = []
         for number, concept in enumerate(self.concepts):
-            self.trainable.show(self.base.pipeline.unet.dtype, number)
-            measured.append(measure_activations(self.base, concept.words, self.trainable.keys, self.settings.seed))
+            self.trainable.adaptation.show(self.base.pipeline.unet.dtype, number)
+            measured.append(
+                measure_activations(self.base, concept.words, tuple(self.trainable.adaptation.layers), self.settings.seed)
+            )
         return measured
 
     @torch.no_grad()
@@ -227,7 +230,7 @@ class Run:
         vae = pipeline.vae
         with elsewhere(vae, self.base.device):
             for number, concept in enumerate(self.concepts):
-                self.trainable.show(pipeline.unet.dtype, number)
+                self.trainable.adaptation.show(pipeline.unet.dtype, number)
                 latents = pipeline(
                     **prompts(self.base, [f"a photo of {concept.words}"] * 2),
                     num_inference_steps=15,

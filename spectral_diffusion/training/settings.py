@@ -25,7 +25,9 @@ class TrainingSettings:
         InputError: a value is out of range; the message names the field.
     """
 
-    parametrisation: str = _setting("additive", "how a layer's change is written: additive or rotational")
+    parametrisation: str = _setting(
+        "additive", "how a layer's change is written: additive or rotational; the others are rivals, for comparison"
+    )
     rank: int = _setting(8, "singular directions per concept and layer")
     steps: int = _setting(1250, "optimiser steps")
     batch: int = _setting(2, "photos per step; as many inertness samples are drawn beside them")

@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from types import ModuleType
+from typing import Any
 
 import torch
+from torch import nn
 from torch.nn.functional import pad
 
 from spectral_diffusion.adapter import LayerPart
+from spectral_diffusion.attach import hooked
 from spectral_diffusion.spectrum import Spectrum
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainedLayers:
+    """What came out of a training: the form that the changes are kept in, a key of `FORMS`, and a part per layer."""
+
+    form: str
+    parts: dict[str, LayerPart]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,3 +99,63 @@ def _stack(form: ModuleType, keys: list[str], concepts: list[list[ConceptLayer]]
         U_kept=of(lambda layer: pad(layer.U_kept, (0, kept - layer.U_kept.shape[1]))),
         V_kept=of(lambda layer: pad(layer.V_kept, (0, kept - layer.V_kept.shape[1]))),
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stacks:
+    """A spectral parametrisation at work on linear layers, of one concept or several side by side; see `Adaptation`.
+
+    Attributes:
+        form: the parametrisation's name.
+        layers: the adapted layers by key.
+        now: each layer's `up` and `down`, as the model works with them at the moment.
+    """
+
+    form: str
+    layers: dict[str, nn.Linear]
+    stacks: tuple[Stack, ...]
+    now: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+
+    @property
+    def fixed(self) -> torch.Tensor:
+        """The directions of the first layers."""
+        return self.stacks[0].band.U
+
+    def attached(self) -> AbstractContextManager[None]:
+        """While entered, the model works with what `show` last put there."""
+        return hooked(self.layers, {key: lambda key=key: self.now[key] for key in self.layers})
+
+    def show(self, dtype: torch.dtype, concept: int | None = None) -> None:
+        """Let the model work with the tensors as they are now, until the next call."""
+        for stack in self.stacks:
+            up, down = (factor.to(dtype).unbind(1) for factor in stack.factors())
+            for key, *pair in zip(stack.keys, up, down, strict=True):
+                self.now[key] = tuple(pair) if concept is None else tuple(factor[concept].detach() for factor in pair)
+
+    def named(self) -> dict[str, torch.Tensor]:
+        """Return every trained tensor, `(concepts, n, ...)`, by a name that begins with the key of a layer."""
+        return {f"{stack.keys[0]}/{name}": tensor for stack in self.stacks for name, tensor in stack.tensors.items()}
+
+    def gradients(self, concept: int) -> list[torch.Tensor]:
+        """Return the gradients of concept number `concept`, to be changed in place."""
+        return [tensor.grad[concept] for tensor in self.named().values() if tensor.grad is not None]
+
+    def after_step(self, step: int) -> None:
+        """Take out of every layer what lies in other concepts' bands."""
+        for stack in self.stacks:
+            stack.confine()
+
+    def penalty(self) -> float:
+        """Return nothing."""
+        return 0.0
+
+    def memory(self) -> dict[str, Any]:
+        """Return nothing: the tensors are all there is."""
+        return {}
+
+    def recall(self, memory: dict[str, Any]) -> None:
+        """Do nothing."""
+
+    def result(self, concept: int) -> TrainedLayers:
+        """Return a copy of every layer of concept number `concept`, on the CPU."""
+        return TrainedLayers(form=self.form, parts={key: part for s in self.stacks for key, part in s.parts(concept).items()})

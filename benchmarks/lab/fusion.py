@@ -1,0 +1,90 @@
+"""How much of each concept is left when several are joined: every method trains, joins and draws in the same way.
+
+Identity is the judge's: the share of pictures in which its first answer is the concept. The whole joined adapter is attached, as
+an exported file is. `alone` cases are shared by all methods that train alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from itertools import pairwise
+from statistics import mean, pstdev
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from benchmarks.lab.charts import lines, markdown
+from benchmarks.lab.record import Case, Record
+from benchmarks.lab.workshop import Workshop
+from spectral_diffusion.fusion import fuse
+from spectral_diffusion.generation import Drawing, generate
+
+
+def cases(config: dict[str, Any]) -> Iterator[Case]:
+    """Yield, for more and more concepts, each concept alone and then every method."""
+    shared = {"pictures": config["pictures"]}
+    for seed in config["seeds"]:
+        for before, count in pairwise([0, *config["counts"]]):
+            names = config["concepts"][:count]
+            for label, training in config["trainings"].items():
+                for slot, name in list(enumerate(names))[before:]:
+                    case = {"name": f"{name} alone {label} {seed}", "kind": "alone", "training": label, "concept": name}
+                    yield case | {"slot": slot, "settings": training | {"seed": seed}} | shared
+            for method, (label, fuser) in config["methods"].items():
+                case = {"name": f"{count} {method} {seed}", "kind": "fused", "method": method, "training": label, "fuser": fuser}
+                yield case | {"concepts": names, "settings": config["trainings"][label] | {"seed": seed}} | shared
+
+
+def measure(case: Case, workshop: Workshop) -> dict[str, Any]:
+    """Draw and judge one concept alone, or all of a fused adapter."""
+    if case["kind"] == "alone":
+        adapter = workshop.adapter(case["concept"], case["slot"], case["settings"])
+        pictures = workshop.draw(adapter, adapter.tokens[0], case["pictures"])
+        (part,) = adapter.concepts
+        return asdict(workshop.likeness(case["concept"], pictures)) | {"parameters": part.parameters()}
+    adapters = [workshop.adapter(name, slot, case["settings"]) for slot, name in enumerate(case["concepts"])]
+    fused = fuse(adapters, method=case["fuser"])
+    concepts = {}
+    for name, token in zip(case["concepts"], fused.tokens, strict=True):
+        concepts[name] = asdict(workshop.likeness(name, workshop.draw(fused, token, case["pictures"])))
+    drawing = Drawing(prompt=f"{fused.tokens[0]} and {fused.tokens[1]} near a lake", count=5 * case["pictures"], seed=77_000)
+    images = [picture.image for picture in generate(workshop.base, drawing, fused, whole=True)]
+    wanted = set(case["concepts"][:2])
+    both = mean(float({s.character for s in seen[:2]} == wanted) for seen in workshop.judge.look(images))
+    return {"concepts": concepts, "pair": both}
+
+
+def show(records: Sequence[Record]) -> tuple[dict[str, Figure], str]:
+    """Return identity by number of concepts, and the table with the spread over seeds."""
+    alone = {_key(r["case"], r["case"]["concept"]): r["result"] for r in records if r["case"]["kind"] == "alone"}
+    found: dict[tuple[int, str], list[dict[str, float]]] = {}
+    for record in records:
+        case = record["case"]
+        if case["kind"] == "fused":
+            before = [alone[_key(case, name)] for name in case["concepts"]]
+            after = [record["result"]["concepts"][name] for name in case["concepts"]]
+            figures = {f"{key} {when}": mean(one[key] for one in group) for when, group in (("alone", before), ("fused", after))
+                       for key in ("identity", "clip_image", "clip_text")}  # fmt: skip
+            figures |= {
+                "pair": record["result"]["pair"],
+                "kept": figures["identity fused"] / max(figures["identity alone"], 1e-9),
+            }
+            found.setdefault((len(case["concepts"]), case["method"]), []).append(figures)
+    rows, curves = [], {}
+    for (count, method), runs in sorted(found.items()):
+        value = {key: mean(run[key] for run in runs) for key in runs[0]}
+        curves.setdefault(method, []).append((count, value["identity fused"]))
+        spread = f" ± {pstdev(run['identity fused'] for run in runs):.2f}" if len(runs) > 1 else ""
+        images = f"{value['clip_image alone']:.3f} / {value['clip_image fused']:.3f}"
+        texts = f"{value['clip_text alone']:.3f} / {value['clip_text fused']:.3f}"
+        identity = [f"{value['identity alone']:.2f}", f"{value['identity fused']:.2f}{spread}", f"{value['kept']:.2f}"]
+        rows.append([str(count), method, *identity, images, texts, f"{value['pair']:.2f}"])
+    header = ["concepts", "method", "alone", "fused", "kept", "CLIP image alone / fused", "CLIP text alone / fused", "pair"]
+    if not rows:
+        return {}, ""
+    return {"identity": lines("Identity after fusing", "concepts", "share right", curves)}, markdown(header, rows)
+
+
+def _key(case: Case, name: str) -> tuple[str, str, int]:
+    return case["training"], name, case["settings"]["seed"]

@@ -1,0 +1,103 @@
+"""What the experiments share: the base, the judges, and trained adapters that are kept on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from benchmarks.lab.record import digest
+from spectral_diffusion.adapter import Adapter
+from spectral_diffusion.adapter_file import load_adapter, save_adapter
+from spectral_diffusion.bands import Band
+from spectral_diffusion.base import Base, linear_layers, load_base
+from spectral_diffusion.clip_scorer import ClipScorer, load_scorer
+from spectral_diffusion.concept import SAMPLES_FOLDER, Concept, load_concept
+from spectral_diffusion.generation import Drawing, Picture, generate
+from spectral_diffusion.parametrisations import BANDED
+from spectral_diffusion.toyworld.judge import Judge, load_judge
+from spectral_diffusion.training import TrainingSettings, preset, train
+
+PROMPTS = ("{} near a lake", "a photo of {} in the snow", "{} on the beach", "{} in the city", "a picture of {} in the forest")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Likeness:
+    """Means over pictures: the judge's share right, CLIP to the photos, CLIP to the prompt with class words."""
+
+    identity: float
+    clip_image: float
+    clip_text: float
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """Where trained adapters are kept, and what is loaded once."""
+
+    adapters: Path
+
+    @cached_property
+    def base(self) -> Base:
+        """The embedded base."""
+        return load_base()
+
+    @cached_property
+    def scorer(self) -> ClipScorer:
+        """The embedded CLIP."""
+        return load_scorer(device=self.base.device)
+
+    @cached_property
+    def judge(self) -> Judge:
+        """The judge."""
+        return load_judge(device=self.base.device)
+
+    def concept(self, name: str) -> Concept:
+        """Return a sample concept."""
+        return load_concept(SAMPLES_FOLDER / name)
+
+    def settings(self, changes: Mapping[str, Any]) -> TrainingSettings:
+        """Return the preset `balanced` of the base with `changes`."""
+        return replace(preset("balanced", self.base), **changes)
+
+    def shapes(self, settings: TrainingSettings) -> list[tuple[int, int]]:
+        """Return the shapes of the layers that `settings` adapt."""
+        return [tuple(layer.weight.shape) for layer in linear_layers(self.base, settings.layers).values()]
+
+    def adapter(self, name: str, slot: int, changes: Mapping[str, Any]) -> Adapter:
+        """Return the concept `name` trained on band number `slot` with `changes`, from disk where it was trained before."""
+        settings = self.settings(changes)
+        band = Band(start=slot * settings.rank if settings.parametrisation in BANDED else 0, rank=settings.rank)
+        key = digest([name, asdict(band), asdict(settings), self.base.fingerprint])
+        path = self.adapters / f"{name}-{settings.parametrisation}-{key}.safetensors"
+        if not path.exists():
+            checkpoint = path.with_suffix(".checkpoint")
+            result = train(self.base, self.concept(name), band, settings, checkpoint=checkpoint)
+            save_adapter(result.adapter, path)
+            checkpoint.unlink(missing_ok=True)
+        return load_adapter(path)
+
+    def draw(self, adapter: Adapter, token: str, per_prompt: int) -> list[Picture]:
+        """Draw the fixed prompts with the whole adapter attached, the same seeds for every adapter."""
+        pictures: list[Picture] = []
+        for number, prompt in enumerate(PROMPTS):
+            drawing = Drawing(prompt=prompt.format(token), count=per_prompt, seed=1000 * number)
+            pictures += generate(self.base, drawing, adapter, whole=True)
+        return pictures
+
+    def likeness(self, name: str, pictures: list[Picture]) -> Likeness:
+        """Return how much `pictures` show the concept `name`, and their prompts."""
+        concept, images = self.concept(name), [picture.image for picture in pictures]
+        prompts = [picture.drawing.prompt.replace(concept.token, concept.class_word) for picture in pictures]
+        references = [example.photo.image for example in concept.examples]
+        firsts = [sightings[0].character for sightings in self.judge.look(images)]
+        return Likeness(
+            identity=sum(first == name for first in firsts) / len(firsts),
+            clip_image=_mean(self.scorer.image_alignment(images, references)),
+            clip_text=_mean(self.scorer.text_alignment(images, prompts)),
+        )
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)

@@ -1,0 +1,72 @@
+"""The aligned sum and its relatives: closed forms that use what was measured of each concept's inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from spectral_diffusion.joining.low_rank import LowRank
+from spectral_diffusion.joining.sums import weighted_sum
+
+RHO = 1e-3
+"""Weight of staying near the plain sum in the aligned sum, relative to Gram matrices of trace `in`."""
+SHRINKAGE = 0.9
+"""RegMean's factor on the entries of a Gram matrix beside its diagonal."""
+
+
+def aligned_sum(
+    deltas: Sequence[LowRank], weights: Sequence[float], activations: Sequence[torch.Tensor], rho: float = RHO
+) -> LowRank:
+    """Return the delta that acts on each concept's inputs as that concept's own delta does.
+
+    It minimises `sum_i |(D - w_i delta_i) G_i^(1/2)|^2 + rho |D - sum_i w_i delta_i|^2`, which gives
+    `D = sum_i w_i up_i (Q^-1 (G_i + rho I) down_i)^T` with `Q = sum_i G_i + rho I`: the rank stays that of the sum.
+
+    Args:
+        deltas: one per concept.
+        weights: one per concept.
+        activations: per concept a factor `F (in, k)` of the Gram matrix `G = F F^T` of the layer's inputs while that
+            concept's model draws its own prompts, scaled to trace `in`.
+        rho: how strongly directions that no concept uses stay as in the plain sum.
+
+    Raises:
+        ArithmeticError: the measurements are so large that `rho` is lost beside them.
+    """
+    identity = torch.eye(len(activations[0]), dtype=torch.float64, device=activations[0].device)
+    factors = [factor.double() for factor in activations]
+    Q = sum((factor @ factor.T for factor in factors), rho * identity)
+    cholesky, failed = torch.linalg.cholesky_ex(Q)
+    if failed.any():
+        raise ArithmeticError("its normal equations are singular")
+    corrected = []
+    for delta, factor in zip(deltas, factors, strict=True):
+        down = delta.down.double()
+        down = torch.cholesky_solve(factor @ (factor.T @ down) + rho * down, cholesky)
+        corrected.append(LowRank(up=delta.up, down=down.to(delta.down.dtype)))
+    return weighted_sum(corrected, weights)
+
+
+def regression_mean(deltas: Sequence[LowRank], weights: Sequence[float], activations: Sequence[torch.Tensor]) -> LowRank:
+    """Return RegMean's joined delta (Jin et al. 2023, arXiv 2212.09849, equation 2): low rank as the sum.
+
+    It minimises `sum_i |(D - w_i delta_i) G_i^(1/2)|^2` with the entries of every `G_i` beside its diagonal shrunk by
+    `SHRINKAGE`, which is what keeps the equations solvable.
+
+    Raises:
+        ArithmeticError: an input is zero for every concept, so the equations are singular.
+    """
+    grams = [_shrunk(factor.double()) for factor in activations]
+    cholesky, failed = torch.linalg.cholesky_ex(sum(grams))
+    if failed.any():
+        raise ArithmeticError("its normal equations are singular")
+    corrected = []
+    for delta, gram in zip(deltas, grams, strict=True):
+        down = torch.cholesky_solve(gram @ delta.down.double(), cholesky)
+        corrected.append(LowRank(up=delta.up, down=down.to(delta.down.dtype)))
+    return weighted_sum(corrected, weights)
+
+
+def _shrunk(factor: torch.Tensor) -> torch.Tensor:
+    gram = factor @ factor.T
+    return SHRINKAGE * gram + (1 - SHRINKAGE) * torch.diag(gram.diagonal())

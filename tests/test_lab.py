@@ -1,0 +1,143 @@
+"""The lab: every experiment runs, leaves one JSON per run, resumes, and shows what the JSON says."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from test_parametrisations import shared_base
+from test_training import prepare_less
+
+from benchmarks.lab import __main__ as lab
+from benchmarks.lab import language, theory
+from benchmarks.lab.record import perform, source
+from benchmarks.lab.workshop import Workshop
+from spectral_diffusion.parametrisations import PARAMETRISATIONS
+
+QUICK = {
+    "theory": {
+        "seeds": [0],
+        "layer": {"width": 16, "rank": 2, "bands": 2, "steps": 12, "rate": 0.05},
+        "neuron": {"inputs": 8, "hidden": 16, "samples": 64, "steps": 300, "rate": 0.01, "start": 0.02, "decay": 0.01},
+    },
+    "language": {
+        "model": {
+            "width": 16,
+            "depth": 1,
+            "heads": 2,
+            "length": 8,
+            "batch": 4,
+            "pretraining_steps": 3,
+            "pretraining_rate": 0.003,
+        },
+        "training": {"budget": 600, "steps": 10, "sweep_steps": 2, "checks": 1},
+        "methods": {method: [0.01] for method in ("full", "additive", "rotational", "lora", "dora", "adalora", "oft")},
+    },
+    "fusion": {
+        "concepts": ["black-cat", "poodle"],
+        "counts": [2],
+        "seeds": [0],
+        "pictures": 1,
+        "trainings": {
+            "spectral": {"parametrisation": "additive", "rank": 2, "steps": 2, "batch": 1},
+            "oft": {"parametrisation": "oft", "rank": 2, "steps": 2, "batch": 1},
+        },
+        "methods": {"aligned": ["spectral", "aligned"], "OFT average": ["oft", "average"]},
+    },
+    "efficiency": {
+        "concepts": ["black-cat"],
+        "seeds": [0],
+        "pictures": 1,
+        "training": {"steps": 2, "batch": 1},
+        "methods": {"additive": {"ranks": [2]}, "svdiff": {"ranks": [1], "settings": {"unet_rate": 0.01}}},
+    },
+}
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch, tiny_base_folder: Path) -> Iterator[None]:
+    prepare_less(monkeypatch)
+    monkeypatch.setattr(lab, "configuration", lambda name, size: QUICK[name])
+    monkeypatch.setattr("benchmarks.lab.workshop.PROMPTS", ("{} near a lake",))
+    monkeypatch.setattr("benchmarks.lab.workshop.load_base", lambda: shared_base("tiny", tiny_base_folder))
+    yield
+
+
+def records(folder: Path) -> list[dict[str, object]]:
+    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_an_experiment_runs_resumes_and_shows_its_results(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert lab.run(name, "quick", tmp_path) == 0
+    folder = tmp_path / "results" / name
+    found = records(folder)
+    assert found and {record["status"] for record in found} == {"done"}
+    assert {"case", "result", "machine", "versions", "source", "seconds"} <= found[0].keys()
+    written = {path: path.stat().st_mtime_ns for path in folder.glob("*.json")}
+    pictures = list(folder.glob("*.png"))
+    assert pictures and all(picture.stat().st_size > 1000 for picture in pictures)
+    assert (folder / "table.md").read_text(encoding="utf-8").count("\n") > 2
+    assert lab.run(name, "quick", tmp_path) == 0
+    assert written == {path: path.stat().st_mtime_ns for path in folder.glob("*.json")}
+
+
+def test_every_experiment_has_a_quick_and_a_full_size() -> None:
+    for name, module in lab.EXPERIMENTS.items():
+        for size in ("quick", "full"):
+            path = Path(lab.__file__).parent / "experiments" / name / f"{size}.toml"
+            assert path.is_file(), path
+            config = lab.tomllib.loads(path.read_text(encoding="utf-8"))
+            names = [case["name"] for case in module.cases(config)]
+            assert names and len(set(names)) == len(names), f"{name}, {size}"
+
+
+def test_a_run_that_fails_says_why_and_is_tried_again(tmp_path: Path) -> None:
+    def broken() -> dict[str, object]:
+        raise ValueError("no photos")
+
+    case = {"name": "x", "seed": 1}
+    record = perform(tmp_path, case, broken)
+    assert record["status"] == "failed" and record["error"] == "ValueError: no photos" and "result" not in record
+    assert perform(tmp_path, case, lambda: {"value": 2})["result"] == {"value": 2}
+    assert perform(tmp_path, case, broken)["status"] == "done"
+    assert len(records(tmp_path)) == 1 and source().keys() == {"commit", "dirty"}
+
+
+def test_theory_finds_what_the_mathematics_says(tmp_path: Path) -> None:
+    config = QUICK["theory"]
+    results = {}
+    for case in theory.cases(config):
+        if case["kind"] != "neuron" and case["method"] in ("additive", "rotational", "lora", "orthogonal"):
+            results[case["kind"], case["method"]] = theory.measure(case, Workshop(tmp_path))
+        elif case["kind"] == "neuron":
+            cosines = theory.measure(case, Workshop(tmp_path))["cosines"]
+    ranks = {method: results["rank", method]["rank"] for method in ("additive", "rotational", "lora")}
+    assert ranks == {"additive": 4, "rotational": 2, "lora": 2}
+    turned = results["overlap", "rotational"]
+    assert max(turned["read"], turned["write"]) < 1e-5
+    assert results["overlap", "orthogonal"]["read"] < 1e-5 < results["overlap", "orthogonal"]["write"]
+    assert min(results["overlap", "lora"].values()) > 1e-5
+    assert cosines[0] > 0.9 > max(cosines[1:])
+
+
+def test_the_language_model_reads_from_left_to_right_and_learns() -> None:
+    torch.manual_seed(0)
+    model = language.ByteModel(width=16, depth=2, heads=2, length=8)
+    ids = torch.randint(256, (2, 8))
+    later = ids.clone()
+    later[:, 5:] = 0
+    torch.testing.assert_close(model(ids)[:, :5], model(later)[:, :5])
+    assert not torch.allclose(model(ids)[:, 5:], model(later)[:, 5:])
+    assert len(language.sources()) > 1e6 and len(language.prose()) > 1e5
+
+
+def test_the_words_of_the_command_are_checked(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["lab", "nonsense"])
+    with pytest.raises(SystemExit):
+        lab.main()
+    assert "invalid choice: 'nonsense'" in capsys.readouterr().err
+    assert set(PARAMETRISATIONS) >= set(theory._METHODS) - {"additive, isolated"}

@@ -1,0 +1,184 @@
+"""The rival parametrisations, each through the trainer: what moves, what comes out, and how much is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from test_parametrisations import shared_base
+from test_training import SHORT, assert_bit_equal, first_step, prepare_less
+
+from spectral_diffusion.adapter import Adapter
+from spectral_diffusion.adapter_file import load_adapter, save_adapter
+from spectral_diffusion.attach import attached
+from spectral_diffusion.bands import Band
+from spectral_diffusion.base import Base, linear_layers, load_base
+from spectral_diffusion.concept import Concept, load_concept
+from spectral_diffusion.conditioning import prompts
+from spectral_diffusion.errors import BandError, InputError
+from spectral_diffusion.fusion import fuse
+from spectral_diffusion.parametrisations import PARAMETRISATIONS, RIVALS, SPECTRAL, TUNERS
+from spectral_diffusion.parametrisations.budget import parameter_count, rank_for
+from spectral_diffusion.parametrisations.site import Site
+from spectral_diffusion.training import TrainingSettings, train, train_together
+from spectral_diffusion.training.trainable import build_trainable, class_word_vectors
+from spectral_diffusion.training.tuners import tuned_layers
+
+OTHERS = (*RIVALS, *TUNERS)
+DENSE = ("svdiff", "dora", "oft")
+BAND = Band(start=2, rank=2)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def less_preparation() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        prepare_less(patch)
+        yield
+
+
+@pytest.fixture(scope="module")
+def base(tiny_base_folder: Path) -> Base:
+    return shared_base("tiny", tiny_base_folder)
+
+
+@pytest.fixture(scope="module")
+def concept(photo_folder: Path) -> Concept:
+    return load_concept(photo_folder, token="<V1>", class_word="dog")
+
+
+def settings_of(form: str, steps: int = 4) -> TrainingSettings:
+    return replace(SHORT, parametrisation=form, steps=steps)
+
+
+@pytest.fixture(scope="module")
+def adapters(base: Base, concept: Concept) -> dict[str, Adapter]:
+    """One adapter per rival."""
+    return {form: train(base, concept, BAND, settings_of(form)).adapter for form in OTHERS}
+
+
+def text_states(base: Base) -> torch.Tensor:
+    with torch.no_grad():
+        return prompts(base, ["a dog near a lake"])["prompt_embeds"]
+
+
+@pytest.mark.parametrize("form", PARAMETRISATIONS)
+def test_nothing_changes_at_the_start_and_the_count_is_right(form: str, base: Base) -> None:
+    before, parameters = text_states(base), [tensor.clone() for tensor in base.pipeline.unet.parameters()]
+    trainable = build_trainable(base, [BAND], [class_word_vectors(base, "dog")], settings_of(form))
+    trainable.adaptation.show(torch.float32)
+    with trainable.adaptation.attached():
+        torch.testing.assert_close(text_states(base), before, rtol=0, atol=1e-5)  # DoRA divides by norms that it took itself
+    assert torch.equal(text_states(base), before)
+    assert all(torch.equal(one, other) for one, other in zip(base.pipeline.unet.parameters(), parameters, strict=True))
+    shapes = [tuple(layer.weight.shape) for layer in linear_layers(base).values()]
+    tokens = sum(vectors.numel() for vectors in trainable.embeddings[0].values())
+    assert trainable.parameter_count() - tokens == parameter_count(form, shapes, BAND.rank)
+
+
+@pytest.mark.parametrize("form", OTHERS)
+def test_what_was_trained_is_kept_thinly_or_says_that_it_is_dense(
+    form: str, adapters: dict[str, Adapter], tmp_path: Path
+) -> None:
+    (part,) = adapters[form].concepts
+    assert part.parametrisation == ("dense" if form in DENSE else "lora")
+    assert part.settings["parametrisation"] == form and part.parameters() == part.settings["parameters"]
+    assert (part.band is not None) == (form == "orthogonal")
+    changed = [part.delta(key).dense().norm() > 0 for key in part.layers]
+    assert any(changed) if form == "adalora" else all(changed)  # AdaLoRA may take the whole budget from a layer
+    save_adapter(adapters[form], tmp_path / "a.safetensors")
+    again = load_adapter(tmp_path / "a.safetensors")
+    key = next(iter(part.layers))
+    torch.testing.assert_close(again.delta(key).dense(), part.delta(key).dense(), rtol=1e-2, atol=1e-4)  # half precision
+    assert again.concepts[0].band == part.band
+
+
+@pytest.mark.parametrize("form", OTHERS)
+def test_the_adapter_does_what_was_trained(form: str, concept: Concept, tiny_base_folder: Path) -> None:
+    base = load_base(tiny_base_folder, device="cpu")
+    trainable = build_trainable(base, [BAND], [class_word_vectors(base, "dog")], settings_of(form))
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for tensor in trainable.adaptation.named().values():
+            tensor.add_(0.1 * torch.randn(tensor.shape, generator=generator))
+    with trainable.adaptation.attached():
+        expected = text_states(base)
+    assert not torch.allclose(expected, text_states(base), atol=1e-3)
+    trained = trainable.adaptation.result(0)
+    (part,) = train(base, concept, BAND, settings_of(form, steps=2)).adapter.concepts
+    part = replace(part, parametrisation=trained.form, layers=trained.parts)
+    adapter = Adapter(family=base.family, fingerprint=base.fingerprint, concepts=(part,), weights=(1.0,))
+    with attached(base, adapter):
+        torch.testing.assert_close(text_states(base), expected, rtol=0, atol=2e-5)
+
+
+def test_a_stopped_adalora_goes_on_where_it_was(base: Base, concept: Concept, tmp_path: Path) -> None:
+    settings, file, steps = settings_of("adalora", steps=5), tmp_path / "c", []
+    undisturbed = train(base, concept, BAND, settings).adapter
+    stopped = train(base, concept, BAND, settings, checkpoint=file, on_progress=steps.append, should_stop=lambda: len(steps) > 2)
+    assert not stopped.finished and stopped.steps_done == 3
+    assert_bit_equal(train(base, concept, BAND, settings, checkpoint=file).adapter, undisturbed)
+
+
+def test_adalora_moves_its_budget_and_keeps_its_vectors_orthogonal(base: Base) -> None:
+    layers = dict(list(linear_layers(base).items())[:4])
+    tuned = tuned_layers("adalora", layers, rank=2, steps=10, seed=0)
+    assert tuned.penalty() > 0
+    tensors = [tensor for own in tuned.tensors().values() for tensor in own.values()]
+    for step in range(1, 11):
+        for tensor in tensors:
+            tensor.grad = torch.randn(tensor.shape, generator=torch.Generator().manual_seed(step))
+            tensor.data.add_(tensor.grad, alpha=0.01)
+        tuned.after_step(step)
+    kept = sum(int((tuned.wrapped(key).lora_E["default"] != 0).sum()) for key in layers)
+    assert kept == 2 * len(layers) < 3 * len(layers)
+
+
+def test_orthogonal_concepts_read_orthogonal_inputs(base: Base, concept: Concept, adapters: dict[str, Adapter]) -> None:
+    other = replace(concept, token="<V2>")
+    second = train(base, other, Band(start=4, rank=2), replace(settings_of("orthogonal"), seed=5)).adapter
+    for key in second.layer_keys():
+        one, two = adapters["orthogonal"].delta(key).dense(), second.delta(key).dense()
+        assert (one @ two.T).norm() < 1e-5 * one.norm() * two.norm()
+    assert fuse([adapters["orthogonal"], second], method="sum").tokens == ("<V1>", "<V2>")
+    with pytest.raises(BandError, match="share singular directions"):
+        fuse([adapters["orthogonal"], replace(second, concepts=(replace(second.concepts[0], band=BAND),))], method="sum")
+    with pytest.raises(BandError, match="lies beyond layer"):
+        train(base, other, Band(start=63, rank=2), settings_of("orthogonal"))
+
+
+def test_svdiff_never_turns_a_singular_value_negative() -> None:
+    weight = torch.randn(6, 5, generator=torch.Generator().manual_seed(0))
+    beginning = RIVALS["svdiff"].begin(Site(key="k", weight=weight, band=BAND, seed=0))
+    up, down = beginning.factors({"c": torch.full((5,), -100.0)})
+    assert (weight + up @ down.T).norm() < 1e-5
+
+
+def test_what_a_rival_cannot_do_is_refused(base: Base, concept: Concept) -> None:
+    pair = [(concept, BAND), (replace(concept, token="<V2>"), BAND)]
+    with pytest.raises(InputError, match="'lora' trains one concept at a time, got 2; train them one after the other"):
+        train_together(base, pair, settings_of("lora"))
+    with pytest.raises(InputError, match="adalora needs steps to move its budget, got 1; give 2 or more"):
+        first_step(base, concept, settings_of("adalora", steps=1))
+    with pytest.raises(InputError, match="block size of 2 or more that divides the width of every layer, got 5"):
+        first_step(base, concept, replace(settings_of("oft"), rank=5))
+
+
+def test_ranks_for_one_budget() -> None:
+    shapes = [(320, 320)] * 96 + [(320, 768)] * 32 + [(768, 768)] * 48
+    budget = parameter_count("lora", shapes, 4)
+    for form in PARAMETRISATIONS:
+        count = parameter_count(form, shapes, rank_for(form, shapes, budget))
+        assert form in ("svdiff", "oft") or 0.75 < count / budget < 1.33, form
+    # the paper's figures for SD1.5's 48 + 128 layers
+    text, cross = [(768, 768)] * 48, [(320, 768), (640, 768), (1280, 768)]
+    assert parameter_count("rotational", text, 8) == 48 * 136
+    assert parameter_count("svdiff", cross, 1) == 320 + 640 + 768
+    with pytest.raises(InputError, match="there is none"):
+        rank_for("oft", [(5, 5), (7, 7)], 100)
+
+
+def test_every_parametrisation_has_one_place() -> None:
+    assert set(PARAMETRISATIONS) == {*SPECTRAL, *RIVALS, *TUNERS} and len(set(PARAMETRISATIONS)) == len(PARAMETRISATIONS)
