@@ -1,15 +1,19 @@
 """How fast and how large at real size? `python -m benchmarks.real_size --json PATH`
 
-A random Stable Diffusion 1.5 (with `--sdxl` SDXL too) of full size is written as one fp16 file in the original layout, and then,
-each in a process of its own so that its peak of memory counts alone:
+A random Stable Diffusion 1.5 (with `--sdxl` SDXL too) of full size is written as one fp16 file in the original layout, and eight
+rank-8 adapters of it. Then, each in processes of its own so that its peak of memory counts alone, and the median of `--runs`:
 
-- `open`: loading the file as a base;
+- `read`: reading the file as a base whose weights are looked at only, as export, import and info do;
+- `load`: loading it to compute with, in float32;
 - `attach`: putting a fused adapter of eight concepts on it, the bands at hand;
-- `fuse`: joining eight rank-8 concepts read from their files, by the plain sum, down to the factors of every layer;
-- `export`: writing the fused adapter as a kohya LoRA.
+- `fuse`, `fuse_aligned`: joining eight concepts down to the factors of every layer, by the plain and by the aligned sum;
+- `export_kohya`: writing the fused adapter as a LoRA;
+- `export_checkpoint`: writing the base with the fused adapter merged in as one file.
 
-`memory` is the peak over what the program itself takes, divided by the checkpoint's size. The weights are random, so bands are
-random orthonormal directions instead of the spectrum, whose computing takes long and is kept anyway.
+`seconds` are of the clock and `cpu_seconds` of the processor, which tell more where others compute too. `memory` is the peak
+over what the program itself takes, divided by the checkpoint's size; what is mapped from the file counts although it can be given
+back at any time (only Linux says this figure). The weights are random, so bands are random orthonormal directions instead of the
+spectrum, whose computing takes long and is kept anyway.
 """
 
 from __future__ import annotations
@@ -18,11 +22,13 @@ import argparse
 import json
 import multiprocessing
 import os
-import resource
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -32,14 +38,15 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from spectral_diffusion.adapter import Adapter, ConceptPart, LayerPart
+from spectral_diffusion.activations import COLUMNS
+from spectral_diffusion.adapter import Adapter, ConceptPart, LayerPart, input_group
 from spectral_diffusion.adapter_file import load_adapter, save_adapter
 from spectral_diffusion.attach import attached
 from spectral_diffusion.bands import Band
-from spectral_diffusion.base import ATTENTION_LAYERS, layer_key, load_base
+from spectral_diffusion.base import ATTENTION_LAYERS, layer_key, load_base, read_base
 from spectral_diffusion.checkpoint import to_original_layout
 from spectral_diffusion.checkpoint.single_file import CONFIGURATIONS
-from spectral_diffusion.export import export_kohya
+from spectral_diffusion.export import export_checkpoint, export_kohya
 from spectral_diffusion.fusion import fuse
 from spectral_diffusion.spectrum import Spectrum
 
@@ -96,8 +103,15 @@ def random_concept(family: str, number: int) -> Adapter:
         parametrisation="additive",
         embeddings={part: torch.randn(1, width, generator=generator) for part, width in widths.items() if "text" in part},
         layers=layers,
+        activations=random_activations(layers, generator),
     )
     return Adapter(family=family, fingerprint="", concepts=(concept,), weights=(1.0,))
+
+
+def random_activations(layers: dict[str, LayerPart], generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """Return factors of random Gram matrices for the inputs of `layers`, as large as measured ones."""
+    widths = {input_group(key): part.shape[1] for key, part in layers.items()}
+    return {group: torch.randn(width, COLUMNS, generator=generator) for group, width in widths.items()}
 
 
 def random_layer(out_side: int, in_side: int, generator: torch.Generator) -> LayerPart:
@@ -115,68 +129,105 @@ def measured(work: Callable[..., Any], *arguments: Any) -> dict[str, float]:
 
 
 def _with_peak(work: Callable[..., dict[str, float]], *arguments: Any) -> dict[str, float]:
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = _memory("VmRSS")
     result = work(*arguments)
-    return result | {"peak_bytes": 1024.0 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)}
+    return result | {"peak_bytes": _memory("VmHWM") - before}
 
 
-def seconds_of(work: Callable[[], Any]) -> tuple[float, Any]:
-    started = time.perf_counter()
-    result = work()
-    return round(time.perf_counter() - started, 2), result
+def _memory(field: str) -> float:
+    """Return the bytes of this process's memory: `VmRSS` now, `VmHWM` at most since it was started."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{field}:"))
+    return 1024.0 * int(line.split()[1])
 
 
-def open_and_attach(checkpoint: Path, adapter: Path) -> dict[str, float]:
-    """Measure opening the checkpoint and putting the adapter on it."""
-    opening, base = seconds_of(lambda: load_base(checkpoint, device="cpu"))
+@contextmanager
+def timed(name: str, figures: dict[str, float]) -> Iterator[None]:
+    """Put the seconds that the block takes into `figures`, by the clock and by the processor."""
+    clock, processor = time.perf_counter(), time.process_time()
+    yield
+    figures[f"{name}_seconds"] = time.perf_counter() - clock
+    figures[f"{name}_cpu_seconds"] = time.process_time() - processor
+
+
+def read(checkpoint: Path) -> dict[str, float]:
+    """Measure reading the checkpoint."""
+    figures: dict[str, float] = {}
+    with timed("read", figures):
+        read_base(checkpoint)
+    return figures
+
+
+def load_and_attach(checkpoint: Path, adapter: Path) -> dict[str, float]:
+    """Measure loading the checkpoint and putting the adapter on it."""
+    figures: dict[str, float] = {}
+    with timed("load", figures):
+        base = load_base(checkpoint, device="cpu")
     loaded = load_adapter(adapter)
-    started = time.perf_counter()
-    with attached(base, loaded):
-        attaching = round(time.perf_counter() - started, 2)
-    return {"open_seconds": opening, "attach_seconds": attaching}
+    with ExitStack() as stack:
+        with timed("attach", figures):
+            stack.enter_context(attached(base, loaded))
+    return figures
 
 
 def fuse_and_export(files: list[Path], folder: Path) -> dict[str, float]:
     """Measure fusing the adapters in `files` and writing the result as a kohya LoRA into `folder`."""
+    figures: dict[str, float] = {}
     adapters = [load_adapter(file) for file in files]
-
-    def fused_factors() -> Adapter:
-        fused = fuse(adapters, method="sum")
-        fused.deltas()
-        return fused
-
-    fusing, fused = seconds_of(fused_factors)
-    exporting, export = seconds_of(lambda: export_kohya(fused, folder / "lora.safetensors"))
+    for name, method in (("fuse", "sum"), ("fuse_aligned", "aligned")):
+        with timed(name, figures):
+            fused = fuse(adapters, method=method)
+            fused.deltas()
+    with timed("export_kohya", figures):
+        export = export_kohya(fuse(adapters, method="sum"), folder / "lora.safetensors", overwrite=True)
     save_adapter(fused, folder / "fused.safetensors")
-    return {"fuse_seconds": fusing, "export_seconds": exporting, "lora_bytes": export.path.stat().st_size}
+    return figures | {"lora_bytes": export.path.stat().st_size}
 
 
-def measure(family: str, folder: Path) -> dict[str, float]:
-    """Return all figures of `family`."""
+def merge(checkpoint: Path, adapter: Path, folder: Path) -> dict[str, float]:
+    """Measure writing the checkpoint with the adapter merged in."""
+    figures: dict[str, float] = {}
+    loaded = replace(load_adapter(adapter), method="sum")
+    with timed("export_checkpoint", figures):
+        export_checkpoint(loaded, read_base(checkpoint), folder / "merged.safetensors", overwrite=True)
+    (folder / "merged.safetensors").unlink()
+    return figures
+
+
+def measure(family: str, folder: Path, runs: int) -> dict[str, float]:
+    """Return all figures of `family`, medians over `runs`."""
     checkpoint = folder / "checkpoint.safetensors"
-    write_checkpoint(family, checkpoint)
+    multiprocessing.get_context("spawn").Pool(1).apply(write_checkpoint, (family, checkpoint))
     files = [folder / f"{number}.safetensors" for number in range(CONCEPTS)]
     for number, file in enumerate(files):
         save_adapter(random_concept(family, number), file)
-    figures = {"checkpoint_bytes": checkpoint.stat().st_size, "adapter_bytes": files[0].stat().st_size}
-    joined = measured(fuse_and_export, files, folder)
-    figures |= {name: value for name, value in joined.items() if name != "peak_bytes"}
-    figures["fuse_and_export_peak_bytes"] = joined["peak_bytes"]
-    opened = measured(open_and_attach, checkpoint, folder / "fused.safetensors")
-    figures |= {name: value for name, value in opened.items() if name != "peak_bytes"}
-    return figures | {"memory": round(opened["peak_bytes"] / figures["checkpoint_bytes"], 2)}
+    sizes = {"checkpoint_bytes": checkpoint.stat().st_size, "adapter_bytes": files[0].stat().st_size}
+    works = {
+        "fuse_and_export": (fuse_and_export, files, folder),
+        "read": (read, checkpoint),
+        "load_and_attach": (load_and_attach, checkpoint, folder / "fused.safetensors"),
+        "merge": (merge, checkpoint, folder / "fused.safetensors", folder),
+    }
+    seen: dict[str, list[float]] = {}
+    for _ in range(runs):
+        for name, work in works.items():
+            figures = measured(*work)
+            figures[f"memory_{name}"] = figures.pop("peak_bytes") / sizes["checkpoint_bytes"]
+            for figure, value in figures.items():
+                seen.setdefault(figure, []).append(value)
+    return sizes | {figure: round(median(values), 2) for figure, values in seen.items()}
 
 
 def main() -> None:
     """Measure and write the JSON."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.real_size", description=__doc__)
     parser.add_argument("--json", type=Path, required=True, help="file for the result")
+    parser.add_argument("--runs", type=int, default=3, help="each figure is the median of so many (default: %(default)s)")
     parser.add_argument("--sdxl", action="store_true", help="measure SDXL too (7 GB on the disk)")
     options = parser.parse_args()
     result: dict[str, Any] = {"cores": os.cpu_count(), "threads": torch.get_num_threads()}
     for family in ("sd1", "sdxl") if options.sdxl else ("sd1",):
         with tempfile.TemporaryDirectory(dir=options.json.parent) as folder:
-            result[family] = measure(family, Path(folder))
+            result[family] = measure(family, Path(folder), options.runs)
     options.json.write_text(json.dumps(result, indent=2), encoding="utf-8")
     print(json.dumps(result, indent=2))
 

@@ -176,8 +176,7 @@ def _choose(
 
 def _score_lines(score: PictureScore) -> tuple[str, ...]:
     text = "-" if score.clip_text is None else f"{score.clip_text:.2f}"
-    images = "  ".join(f"{token[:8]} {value:.2f}" for token, value in list(score.clip_image.items())[:2])
-    return (f"text {text}  {images}"[:30],)
+    return (f"text {text}", *(f"{token[:20]} {value:.2f}" for token, value in list(score.clip_image.items())[:2]))
 
 
 def _wrapped(text: str, width: int = 20) -> str:

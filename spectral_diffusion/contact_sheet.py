@@ -15,7 +15,7 @@ BACKGROUND, INK, FAINT = (250, 250, 252), (28, 28, 34), (104, 104, 116)
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """One picture and up to three short lines under it."""
+    """One picture and a few short lines under it."""
 
     image: Image.Image
     lines: tuple[str, ...] = ()

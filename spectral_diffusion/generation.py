@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from PIL import Image
 from spectral_diffusion.adapter import Adapter
 from spectral_diffusion.attach import attached, tokens_in
 from spectral_diffusion.base import Base
+from spectral_diffusion.condition_picture import Condition, following
 from spectral_diffusion.conditioning import encode_prompts, pipeline_arguments
 from spectral_diffusion.errors import InputError
 from spectral_diffusion.previews import OnPreview, watching
@@ -45,6 +46,7 @@ class Drawing:
     Attributes:
         regions: parts of the picture with prompts of their own, later ones on top; `prompt` is read everywhere else.
         confined: whether a concept that a region names acts in that region only.
+        condition: a sketch or pose that the picture follows.
 
     Raises:
         InputError: a value is out of range; the message names the field.
@@ -59,7 +61,8 @@ class Drawing:
     scheduler: str = "DDIM"
     size: tuple[int, int] | None = None
     regions: tuple[Region, ...] = ()
-    confined: bool = False
+    confined: bool = True
+    condition: Condition | None = None
 
     def __post_init__(self) -> None:
         if not self.prompt.strip():
@@ -119,16 +122,22 @@ def generate(
 
     Raises:
         AdapterError: the adapter does not fit the base.
-        InputError: a region names a token that the adapter does not have.
+        InputError: a region names a token that the adapter does not have, a weight in a prompt is malformed, or the condition
+            does not suit the picture or the base.
     """
     _check_regions(drawing, adapter.tokens if adapter else ())
     if adapter is not None and not whole:
         adapter = named_only(adapter, drawing.words)
     words = {concept.token: concept.words for concept in adapter.concepts} if adapter else {}
     class_words = adapter.class_words if adapter else {}
+    places = _places(drawing, tuple(words))
     pictures = []
     layout = _layout(base, drawing)
-    with _concepts(base, drawing, adapter, layout), _regions(base, drawing, words, layout), _scheduler(base, drawing.scheduler):
+    with ExitStack() as stack:
+        stack.enter_context(_concepts(base, drawing, adapter, layout, places))
+        stack.enter_context(_regions(base, drawing, words, layout))
+        stack.enter_context(_condition(base, drawing))
+        stack.enter_context(_scheduler(base, drawing.scheduler))
         for seeds in _batches(range(drawing.seed, drawing.seed + drawing.count), batch):
             for seed, image in zip(seeds, _draw(base, drawing, words, seeds, on_preview), strict=True):
                 picture = Picture(image=image, seed=seed, drawing=drawing, tokens=tuple(words), class_words=dict(class_words))
@@ -145,23 +154,33 @@ def _check_regions(drawing: Drawing, tokens: Sequence[str]) -> None:
             raise InputError(f"A region names '{unknown[0]}', but the adapter {having}; name one of its tokens or a plain word.")
 
 
+def _size(base: Base, drawing: Drawing) -> tuple[int, int]:
+    return drawing.size or (base.resolution, base.resolution)
+
+
 def _layout(base: Base, drawing: Drawing) -> Layout | None:
     if not drawing.regions:
         return None
-    width, height = drawing.size or (base.resolution, base.resolution)
+    width, height = _size(base, drawing)
     factor = base.pipeline.vae_scale_factor
     return Layout(shares=shares_at(coverage(drawing.regions, width, height), height // factor, width // factor))
 
 
-def _concepts(base: Base, drawing: Drawing, adapter: Adapter | None, layout: Layout | None) -> AbstractContextManager[None]:
+def _places(drawing: Drawing, tokens: Sequence[str]) -> dict[str, tuple[int, ...]]:
+    """Return the numbers of the regions that name each token, for those that one does."""
+    named = [tokens_in(region.prompt, tokens) for region in drawing.regions]
+    places = {token: tuple(number for number, own in enumerate(named) if token in own) for token in tokens}
+    return {token: numbers for token, numbers in places.items() if numbers}
+
+
+def _concepts(
+    base: Base, drawing: Drawing, adapter: Adapter | None, layout: Layout | None, places: dict[str, tuple[int, ...]]
+) -> AbstractContextManager[None]:
     """Return the context in which the base draws with `adapter`, each concept in its place where the drawing asks for that."""
     if adapter is None or not adapter.concepts:
         return nullcontext()
     if layout is None or not drawing.confined:
         return attached(base, adapter)
-    places = {
-        token: number for number, region in enumerate(drawing.regions) for token in tokens_in(region.prompt, adapter.tokens)
-    }
     return attached(base, adapter, confining_gate(adapter, layout, places))
 
 
@@ -181,12 +200,16 @@ def _regions(base: Base, drawing: Drawing, words: dict[str, str], layout: Layout
         yield
 
 
+def _condition(base: Base, drawing: Drawing) -> AbstractContextManager[None]:
+    return nullcontext() if drawing.condition is None else following(base, drawing.condition, *_size(base, drawing))
+
+
 @torch.no_grad()
 def _draw(
     base: Base, drawing: Drawing, words: dict[str, str], seeds: Sequence[int], on_preview: OnPreview | None
 ) -> list[Image.Image]:
     watched = watching(base, drawing.steps, seeds, on_preview) if on_preview is not None else {}
-    width, height = drawing.size or (base.resolution, base.resolution)
+    width, height = _size(base, drawing)
     return base.pipeline(
         **_texts(base, drawing, words, len(seeds)),
         num_inference_steps=drawing.steps,

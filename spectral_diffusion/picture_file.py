@@ -43,13 +43,17 @@ def _quoted(value: str) -> str:
 
 
 def _own_settings(picture: Picture) -> dict[str, Any]:
-    """Return what the infotext has no room for; a painted mask is not kept."""
+    """Return what the infotext has no room for; painted masks and condition pictures are not kept."""
     regions = [
         {"prompt": region.prompt, "box": list(region.box), "negative_prompt": region.negative_prompt}
         for region in picture.drawing.regions
     ]
     own: dict[str, Any] = {"class_words": picture.class_words}
-    return own | ({"regions": regions, "confined": picture.drawing.confined} if regions else {})
+    if regions:
+        own |= {"regions": regions, "confined": picture.drawing.confined}
+    if (condition := picture.drawing.condition) is not None:
+        own["condition"] = {"adapter": condition.adapter, "strength": condition.strength}
+    return own
 
 
 def save_picture(picture: Picture, path: Path, base_name: str) -> None:

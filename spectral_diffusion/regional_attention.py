@@ -58,18 +58,18 @@ class Layout:
             self.current = before
 
 
-def confining_gate(adapter: Adapter, layout: Layout, places: Mapping[str, int]) -> Gate:
-    """Return the gate that lets each concept act in its own region only.
+def confining_gate(adapter: Adapter, layout: Layout, places: Mapping[str, Sequence[int]]) -> Gate:
+    """Return the gate that lets each concept act in its own regions only.
 
     While a region's prompt is read only the concepts placed there count. While the whole picture is, a concept changes what
-    a layer makes of a position as far as the position belongs to its region, and no words.
+    a layer makes of a position as far as the position belongs to its regions, and no words.
 
     Args:
-        places: token to the number of its region; a concept without a place acts everywhere.
+        places: token to the numbers of its regions; a concept without a place acts everywhere.
     """
 
     @functools.cache
-    def columns(key: str) -> tuple[tuple[int | None, int], ...]:
+    def columns(key: str) -> tuple[tuple[Sequence[int] | None, int], ...]:
         having = [concept for concept in adapter.concepts if key in concept.layers]
         return tuple((places.get(concept.token), concept.delta(key).rank) for concept in having)
 
@@ -77,12 +77,12 @@ def confining_gate(adapter: Adapter, layout: Layout, places: Mapping[str, int]) 
         shares = None if layout.current is not None or not _has_positions(key) else layout.at(read.shape[1])
         parts = []
         for place, rank in columns(key):
-            if place is None or place == layout.current:
+            if place is None or layout.current in place:
                 part = torch.ones(1)
             elif shares is None:
                 part = torch.zeros(1)
             else:
-                part = shares[place].flatten()
+                part = shares[list(place)].sum(0).flatten()
             parts.append(part[:, None].expand(-1, rank))
         longest = max(len(part) for part in parts)
         return torch.cat([part.expand(longest, -1) for part in parts], dim=1)[None].to(read)

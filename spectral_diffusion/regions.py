@@ -126,16 +126,22 @@ def suggest_regions(prompt: str, tokens: Sequence[str]) -> tuple[Region, ...]:
     Each column's prompt is the whole one with its own token in place of all: `<V1> and <V2> near a lake` gives
     `<V1> near a lake` and `<V2> near a lake`, so that the scene goes on from column to column.
     """
-    found = {token: match for token in tokens if (match := re.search(re.escape(token), prompt, re.IGNORECASE))}
+    found = {token: match for token in tokens if (match := re.search(_written(token), prompt, re.IGNORECASE))}
     named = sorted(found, key=lambda token: found[token].start())
     if not named:
         return ()
     before, after = prompt[: found[named[0]].start()], prompt[max(match.end() for match in found.values()) :]
     edges = [number / len(named) for number in range(len(named) + 1)]
     return tuple(
-        Region(prompt=f"{before}{token}{after}", box=(left, 0.0, right, 1.0))
+        Region(prompt=f"{before}{found[token].group()}{after}", box=(left, 0.0, right, 1.0))
         for token, left, right in zip(named, edges[:-1], edges[1:], strict=True)
     )
+
+
+def _written(token: str) -> str:
+    """Return the pattern of `token` as it may stand in a prompt, with a weight of its own or without."""
+    word = re.escape(token)
+    return rf"\({word}(?::[\d.]+)?\)|\[{word}\]|{word}"
 
 
 def coverage(regions: Sequence[Region], width: int, height: int) -> torch.Tensor:

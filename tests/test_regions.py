@@ -86,6 +86,19 @@ def test_disjoint_regions_are_the_same_in_any_order(base: Base, pair: Adapter) -
         assert np.abs(pixels(one) - pixels(other)).max() <= 1
 
 
+def test_a_region_leaves_the_rest_as_it_was(tiny_base_folder: Path) -> None:
+    base = shared_base("embedded", tiny_base_folder)
+    box = (0.6, 0.4, 1.0, 1.0)
+    kinds = [
+        generate(base, Drawing(prompt="near a lake", count=3, steps=6, regions=regions))
+        for regions in ((), (Region(prompt="a red car near a lake", box=box),))
+    ]
+    plain, regional = (np.mean([pixels(picture) for picture in pictures], axis=0) for pictures in kinds)
+    change = np.abs(regional - plain).mean(axis=2)
+    outside, inside = change[:, : base.resolution // 2].mean(), change[base.resolution // 2 :, 2 * base.resolution // 3 :].mean()
+    assert outside < 16 and inside > 2 * outside, (outside, inside)
+
+
 def test_overlapping_regions_have_an_order(base: Base) -> None:
     regions = (Region(prompt="a dog", box=LEFT), Region(prompt="a red car at night", box=(0.0, 0.0, 0.6, 1.0)))
     assert np.abs(pixels(draw(base, regions=regions)) - pixels(draw(base, regions=regions[::-1]))).max() > 3
@@ -93,7 +106,7 @@ def test_overlapping_regions_have_an_order(base: Base) -> None:
 
 def test_a_confined_concept_acts_in_its_own_region_only(pair: Adapter) -> None:
     layout = Layout(shares=coverage([Region(prompt="a", box=LEFT), Region(prompt="b", box=RIGHT)], 16, 16))
-    gate = confining_gate(pair, layout, {"<V1>": 0})
+    gate = confining_gate(pair, layout, {"<V1>": (0,)})
     rank = pair.concepts[0].delta(SELF).rank
     places = gate(SELF, torch.zeros(1, 64, 4))
     assert places.shape == (1, 64, 2 * rank)
@@ -105,6 +118,20 @@ def test_a_confined_concept_acts_in_its_own_region_only(pair: Adapter) -> None:
         with layout.reading(region):
             for key in (SELF, WORDS):
                 assert gate(key, torch.zeros(1, 64, 4)).flatten().tolist() == [share] * rank + [1] * rank
+
+
+def test_a_concept_may_have_several_regions(base: Base, pair: Adapter) -> None:
+    layout = Layout(shares=coverage([Region(prompt="a", box=LEFT), Region(prompt="b", box=RIGHT)], 16, 16))
+    gate = confining_gate(pair, layout, {"<V1>": (0, 1), "<V2>": (1,)})
+    rank = pair.concepts[0].delta(SELF).rank
+    first, second = gate(SELF, torch.zeros(1, 64, 4)).view(8, 8, 2, rank).unbind(2)
+    assert (first[:, :3] == 1).all() and (first[:, 5:] == 1).all() and (second[:, :3] == 0).all() and (second[:, 5:] == 1).all()
+    with layout.reading(0):
+        assert gate(SELF, torch.zeros(1, 64, 4)).flatten().tolist() == [1] * rank + [0] * rank
+    both = (Region(prompt="<V1> asleep", box=LEFT), Region(prompt="<V1> asleep", box=RIGHT))
+    whole = draw(base, pair, regions=(Region(prompt="<V1> asleep"),))
+    assert np.abs(pixels(draw(base, pair, regions=both[::-1])) - pixels(draw(base, pair, regions=both))).max() <= 1
+    assert np.abs(pixels(whole) - pixels(draw(base, pair, regions=both[1:]))).max() > 3
 
 
 def test_confined_over_the_whole_picture_is_the_adapter_itself(base: Base, pair: Adapter) -> None:
@@ -141,6 +168,8 @@ def test_regions_are_suggested_in_the_order_of_the_prompt() -> None:
         ("a photo of <V2> near a lake", LEFT),
         ("a photo of <V1> near a lake", RIGHT),
     ]
+    weighed = suggest_regions("a photo of (<V1>:1.3) and [<V2>] near a lake", ["<V1>", "<V2>"])
+    assert [region.prompt for region in weighed] == ["a photo of (<V1>:1.3) near a lake", "a photo of [<V2>] near a lake"]
     assert suggest_regions("<V1> asleep", ["<V1>"]) == (Region(prompt="<V1> asleep"),)
     assert suggest_regions("a lake", ["<V1>"]) == ()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -19,6 +20,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from PIL import Image
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from spectral_diffusion.base import EMBEDDED_BASE
@@ -353,9 +355,22 @@ def test_masks_are_suggested_shown_and_corrected(page: Page, served: Served) -> 
     page.locator("#make-masks").click()
     expect(page.locator("#photos .sd-inset")).to_have_count(2)
     assert len(list(masks.glob("*-mask.png"))) == 2
-    page.locator("#photos").get_by_role("button", name="Mask and crops of").first.click()
+    edit = page.locator("#photos").get_by_role("button", name="Mask and crops of").first
+    edit.click()
     expect(page.locator("#crops img")).to_have_count(4)
-    page.get_by_role("button", name="No mask").click()
+    before = (masks / "1-mask.png").read_bytes()
+    paper = page.locator("#painter canvas").bounding_box()
+    page.mouse.move(paper["x"] + 3, paper["y"] + 3)
+    page.mouse.down()
+    page.mouse.move(paper["x"] + 60, paper["y"] + 3, steps=3)
+    page.mouse.up()
+    page.locator("#painter").get_by_role("button", name="Keep the mask").click()
+    expect(page.locator("#painter canvas")).to_have_count(0)
+    after = Image.open(io.BytesIO((masks / "1-mask.png").read_bytes()))
+    assert Image.open(io.BytesIO(before)).getpixel((4, 2)) < 9 and after.getpixel((4, 2)) > 200
+    assert after.histogram()[255] > 0.05 * after.width * after.height  # what was there before stays
+    edit.click()
+    page.locator("#painter").get_by_role("button", name="No mask").click()
     expect(page.locator("#photos .sd-inset")).to_have_count(1)
     assert len(list(masks.glob("*-mask.png"))) == 1
 

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import base64
+import io
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+from PIL import Image
 
+from app.actions.studio import open_studio
 from app.ui.charts import band_map_chart, cross_talk_table, loss_curve
 from app.ui.markup import button, duration, image, table, text
+from app.ui.painter import painted
+from app.ui.regions import show_regions
 from spectral_diffusion.band_map import BandMap, GroupRow, Share
+from spectral_diffusion.errors import InputError
+from spectral_diffusion.regions import Region
 
 HOSTILE = "<script>'\"${alert(1)}{{x}}"
 
@@ -53,3 +61,25 @@ def test_the_curve_has_as_many_points_as_fit() -> None:
 @pytest.mark.parametrize(("seconds", "words"), [(None, "not measured yet"), (40, "40 s"), (700, "12 min"), (6000, "1 h 40 min")])
 def test_times_are_said_as_people_do(seconds: float | None, words: str) -> None:
     assert duration(seconds) == words
+
+
+def test_regions_are_shown_where_they_are_and_never_as_html(tmp_path: Path) -> None:
+    studio = open_studio(tmp_path)
+    shown = show_regions(studio, (Region(prompt=HOSTILE, box=(0.25, 0.0, 0.5, 1.0)),))
+    assert "<script" not in shown and "${" not in shown
+    assert "left:25.0%;top:0.0%;width:25.0%;height:100.0%" in shown and 'data-edges="0.25,0,0.5,1"' in shown
+
+
+def test_a_painted_mask_arrives_whole_or_is_refused() -> None:
+    def sent(picture: Image.Image, format: str = "PNG") -> str:
+        content = io.BytesIO()
+        picture.save(content, format)
+        return f"data:image/png;base64,{base64.b64encode(content.getvalue()).decode()}"
+
+    layer = Image.new("RGBA", (40, 30))
+    layer.paste((255, 0, 0, 255), (0, 0, 20, 30))
+    mask = painted(sent(layer))
+    assert (mask.mode, mask.size, mask.getpixel((5, 5)), mask.getpixel((30, 5))) == ("L", (40, 30), 255, 0)
+    for wrong in ("", "data:,x", "<svg/>", sent(layer)[:-60], sent(layer.convert("RGB"), "JPEG"), sent(Image.new("L", (800, 8)))):
+        with pytest.raises(InputError, match="did not arrive whole"):
+            painted(wrong)

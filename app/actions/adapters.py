@@ -18,10 +18,10 @@ from spectral_diffusion.fusion import DEFAULT_METHOD
 
 PRECISIONS = ("fp16", "bf16", "fp32")
 FORMATS = {
-    "kohya": "LoRA for AUTOMATIC1111, ComfyUI and diffusers",
-    "diffusers": "LoRA with PEFT’s names, for diffusers",
-    "embedding": "the tokens’ embeddings alone",
-    "checkpoint": "the whole base with the concepts in it",
+    "kohya": "a LoRA for all tools",
+    "diffusers": "a LoRA with PEFT’s names",
+    "embedding": "the tokens alone",
+    "checkpoint": "the whole base",
 }
 """What can be exported, with what it is in words."""
 _KINDS = ("adapters", "fused")

@@ -33,7 +33,9 @@ SAMPLES = ("poodle", "black-cat", "raccoon")
 """Sample concepts that a new studio has."""
 MAX_UPLOAD = 64_000_000
 """Bytes that one uploaded file may have."""
-_THUMBNAIL, _MASK_THUMBNAIL, _MASK_SIDE = 384, 128, 768
+MASK_SIDE = 768
+"""Longest side in pixels of what a mask is painted on."""
+_THUMBNAIL, _MASK_THUMBNAIL = 384, 128
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,7 +203,7 @@ def mask_of(studio: Studio, name: str, photo: str) -> tuple[Image.Image, Image.I
     """Return the upright photo and its mask, both small enough to paint on."""
     path = _photo(studio, name, photo)
     picture = read_photo(path).image.copy()
-    picture.thumbnail((_MASK_SIDE, _MASK_SIDE), Image.Resampling.LANCZOS)
+    picture.thumbnail((MASK_SIDE, MASK_SIDE), Image.Resampling.LANCZOS)
     if not mask_path(path).is_file():
         return picture, None
     return picture, read_photo(mask_path(path), background=BLACK).image.convert("L").resize(picture.size)

@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
-import numpy as np
 from PIL import Image
 
 from app.actions import concepts as library
 from app.actions.pictures import likeness_of
 from app.actions.studio import Studio
 from app.actions.tour import queue_tour
-from app.actions.trainings import base_facts, expectations, longer_steps, train, train_again, training_view
+from app.actions.trainings import expectations, longer_steps, train, train_again, training_view
 from app.jobs import State
 from app.ui import markup
 from app.ui.activity import wire_jobs
 from app.ui.charts import loss_curve
 from app.ui.live import EVENT, SLOW, Live, attempt, said
-from spectral_diffusion.errors import SpectralDiffusionError
+from app.ui.painter import PAINTING, painted, painter
 from spectral_diffusion.training import PRESETS
 
 _PHOTO_TYPES = ["image", ".heic", ".heif", ".avif", ".tif", ".tiff"]
@@ -50,6 +47,7 @@ def build_concepts(studio: Studio, live: Live) -> None:
     live.add(gr.HTML(elem_id="concept-title"), lambda name: _title(studio, name), chosen)
     with gr.Row(equal_height=False):
         with gr.Column(scale=3, min_width=300):
+            paper = gr.HTML("", elem_id="painter", js_on_load=markup.CLICKS + PAINTING)
             photos = live.add(
                 gr.HTML(elem_id="photos", js_on_load=markup.CLICKS), lambda name, _: _photos(studio, name), chosen, photo_version
             )
@@ -58,16 +56,18 @@ def build_concepts(studio: Studio, live: Live) -> None:
                 masks = gr.Button("Make masks", size="sm", elem_id="make-masks")
         with gr.Column(scale=2, min_width=300):
             _build_training(studio, live, chosen)
-    _build_photo_tools(studio, chosen, photos, photo_version)
+    _wire_photos(studio, chosen, photos, paper, photo_version)
 
-    def open_concept(name: str, event: gr.EventData) -> str:
+    def open_concept(name: str, event: gr.EventData) -> tuple[str | None, str]:
         do, target, _ = said(event)
-        if do == "open":
-            return target
-        if do == "remove-concept":
-            attempt(library.remove_concept, studio, target, done="It lies among the removed ones.")
-            return _first_choice(studio)
-        return name
+        return target if do == "open" else name, ""
+
+    def remove_concept(event: gr.EventData) -> tuple[Any, ...]:
+        do, target, _ = said(event)
+        if do != "remove-concept":
+            return gr.skip(), gr.skip()
+        attempt(library.remove_concept, studio, target, done="It lies among the removed ones.")
+        return (gr.skip(), gr.skip()) if target in library.concept_names(studio) else (_first_choice(studio), "")
 
     def add(word: str, wanted: str, files: list[str] | None) -> tuple[Any, ...]:
         name = attempt(_create, studio, word, wanted, [Path(file) for file in files or ()])
@@ -89,7 +89,8 @@ def build_concepts(studio: Studio, live: Live) -> None:
     welcome.click(
         lambda: attempt(queue_tour, studio, done="The tour is queued: two trainings, then fusing, drawing, exporting."), **EVENT
     )
-    cards.click(open_concept, chosen, chosen, **EVENT)
+    cards.click(open_concept, chosen, [chosen, paper], **EVENT)
+    photos.click(remove_concept, None, [chosen, paper], **EVENT)
     class_word.blur(
         lambda word: gr.update(placeholder=library.suggest_token(studio, word) if word.strip() else _TOKEN),  # taken when empty
         class_word,
@@ -105,9 +106,7 @@ def _build_training(studio: Studio, live: Live, chosen: gr.State) -> None:
     preset = gr.Radio(list(PRESETS), value=PRESETS[0], label="How long to train", elem_id="preset")
     live.add(gr.HTML(), lambda: _expected(studio))
     with gr.Accordion("More settings", open=False):
-        steps = gr.Number(
-            label="Steps", info="Empty: what the preset says. More steps, more likeness.", value=None, minimum=1, precision=0
-        )
+        steps = gr.Number(0, label="Steps", info="0: what the preset says. More steps, more likeness.", minimum=0, precision=0)
         sample_every = gr.Number(label="Sample pictures every … steps", info="0 draws none.", value=50, minimum=0, precision=0)
     start = gr.Button("Train", variant="primary", elem_id="train")
     training = live.add(gr.HTML(elem_id="training", js_on_load=markup.CLICKS), lambda name: _training(studio, name), chosen)
@@ -128,49 +127,41 @@ def _build_training(studio: Studio, live: Live, chosen: gr.State) -> None:
     training.click(go_longer, **EVENT)
 
 
-def _build_photo_tools(studio: Studio, chosen: gr.State, photos: gr.HTML, version: gr.State) -> None:
-    photo = gr.State(None)
-    with gr.Group(visible=False) as tools:
-        crops = gr.HTML(elem_id="crops")
-        editor = gr.ImageEditor(
-            label="Paint where the concept is", type="pil", sources=(), transforms=(), layers=False, height=420, format="png",
-            brush=gr.Brush(default_size=28, colors=["#ffffff"], color_mode="fixed"), elem_id="mask-editor",
-        )  # fmt: skip
-        with gr.Row():
-            keep = gr.Button("Keep the mask", variant="primary", size="sm")
-            suggest = gr.Button("Suggest one", size="sm")
-            clear = gr.Button("No mask", size="sm")
-            close = gr.Button("Close", size="sm")
-
+def _wire_photos(studio: Studio, chosen: gr.State, photos: gr.HTML, paper: gr.HTML, version: gr.State) -> None:
     def act(name: str, now: int, event: gr.EventData) -> tuple[Any, ...]:
         do, target, value = said(event)
+        if do == "edit":
+            return now, _paper(studio, name, target, attempt(library.mask_of, studio, name, target))
         if do == "caption":
             attempt(library.set_caption, studio, name, target, value, done="Caption kept.")
         elif do == "remove-photo":
             attempt(library.remove_photo, studio, name, target)
-        elif do == "edit":
-            shown = attempt(library.mask_of, studio, name, target)
-            if shown is not None:
-                return now, target, gr.update(visible=True), _to_paint(*shown), _crops(studio, name, target)
-        return now + (do in ("caption", "remove-photo")), gr.skip(), gr.skip(), gr.skip(), gr.skip()
+        else:
+            return gr.skip(), gr.skip()
+        return now + 1, "" if do == "remove-photo" else gr.skip()
 
-    def keep_mask(name: str, target: str, value: dict[str, Any] | None, now: int) -> tuple[Any, ...]:
-        attempt(library.set_mask, studio, name, target, _painted(value), done="Mask kept.")
-        return now + 1, gr.update(visible=False)
+    def paint(name: str, now: int, event: gr.EventData) -> tuple[Any, ...]:
+        do, target, value = said(event)
+        if do == "suggest-mask":
+            words = "Correct it by painting, then keep it."
+            return now, _paper(studio, name, target, attempt(library.suggested_mask_of, studio, name, target, done=words))
+        if do == "close-mask":
+            return now, ""
+        if do not in ("keep-mask", "no-mask"):
+            return gr.skip(), gr.skip()
+        mask = attempt(painted, value) if do == "keep-mask" else None
+        if do == "keep-mask" and mask is None:
+            return gr.skip(), gr.skip()
+        done = "Mask kept." if mask is not None else "The whole photo counts."
+        attempt(library.set_mask, studio, name, target, mask, done=done)
+        return now + 1, ""
 
-    def clear_mask(name: str, target: str, now: int) -> tuple[Any, ...]:
-        attempt(library.set_mask, studio, name, target, None, done="The whole photo counts.")
-        return now + 1, gr.update(visible=False)
+    photos.click(act, [chosen, version], [version, paper], **EVENT)
+    paper.click(paint, [chosen, version], [version, paper], **EVENT)
 
-    def suggest_mask(name: str, target: str) -> Any:
-        shown = attempt(library.suggested_mask_of, studio, name, target, done="Correct it by painting, then keep it.")
-        return gr.skip() if shown is None else _to_paint(*shown)
 
-    suggest.click(suggest_mask, [chosen, photo], editor, **SLOW)
-    photos.click(act, [chosen, version], [version, photo, tools, editor, crops], **EVENT)
-    keep.click(keep_mask, [chosen, photo, editor, version], [version, tools], **EVENT)
-    clear.click(clear_mask, [chosen, photo, version], [version, tools], **EVENT)
-    close.click(lambda: gr.update(visible=False), None, tools, **EVENT)
+def _paper(studio: Studio, name: str, photo: str, shown: tuple[Image.Image, Image.Image | None] | None) -> Any:
+    return gr.skip() if shown is None else painter(studio, name, photo, *shown)
 
 
 def _create(studio: Studio, word: str, token: str, files: list[Path]) -> tuple[str, list[library.Finding]]:
@@ -328,38 +319,3 @@ def _training(studio: Studio, name: str | None) -> str:
 def _sample(path: Path) -> str:
     step = int(path.stem.split("-")[1])
     return f"<figure>{markup.image(path, f'sample after step {step}')}<figcaption>step {step}</figcaption></figure>"
-
-
-def _crops(studio: Studio, name: str, photo: str) -> str:
-    facts = base_facts(studio)
-    try:
-        crops = library.crop_previews(studio, name, photo, (facts or {"resolution": 512})["resolution"])
-    except SpectralDiffusionError:
-        return ""
-    pictures = "".join(f'<img src="{_inline(crop)}" alt="crop {number}">' for number, crop in enumerate(crops, start=1))
-    words = markup.muted(f"{photo} as the training sees it, cropped at random:")
-    return f'{words}<div class="sd-strip">{pictures}</div>'
-
-
-def _inline(picture: Image.Image) -> str:
-    content = io.BytesIO()
-    picture.save(content, "WEBP", quality=88)
-    return f"data:image/webp;base64,{base64.b64encode(content.getvalue()).decode()}"
-
-
-def _to_paint(picture: Image.Image, mask: Image.Image | None) -> dict[str, Any]:
-    return {"background": picture, "layers": [_white_where(mask)] if mask else [], "composite": None}
-
-
-def _white_where(mask: Image.Image) -> Image.Image:
-    layer = Image.new("RGBA", mask.size, (255, 255, 255, 0))
-    layer.putalpha(mask)
-    return layer
-
-
-def _painted(value: dict[str, Any] | None) -> Image.Image | None:
-    """Return what was painted as a mask."""
-    layers = [layer.convert("RGBA").getchannel("A") for layer in ((value or {}).get("layers") or ()) if layer is not None]
-    if not layers:
-        return None
-    return Image.fromarray(np.maximum.reduce([np.asarray(layer) for layer in layers]))

@@ -27,8 +27,8 @@ def build_export(studio: Studio, live: Live) -> None:
     with gr.Row():
         precision = gr.Radio(list(PRECISIONS), value=PRECISIONS[0], label="Precision", info="fp16 is what other tools expect.")
         rank = gr.Number(
-            label="Rank", info="Empty: exact. A smaller rank makes a smaller LoRA; its error is measured.", value=None,
-            minimum=1, precision=0, min_width=240,
+            0, label="Rank", info="0: exact. A smaller rank makes a smaller LoRA; its error is measured.", minimum=0, precision=0,
+            min_width=240,
         )  # fmt: skip
     start = gr.Button("Export", variant="primary", elem_id="export")
     live.add(gr.HTML(elem_id="exports"), lambda: _results(studio))

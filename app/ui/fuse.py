@@ -38,9 +38,9 @@ def build_fuse(studio: Studio, live: Live) -> None:
         *sliders,
     )
     with gr.Row():
-        title = gr.Textbox("", label="Name", placeholder="made from the tokens", max_length=60)
+        title = gr.Textbox("", label="Name", placeholder="made from the tokens", max_length=60, min_width=240)
         method = gr.Radio(
-            list(METHODS), value=DEFAULT_METHOD, label="How to join",
+            list(METHODS), value=DEFAULT_METHOD, label="How to join", min_width=240,
             info="The aligned sum corrects cross-talk in closed form; the plain sum only adds.",
         )  # fmt: skip
     start = gr.Button("Fuse", variant="primary", elem_id="fuse")

@@ -152,7 +152,7 @@ def read_fields(
             "guidance": float(guidance),
             "size": library.parse_size(size),
             "regions": regions,
-            "confined": bool(regions) and confined,
+            "confined": confined,
         }
     )
 

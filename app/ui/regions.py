@@ -77,7 +77,7 @@ def build_regions(studio: Studio, adapter: Any, prompt: Any) -> tuple[gr.State, 
             add = gr.Button("Add a box", size="sm", min_width=90)
             clear = gr.Button("Remove all", size="sm", min_width=90)
         confined = gr.Checkbox(
-            False, label="Each concept acts in its own box only", info="Keeps two concepts apart; the scene stays the base’s."
+            True, label="Each concept acts in its own box only", info="Keeps two concepts apart; the scene stays the base’s."
         )
     outputs = [regions, board]
 

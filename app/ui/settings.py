@@ -58,7 +58,7 @@ def _facts(studio: Studio) -> str:
         ["memory", f"{memory.percent:.0f} % of {memory.total / 1e9:.0f} GB in use"],
     ]
     if facts is not None and facts.get("memory"):
-        rows.append(["a training", f"took {facts['memory'] / 1e9:.1f} GB"])
+        rows.append(["training", f"took {facts['memory'] / 1e9:.1f} GB"])
     return markup.table(["what", "now"], rows)
 
 

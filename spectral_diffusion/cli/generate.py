@@ -17,6 +17,7 @@ from spectral_diffusion.errors import InputError
 if TYPE_CHECKING:
     from spectral_diffusion.adapter import Adapter
     from spectral_diffusion.base import Base
+    from spectral_diffusion.condition_picture import Condition
     from spectral_diffusion.generation import Drawing, Picture
     from spectral_diffusion.regions import Region
 
@@ -41,7 +42,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--regions", metavar="FILE", help="a JSON list of regions; 'auto' gives each token of the prompt a column of its own"
     )
-    parser.add_argument("--confined", action="store_true", default=None, help="let each concept act in its own region only")
+    parser.add_argument(
+        "--confined", action=argparse.BooleanOptionalAction, help="let each concept act in its own regions only (default: yes)"
+    )
+    parser.add_argument("--condition", type=Path, metavar="FILE", help="a sketch or pose that the picture follows")
+    parser.add_argument(
+        "--condition-adapter", metavar="PATH", help="the T2I-Adapter that reads it: a diffusers folder or a hub id"
+    )
+    parser.add_argument("--condition-strength", type=float, default=1.0, metavar="X", help="how strictly (default: %(default)g)")
     parser.add_argument("--batch", type=int, default=8, metavar="N", help="pictures at once (default: %(default)s)")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where the pictures are added")
     parser.add_argument(
@@ -124,6 +132,7 @@ def _drawing(arguments: argparse.Namespace, tokens: Sequence[str]) -> Drawing:
         raise InputError(f"batch must be at least 1, got {arguments.batch}.")
     given = {field.name: getattr(arguments, field.name) for field in fields(Drawing)}
     given["regions"] = _regions(arguments, tokens)
+    given["condition"] = _condition(arguments)
     given = {"seed": random_seed()} | {name: value for name, value in given.items() if value is not None}
     return Drawing(**given)
 
@@ -137,6 +146,18 @@ def _regions(arguments: argparse.Namespace, tokens: Sequence[str]) -> tuple[Regi
     elif arguments.regions is not None:
         listed = read_regions(Path(arguments.regions))
     return (*listed, *(parse_region(text) for text in arguments.region))
+
+
+def _condition(arguments: argparse.Namespace) -> Condition | None:
+    from spectral_diffusion.condition_picture import read_condition
+
+    if (arguments.condition is None) != (arguments.condition_adapter is None):
+        raise InputError(
+            "--condition and --condition-adapter belong together; give the picture and the T2I-Adapter that reads it."
+        )
+    if arguments.condition is None:
+        return None
+    return read_condition(arguments.condition, arguments.condition_adapter, arguments.condition_strength)
 
 
 def _check_fit(base: Base, adapter: Adapter) -> None:

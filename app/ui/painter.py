@@ -1,0 +1,128 @@
+"""The mask of a photo, painted on the photo, and the crops that the training takes of it."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+
+from PIL import Image
+
+from app.actions import concepts as library
+from app.actions.studio import Studio
+from app.actions.trainings import base_facts
+from app.ui import markup
+from spectral_diffusion.errors import InputError, SpectralDiffusionError
+
+_COLOUR = (255, 40, 110)
+_PREFIX = "data:image/png;base64,"
+PAINTING = """
+let stroke = null;
+const start = () => {
+  const canvas = element.querySelector('canvas:not([data-ready])');
+  if (!canvas) return;
+  canvas.dataset.ready = 'yes';
+  const mask = new Image();
+  mask.onload = () => canvas.getContext('2d').drawImage(mask, 0, 0);
+  if (canvas.dataset.mask) mask.src = canvas.dataset.mask;
+  canvas.scrollIntoView({block: 'nearest'});
+};
+new MutationObserver(start).observe(element, {childList: true, subtree: true});
+start();
+const point = (canvas, event) => {
+  const box = canvas.getBoundingClientRect(), scale = canvas.width / box.width;
+  return [(event.clientX - box.left) * scale, (event.clientY - box.top) * scale, scale];
+};
+const paint = (event) => {
+  const canvas = stroke.canvas, context = canvas.getContext('2d'), [x, y, scale] = point(canvas, event);
+  const erase = element.querySelector('[name=brush][value=erase]').checked;
+  context.globalCompositeOperation = erase ? 'destination-out' : 'source-over';
+  context.strokeStyle = canvas.dataset.colour;
+  context.lineWidth = element.querySelector('[name=size]').value * scale;
+  context.lineCap = context.lineJoin = 'round';
+  context.beginPath();
+  context.moveTo(...stroke.last);
+  context.lineTo(x, y);
+  context.stroke();
+  stroke.last = [x, y];
+};
+element.addEventListener('pointerdown', (event) => {
+  if (event.target.tagName !== 'CANVAS') return;
+  const [x, y] = point(event.target, event);
+  stroke = {canvas: event.target, last: [x, y]};
+  event.target.setPointerCapture(event.pointerId);
+  paint(event);
+});
+element.addEventListener('pointermove', (event) => stroke && paint(event));
+for (const end of ['pointerup', 'pointercancel']) element.addEventListener(end, () => { stroke = null; });
+element.addEventListener('click', (event) => {
+  const keep = event.target.closest('[data-keep]');
+  if (!keep) return;
+  const value = element.querySelector('canvas').toDataURL('image/png');
+  trigger('click', {do: 'keep-mask', name: keep.dataset.keep, value});
+});
+"""
+"""JavaScript of the painter: a brush and an eraser on a canvas over the photo; the canvas is sent when it is kept."""
+
+
+def painter(studio: Studio, name: str, photo: str, picture: Image.Image, mask: Image.Image | None) -> str:
+    """Return the painter for a photo of the concept called `name`; `mask` is what it begins with."""
+    shown = markup.text(photo)
+    inks = f'data-colour="rgb{_COLOUR}" data-mask="{_inline(_coloured(mask), "PNG") if mask else ""}"'
+    canvas = f'<canvas width="{picture.width}" height="{picture.height}" role="img" aria-label="mask of {shown}" {inks}></canvas>'
+    brushes = "".join(
+        f'<label><input type="radio" name="brush" value="{kind}"{" checked" if kind == "paint" else ""}> {label}</label>'
+        for kind, label in (("paint", "Paint"), ("erase", "Erase"))
+    )
+    size = '<label>Brush <input type="range" name="size" min="4" max="80" value="28"></label>'
+    keep = f'<button type="button" class="sd-button sd-primary" data-keep="{shown}">Keep the mask</button>'
+    buttons = (
+        keep
+        + markup.button("suggest-mask", photo, "Suggest one")
+        + markup.button("no-mask", photo, "No mask")
+        + markup.button("close-mask", photo, "Close", kind="sd-quiet")
+    )
+    photo_below = f'<img src="{_inline(picture, "WEBP")}" alt="{shown}">'
+    return (
+        f'<div class="sd-painter">{markup.muted(f"Paint where the concept is in {photo}; the training then looks there.")}'
+        f'<div class="sd-paper">{photo_below}{canvas}</div><div class="sd-row">{brushes}{size}</div>'
+        f'<div class="sd-row">{buttons}</div>{_crops(studio, name, photo)}</div>'
+    )
+
+
+def painted(sent: str) -> Image.Image:
+    """Return the mask that the page sent: white where something was painted.
+
+    Raises:
+        InputError: it is no PNG of bounded size.
+    """
+    try:
+        content = base64.b64decode(sent.removeprefix(_PREFIX), validate=True)
+        with Image.open(io.BytesIO(content), formats=("PNG",)) as picture:
+            if max(picture.size) > library.MASK_SIDE:
+                raise ValueError("it is too large")
+            return picture.convert("RGBA").getchannel("A")
+    except (OSError, ValueError, SyntaxError, binascii.Error) as error:
+        raise InputError(f"The painted mask did not arrive whole ({error}); keep it again.") from error
+
+
+def _crops(studio: Studio, name: str, photo: str) -> str:
+    facts = base_facts(studio)
+    try:
+        crops = library.crop_previews(studio, name, photo, (facts or {"resolution": 512})["resolution"])
+    except SpectralDiffusionError:
+        return ""
+    pictures = "".join(f'<img src="{_inline(crop, "WEBP")}" alt="crop {number}">' for number, crop in enumerate(crops, start=1))
+    return f'{markup.muted("As the training sees it, cropped at random:")}<div class="sd-strip" id="crops">{pictures}</div>'
+
+
+def _coloured(mask: Image.Image) -> Image.Image:
+    layer = Image.new("RGBA", mask.size, (*_COLOUR, 0))
+    layer.putalpha(mask)
+    return layer
+
+
+def _inline(picture: Image.Image, format: str) -> str:
+    content = io.BytesIO()
+    picture.save(content, format, **({"quality": 88} if format == "WEBP" else {}))
+    return f"data:image/{format.lower()};base64,{base64.b64encode(content.getvalue()).decode()}"

@@ -1,0 +1,208 @@
+"""Is each concept in its place? `python -m benchmarks.composition --json PATH`
+
+Sample concepts are trained on the embedded base, each alone, and drawn together, in eight scenes by turns. A picture is right
+when the judge's strongest sighting in each column of it is the concept that the prompt names there. Rows:
+
+- how many concepts, and whether two of them have the same class word;
+- how they are drawn: `prompt` (the plain prompt), `regions` (a column for each, `--regions auto`), `confined` (each concept's
+  change in its own column only);
+- how they were trained and joined: `aligned` (spectral, aligned sum), `sum` (spectral, plain sum), `lora` (LoRA, plain sum).
+
+`speed` is the time of a prompt with three regions over that of the plain prompt, by medians of alternating drawings.
+
+Adapters and pictures are kept below `--folder`; what is there is not made again, so that a run goes on where it was stopped.
+The sheet beside the JSON shows the best and the worst of each row.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+from PIL import Image
+
+from spectral_diffusion.adapter import Adapter
+from spectral_diffusion.adapter_file import load_adapter, save_adapter
+from spectral_diffusion.bands import Band
+from spectral_diffusion.base import Base, load_base
+from spectral_diffusion.concept import SAMPLES_FOLDER, load_concept
+from spectral_diffusion.contact_sheet import Cell, Row, contact_sheet
+from spectral_diffusion.files import write_atomically
+from spectral_diffusion.fusion import fuse
+from spectral_diffusion.generation import Drawing, generate
+from spectral_diffusion.parametrisations import PARAMETRISATIONS
+from spectral_diffusion.picture_file import save_picture
+from spectral_diffusion.regions import suggest_regions
+from spectral_diffusion.toyworld.judge import Judge, Sighting, load_judge
+from spectral_diffusion.toyworld.scenes import SCENES
+from spectral_diffusion.training import TrainingSettings, preset, train
+
+GROUPS: dict[str, tuple[tuple[str, ...], ...]] = {
+    "two": (("poodle", "black-cat"), ("wizard", "leopard")),
+    "two of one class": (("poodle", "service-dog"), ("leopard", "black-cat")),
+    "three": (("poodle", "wizard", "black-cat"), ("leopard", "wizard", "service-dog")),
+    "three, two of one class": (("poodle", "black-cat", "service-dog"), ("leopard", "black-cat", "wizard")),
+}
+CONCEPTS = tuple(dict.fromkeys(name for groups in GROUPS.values() for names in groups for name in names))
+WAYS: dict[str, dict[str, bool]] = {
+    "prompt": {"regional": False, "confined": False},
+    "regions": {"regional": True, "confined": False},
+    "confined": {"regional": True, "confined": True},
+}
+JOININGS = {"aligned": ("additive", "aligned"), "sum": ("additive", "sum"), "lora": ("lora", "sum")}
+"""Parametrisation and method of joining, by the name of the row."""
+SHOWN = 5
+SPEED_ROUNDS = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judged:
+    """A picture, what was strongest in each column, and how confidently where that is the concept asked for; 0 where not."""
+
+    image: Image.Image
+    seen: tuple[str, ...]
+    confidences: tuple[float, ...]
+
+    @property
+    def right(self) -> bool:
+        """Whether every concept is in its place."""
+        return all(self.confidences)
+
+
+def trained(base: Base, form: str, settings: TrainingSettings, folder: Path) -> dict[str, Adapter]:
+    """Return an adapter for each of `CONCEPTS`, from `folder` where it was trained before."""
+    adapters = {}
+    for number, name in enumerate(CONCEPTS):
+        file = folder / f"{name}-{form}.safetensors"
+        if not file.exists():
+            print(f"training {name} ({form})", flush=True)
+            band = Band(start=number * settings.rank, rank=settings.rank)
+            own = replace(settings, parametrisation=form, isolation=len(CONCEPTS))
+            result = train(base, load_concept(SAMPLES_FOLDER / name), band, own, checkpoint=file.with_suffix(".checkpoint"))
+            save_adapter(result.adapter, file)
+            file.with_suffix(".checkpoint").unlink(missing_ok=True)
+        adapters[name] = load_adapter(file)
+    return adapters
+
+
+def joined_prompt(tokens: Sequence[str], scene: str) -> str:
+    """Return `<A> and <B> near a lake`, `<A>, <B> and <C> near a lake`."""
+    return f"{', '.join(tokens[:-1])} and {tokens[-1]} {scene}"
+
+
+def draw(
+    base: Base, adapters: dict[str, Adapter], names: tuple[str, ...], way: str, method: str, numbers: range, folder: Path
+) -> None:
+    """Draw what is missing of the pictures `numbers` of `names` into `folder`."""
+    pair = None
+    for number in numbers:
+        file = folder / f"{number:03d}.png"
+        if file.exists():
+            continue
+        pair = pair or fuse([adapters[name] for name in names], method=method, allow_overlap=True)
+        prompt = joined_prompt(pair.tokens, list(SCENES)[number % len(SCENES)])
+        regions = suggest_regions(prompt, pair.tokens) if WAYS[way]["regional"] else ()
+        drawing = Drawing(prompt=prompt, seed=1000 + number, regions=regions, confined=WAYS[way]["confined"])
+        (picture,) = generate(base, drawing, pair)
+        save_picture(picture, file, "mini-sd")
+
+
+def judged(judge: Judge, names: tuple[str, ...], files: Sequence[Path]) -> list[Judged]:
+    """Return what the judge says of the pictures in `files`, on which `names` should stand from left to right."""
+    images = [Image.open(file).convert("RGB") for file in files]
+    found = []
+    for image, sightings in zip(images, judge.look(images), strict=True):
+        strongest = [_strongest(sightings, place, len(names)) for place in range(len(names))]
+        confidences = [
+            sighting.confidence if sighting and sighting.character == name else 0.0
+            for sighting, name in zip(strongest, names, strict=True)
+        ]
+        seen = tuple(sighting.character if sighting else "nothing" for sighting in strongest)
+        found.append(Judged(image=image, seen=seen, confidences=tuple(confidences)))
+    return found
+
+
+def _strongest(sightings: Sequence[Sighting], place: int, places: int) -> Sighting | None:
+    return next((sighting for sighting in sightings if place <= sighting.x * places < place + 1), None)
+
+
+def speed(base: Base, adapter: Adapter) -> dict[str, float]:
+    """Return the seconds per drawing of the plain prompt and of one region for each concept, and their ratio."""
+    prompt = joined_prompt(adapter.tokens, "near a lake")
+    plain = Drawing(prompt=prompt, count=4)
+    ways = {"prompt": plain, "regions": replace(plain, regions=suggest_regions(prompt, adapter.tokens))}
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for _, (name, drawing) in product(range(SPEED_ROUNDS + 1), ways.items()):
+        started = time.perf_counter()
+        generate(base, drawing, adapter)
+        times[name].append(time.perf_counter() - started)
+    seconds = {name: median(values[1:]) for name, values in times.items()}  # the first round warms up
+    return {name: round(value, 2) for name, value in seconds.items()} | {"ratio": seconds["regions"] / seconds["prompt"]}
+
+
+def rows(joinings: Sequence[str]) -> Iterator[tuple[str, str, str]]:
+    """Yield joining, group and way of every row, the most telling first."""
+    for joining in joinings:
+        yield from ((joining, group, way) for way, group in product(WAYS, GROUPS))
+
+
+def main() -> None:
+    """Measure row by row; the JSON and the sheet are written anew after each."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.composition", description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path, required=True, help="file for the result")
+    parser.add_argument("--pictures", type=int, default=100, help="pictures per row (default: %(default)s)")
+    parser.add_argument("--preset", default="balanced", help="how the concepts are trained (default: %(default)s)")
+    parser.add_argument("--joinings", nargs="+", choices=JOININGS, help="which joinings are drawn (default: all)")
+    parser.add_argument("--folder", type=Path, default=Path("out/composition"), help="where adapters and pictures are kept")
+    options = parser.parse_args()
+    base, judge = load_base(), load_judge()
+    settings, kept = preset(options.preset, base), options.folder / f"{base.fingerprint}-{options.preset}"
+    joinings = options.joinings or [name for name, (form, _) in JOININGS.items() if form in PARAMETRISATIONS]
+    result: dict[str, Any] = {"base": base.fingerprint, "preset": options.preset, "pictures": options.pictures, "rows": []}
+    sheet: list[Row] = []
+    for joining, group, way in rows(joinings):
+        form, method = JOININGS[joining]
+        adapters = trained(base, form, settings, kept / "adapters")
+        pictures: list[Judged] = []
+        for turn, names in enumerate(GROUPS[group]):
+            folder = kept / f"{joining}-{way}" / "+".join(names)
+            numbers = range(turn, options.pictures, len(GROUPS[group]))
+            draw(base, adapters, names, way, method, numbers, folder)
+            pictures += judged(judge, names, [folder / f"{number:03d}.png" for number in numbers])
+        result["rows"].append(_row(joining, group, way, pictures))
+        sheet.append(_shown(result["rows"][-1], pictures))
+        if "speed" not in result:
+            result["speed"] = speed(base, fuse([adapters[name] for name in GROUPS["three"][0]]))
+        text = json.dumps(result, indent=2)
+        write_atomically(options.json, lambda path, text=text: path.write_text(text, encoding="utf-8"))
+        contact_sheet(sheet).save(options.json.with_suffix(".png"))
+        print(json.dumps(result["rows"][-1]), flush=True)
+
+
+def _row(joining: str, group: str, way: str, pictures: Sequence[Judged]) -> dict[str, Any]:
+    return {
+        "joining": joining,
+        "group": group,
+        "way": way,
+        "right": mean(picture.right for picture in pictures),
+        "concepts": mean(confidence > 0 for picture in pictures for confidence in picture.confidences),
+    }
+
+
+def _shown(row: dict[str, Any], pictures: Sequence[Judged]) -> Row:
+    """Return the best and the worst pictures of a row."""
+    ranked = sorted(pictures, key=lambda picture: (min(picture.confidences), mean(picture.confidences)), reverse=True)
+    half = min(SHOWN, len(ranked) // 2)
+    cells = tuple(Cell(image=picture.image, lines=(", ".join(picture.seen)[:28],)) for picture in ranked[:half] + ranked[-half:])
+    return Row(label=f"{row['group']}\n{row['joining']}, {row['way']}\n{row['right']:.2f} right\nbest, then worst", cells=cells)
+
+
+if __name__ == "__main__":
+    main()
