@@ -134,15 +134,15 @@ def _strongest(sightings: Sequence[Sighting], place: int, places: int) -> Sighti
 
 
 def speed(base: Base, adapter: Adapter) -> dict[str, float]:
-    """Return the seconds per drawing of the plain prompt and of one region for each concept, and their ratio."""
+    """Return the processor seconds per drawing of the plain prompt and of a region for each concept, and their ratio."""
     prompt = joined_prompt(adapter.tokens, "near a lake")
-    plain = Drawing(prompt=prompt, count=4)
+    plain = Drawing(prompt=prompt, count=8)
     ways = {"prompt": plain, "regions": replace(plain, regions=suggest_regions(prompt, adapter.tokens))}
     times: dict[str, list[float]] = {name: [] for name in ways}
     for _, (name, drawing) in product(range(SPEED_ROUNDS + 1), ways.items()):
-        started = time.perf_counter()
+        started = time.process_time()
         generate(base, drawing, adapter)
-        times[name].append(time.perf_counter() - started)
+        times[name].append(time.process_time() - started)
     seconds = {name: median(values[1:]) for name, values in times.items()}  # the first round warms up
     return {name: round(value, 2) for name, value in seconds.items()} | {"ratio": seconds["regions"] / seconds["prompt"]}
 
@@ -191,8 +191,8 @@ def _row(joining: str, group: str, way: str, pictures: Sequence[Judged]) -> dict
         "joining": joining,
         "group": group,
         "way": way,
-        "right": mean(picture.right for picture in pictures),
-        "concepts": mean(confidence > 0 for picture in pictures for confidence in picture.confidences),
+        "right": mean(float(picture.right) for picture in pictures),
+        "concepts": mean(float(confidence > 0) for picture in pictures for confidence in picture.confidences),
     }
 
 

@@ -73,11 +73,18 @@ def confining_gate(adapter: Adapter, layout: Layout, places: Mapping[str, Sequen
         having = [concept for concept in adapter.concepts if key in concept.layers]
         return tuple((places.get(concept.token), concept.delta(key).rank) for concept in having)
 
-    def gate(key: str, read: torch.Tensor) -> torch.Tensor:
-        shares = None if layout.current is not None or not _has_positions(key) else layout.at(read.shape[1])
+    @functools.cache
+    def counts(
+        concepts: tuple[tuple[Sequence[int] | None, int], ...],
+        positions: int | None,
+        current: int | None,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> torch.Tensor:
+        shares = None if positions is None or current is not None else layout.at(positions)
         parts = []
-        for place, rank in columns(key):
-            if place is None or layout.current in place:
+        for place, rank in concepts:
+            if place is None or current in place:
                 part = torch.ones(1)
             elif shares is None:
                 part = torch.zeros(1)
@@ -85,7 +92,11 @@ def confining_gate(adapter: Adapter, layout: Layout, places: Mapping[str, Sequen
                 part = shares[list(place)].sum(0).flatten()
             parts.append(part[:, None].expand(-1, rank))
         longest = max(len(part) for part in parts)
-        return torch.cat([part.expand(longest, -1) for part in parts], dim=1)[None].to(read)
+        return torch.cat([part.expand(longest, -1) for part in parts], dim=1)[None].to(device, dtype)
+
+    def gate(key: str, read: torch.Tensor) -> torch.Tensor:
+        positions = read.shape[1] if _has_positions(key) else None
+        return counts(columns(key), positions, layout.current, read.dtype, read.device)
 
     return gate
 
