@@ -43,11 +43,12 @@ from spectral_diffusion.adapter import Adapter, ConceptPart, LayerPart, input_gr
 from spectral_diffusion.adapter_file import load_adapter, save_adapter
 from spectral_diffusion.attach import attached
 from spectral_diffusion.bands import Band
-from spectral_diffusion.base import ATTENTION_LAYERS, layer_key, load_base, read_base
+from spectral_diffusion.base import layer_key, load_base, read_base
 from spectral_diffusion.checkpoint import to_original_layout
 from spectral_diffusion.checkpoint.single_file import CONFIGURATIONS
 from spectral_diffusion.export import export_checkpoint, export_kohya
 from spectral_diffusion.fusion import fuse
+from spectral_diffusion.layer_names import ATTENTION_LAYERS
 from spectral_diffusion.spectrum import Spectrum
 
 CONCEPTS = 8

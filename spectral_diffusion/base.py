@@ -15,14 +15,10 @@ from transformers import CLIPTokenizer
 
 from spectral_diffusion.checkpoint import PREDICTION_TYPES, family_of, hub_folder, load_folder, load_single_file
 from spectral_diffusion.errors import BaseError
+from spectral_diffusion.layer_names import ATTENTION_LAYERS
 
 EMBEDDED_BASE = Path(__file__).resolve().parents[1] / "assets" / "mini-sd"
 """The small Stable Diffusion that ships with the project."""
-
-ATTENTION_LAYERS = ("to_q", "to_k", "to_v", "to_out.0", "q_proj", "k_proj", "v_proj", "out_proj")
-"""Endings of the linear layers adapted by default: every attention projection (the paper's choice)."""
-FEED_FORWARD_LAYERS = ("ff.net.0.proj", "ff.net.2", "fc1", "fc2")
-"""Endings of the linear layers between the attention layers, in the UNet and in the text encoders."""
 
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _LATENT_PIXELS = 2**15

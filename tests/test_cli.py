@@ -330,3 +330,11 @@ def test_no_handler_stays_behind(run: Commands) -> None:
 def test_help_does_not_import_torch() -> None:
     code = "import sys; from spectral_diffusion.cli import main; main(['--help']); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL, env=os.environ).returncode == 0
+
+
+def test_help_of_what_needs_no_base_does_not_import_one() -> None:
+    code = (
+        "import sys; from spectral_diffusion.cli import main; main(['fuse', '--help']); main(['train', '--help']); "
+        "sys.exit('diffusers' in sys.modules or 'transformers' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL, env=os.environ).returncode == 0
