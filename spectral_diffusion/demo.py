@@ -26,6 +26,7 @@ from spectral_diffusion.files import write_atomically
 from spectral_diffusion.fusion import DEFAULT_METHOD, fuse
 from spectral_diffusion.generation import Drawing, Picture, generate
 from spectral_diffusion.picture_file import save_picture
+from spectral_diffusion.regions import suggest_regions
 from spectral_diffusion.score import with_class_words
 from spectral_diffusion.spectrum import base_spectrum
 from spectral_diffusion.toyworld.judge import Judge, load_judge
@@ -76,9 +77,11 @@ class Assessor:
             pictures += generate(self.base, drawing, adapter, whole=whole, on_picture=self.on_picture)
         return self.assess(pictures, [token])
 
-    def together(self, adapter: Adapter, tokens: Sequence[str]) -> list[JudgedPicture]:
-        """Draw `TOGETHER` with both tokens."""
-        drawing = Drawing(prompt=TOGETHER.format(*tokens), count=PICTURES_TOGETHER, seed=77_000)
+    def together(self, adapter: Adapter, tokens: Sequence[str], *, in_regions: bool) -> list[JudgedPicture]:
+        """Draw `TOGETHER` with both tokens, by the prompt alone or each in its own half of the picture."""
+        prompt = TOGETHER.format(*tokens)
+        regions = suggest_regions(prompt, tokens) if in_regions else ()
+        drawing = Drawing(prompt=prompt, count=PICTURES_TOGETHER, seed=77_000, regions=regions)
         return self.assess(generate(self.base, drawing, adapter, on_picture=self.on_picture), tokens)
 
     def assess(self, pictures: Sequence[Picture], tokens: Sequence[str]) -> list[JudgedPicture]:
@@ -139,12 +142,15 @@ def run_demo(
     export = export_kohya(fused, out / "export" / "fused-lora.safetensors", overwrite=True)
     on_line("Drawing and judging ...")
     drawing_started = time.monotonic()
-    drawn, total = count(1), 3 * len(trained) * len(PROMPTS) * PICTURES_PER_PROMPT + PICTURES_TOGETHER
+    drawn, total = count(1), 3 * len(trained) * len(PROMPTS) * PICTURES_PER_PROMPT + 2 * PICTURES_TOGETHER
     assessor = Assessor(base, concepts, load_scorer(), load_judge(), lambda picture: on_drawn(next(drawn), total))
     alone = {token: assessor.alone(adapter, token, whole=True) for token, adapter in trained.items()}
     whole = {token: assessor.alone(fused, token, whole=True) for token in trained}
     named = {token: assessor.alone(fused, token, whole=False) for token in trained}
-    together = assessor.together(fused, list(concepts))
+    together = {
+        "together": assessor.together(fused, list(concepts), in_regions=False),
+        "in_regions": assessor.together(fused, list(concepts), in_regions=True),
+    }
     drawing_seconds = time.monotonic() - drawing_started
     _save_pictures(out / "pictures", {"alone": alone, "fused": whole}, together)
     _sheet(concepts, alone, whole, together).save(out / "contact_sheet.png")
@@ -155,13 +161,14 @@ def run_demo(
             kind: {token: share_right(pictures, characters[token]) for token, pictures in group.items()}
             for kind, group in (("alone", alone), ("fused", whole), ("fused_named", named))
         },
-        "joint": share_both(together, list(characters.values())),
+        "joint": share_both(together["together"], list(characters.values())),
+        "joint_in_regions": share_both(together["in_regions"], list(characters.values())),
         "pictures": {"alone": len(PROMPTS) * PICTURES_PER_PROMPT, "together": PICTURES_TOGETHER},
         "clip_text": {kind: _by_prompt(group, "clip_text") for kind, group in (("alone", alone), ("fused", whole))},
         "clip_image": {kind: _by_prompt(group, "clip_image") for kind, group in (("alone", alone), ("fused", whole))},
         "together": {
-            "clip_text": mean(p.clip_text for p in together),
-            "clip_image": mean(p.clip_image for p in together),
+            kind: {score: mean(getattr(judged, score) for judged in pictures) for score in ("clip_text", "clip_image")}
+            for kind, pictures in together.items()
         },
         "seconds": {
             "training": training_seconds,
@@ -213,20 +220,23 @@ def _by_prompt(group: dict[str, list[JudgedPicture]], score: str) -> dict[str, f
     return {prompt: round(mean(values), 4) for prompt, values in prompts.items()}
 
 
-def _save_pictures(folder: Path, groups: dict[str, dict[str, list[JudgedPicture]]], together: list[JudgedPicture]) -> None:
+def _save_pictures(
+    folder: Path, groups: dict[str, dict[str, list[JudgedPicture]]], together: dict[str, list[JudgedPicture]]
+) -> None:
     for kind, group in groups.items():
         for number, pictures in enumerate(group.values()):
             for index, judged in enumerate(pictures):
                 save_picture(judged.picture, folder / f"{kind}-{number + 1}-{index:02d}.png", "mini-sd")
-    for index, judged in enumerate(together):
-        save_picture(judged.picture, folder / f"together-{index:02d}.png", "mini-sd")
+    for kind, pictures in together.items():
+        for index, judged in enumerate(pictures):
+            save_picture(judged.picture, folder / f"{kind}-{index:02d}.png", "mini-sd")
 
 
 def _sheet(
     concepts: dict[str, Concept],
     alone: dict[str, list[JudgedPicture]],
     whole: dict[str, list[JudgedPicture]],
-    together: list[JudgedPicture],
+    together: dict[str, list[JudgedPicture]],
 ) -> Image.Image:
     rows = []
     for token, concept in concepts.items():
@@ -234,8 +244,11 @@ def _sheet(
         rows.append(Row(label=f"{token}\nphotos", cells=photos))
         rows.append(Row(label=f"{token}\nalone", cells=_cells(alone[token][::PICTURES_PER_PROMPT])))
         rows.append(Row(label=f"{token}\nafter fusing", cells=_cells(whole[token][::PICTURES_PER_PROMPT])))
-    rows.append(Row(label="both together", cells=_cells(together[: len(PROMPTS)])))
-    rows.append(Row(label="", cells=_cells(together[len(PROMPTS) : 2 * len(PROMPTS)])))
+    for label, pictures in (
+        ("both, by the\nprompt alone", together["together"]),
+        ("both, each in\nits half", together["in_regions"]),
+    ):
+        rows.append(Row(label=label, cells=_cells(pictures[: len(PROMPTS)])))
     return contact_sheet(rows)
 
 
@@ -259,7 +272,9 @@ def _table(report: dict[str, Any]) -> list[str]:
     for token in identity["alone"]:
         shares = "".join(f"{identity[kind][token]:>8.2f}" for kind in ("alone", "fused", "fused_named"))
         lines.append(f"{token:<16}{shares}")
-    lines.append(f"both in one picture: {report['joint']:.2f}")
+    lines.append(
+        f"both in one picture: {report['joint']:.2f} by the prompt alone, {report['joint_in_regions']:.2f} each in its half"
+    )
     exactness = report["exactness"]
     lines.append(f"largest relative error: fusing {exactness['fusion']:.1e}, export {exactness['export']:.1e}")
     return lines
