@@ -81,14 +81,19 @@ def load_base(
     prediction_type: str | None = None,
     configuration: Path | None = None,
 ) -> Base:
-    """Load a base to compute with: as `read_base` does, then in float32 on `device`.
+    """Load a base to compute with: as `read_base` does, then in float32 in memory of its own on `device`.
+
+    Weights that stayed in the file would be lost with it, and where a number lies decides how it is summed: the last bit differs.
 
     Args:
         device: a torch device name; a GPU when there is one, else the CPU.
     """
     base = read_base(source, prediction_type=prediction_type, configuration=configuration)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     for model in _models(base.pipeline).values():
-        nn.Module.to(model, device or ("cuda" if torch.cuda.is_available() else "cpu"), torch.float32)
+        for tensor in (*model.parameters(), *model.buffers()):
+            dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
+            tensor.data = tensor.data.to(device, dtype, copy=True)
     return base
 
 
