@@ -34,7 +34,7 @@ if CHROMIUM is None:
 ROOT = Path(__file__).resolve().parents[1]
 SCREENSHOTS = ROOT / "out" / "screenshots"
 TABS = ("Concepts", "Fuse", "Generate", "Compare", "Export", "Settings")
-PATIENCE = 300_000  # milliseconds, for a machine that is busy
+PATIENCE = 600_000  # milliseconds, for a machine that is busy
 LOGIN = ("ada", "correct horse")
 LEFT_BEHIND = re.compile(r"ERR_INCOMPLETE_CHUNKED_ENCODING|ERR_ABORTED")
 """What Chromium says of the stream of answers of a page that was reloaded."""

@@ -12,9 +12,9 @@ from app.actions.trainings import train_again
 from app.ui import markup
 from app.ui.charts import band_map_chart, cross_talk_table
 from app.ui.live import EVENT, Live, attempt, said, several
-from spectral_diffusion.adapter import METHODS
 from spectral_diffusion.errors import SpectralDiffusionError
 from spectral_diffusion.fusion import DEFAULT_METHOD
+from spectral_diffusion.joining import FUSERS
 
 _MOST = 8
 
@@ -39,9 +39,9 @@ def build_fuse(studio: Studio, live: Live) -> None:
     )
     with gr.Row():
         title = gr.Textbox("", label="Name", placeholder="made from the tokens", max_length=60, min_width=240)
-        method = gr.Radio(
-            list(METHODS), value=DEFAULT_METHOD, label="How to join", min_width=240,
-            info="The aligned sum corrects cross-talk in closed form; the plain sum only adds.",
+        method = gr.Dropdown(
+            [(f"{name}: {fuser.help}", name) for name, fuser in FUSERS.items()], value=DEFAULT_METHOD, label="How to join",
+            min_width=240,
         )  # fmt: skip
     start = gr.Button("Fuse", variant="primary", elem_id="fuse")
     live.add(gr.HTML(elem_id="fused"), lambda: _fused(studio))
