@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import platform
 import re
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from spectral_diffusion.spectrum import Spectrum
 FORMAT = "spectral-diffusion-adapter"
 FORMAT_VERSION = 1
 _LAYER = re.compile(r"(unet|text_encoder|text_encoder_2)(\.[A-Za-z0-9_]+)+|text")
+_LIBRARIES = ("torch", "diffusers", "transformers")
 _TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 _TALL = ("U", "V", "A", "B", "up", "down", "matrix")
 
@@ -60,9 +62,6 @@ def _in_half(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _describe(adapter: Adapter) -> dict[str, Any]:
-    import diffusers
-    import transformers
-
     return {
         "version": FORMAT_VERSION,
         "family": adapter.family,
@@ -80,12 +79,7 @@ def _describe(adapter: Adapter) -> dict[str, Any]:
             }
             for concept, weight in zip(adapter.concepts, adapter.weights, strict=True)
         ],
-        "libraries": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "diffusers": diffusers.__version__,
-            "transformers": transformers.__version__,
-        },
+        "libraries": {"python": platform.python_version()} | {name: version(name) for name in _LIBRARIES},
     }
 
 
@@ -102,7 +96,8 @@ def load_adapter(path: Path) -> Adapter:
             metadata = file.metadata() or {}
             if metadata.get("format") != FORMAT:
                 raise AdapterError(
-                    f"'{path}' is not an adapter of this program; give a file made by 'spectral-diffusion train' or 'fuse'."
+                    f"'{path}' is not an adapter of this program; give a file made by 'spectral-diffusion train' or 'fuse', "
+                    "or make one of an ordinary LoRA by 'spectral-diffusion import'."
                 )
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (SafetensorError, OSError, UnicodeDecodeError) as error:

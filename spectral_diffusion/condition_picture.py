@@ -64,7 +64,8 @@ def following(base: Base, condition: Condition, width: int, height: int) -> Iter
     Raises:
         InputError: the condition has other proportions than the picture, or its adapter cannot be loaded or does not fit.
     """
-    features = [feature * condition.strength for feature in _features(base, condition, width, height)]
+    dtype = base.pipeline.unet.dtype
+    features = [condition.strength * feature.to(dtype) for feature in _features(base, condition, width, height)]
 
     def give(unet: nn.Module, positional: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         given = [feature.expand(len(positional[0]), -1, -1, -1) for feature in features]
@@ -92,7 +93,7 @@ def _features(base: Base, condition: Condition, width: int, height: int) -> list
         raise InputError(f"The adapter '{condition.adapter}' wants a size of multiples of {step} pixels, got {width} x {height}.")
     mode = "L" if adapter.config.in_channels == 1 else "RGB"
     pixels = to_tensor(image.convert(mode).resize((width, height), Image.Resampling.LANCZOS))[None]
-    features = adapter(pixels.to(base.device, adapter.dtype))
+    features = adapter(pixels.to(base.device))
     found = [tuple(feature.shape[1:]) for feature in features]
     wanted = _levels(base, width, height)
     if found not in (wanted, wanted[:-1]):

@@ -19,6 +19,8 @@ SOFT_EDGE = 0.04
 """Width of the edge over which a region fades out, in fractions of the picture's side."""
 LEAST_SIDE = 0.05
 """A region smaller than this fraction of the picture in either direction holds nothing that could be drawn."""
+LEAST_SHARE = 0.1
+"""A region with a painted mask must belong to itself at least this much somewhere."""
 MOST_REGIONS = 16
 """More would be too small to draw in."""
 
@@ -55,8 +57,8 @@ class Region:
             raise InputError(f"{where} is empty; its edges are left, top, right, bottom, with left < right and top < bottom.")
         if min(right - left, bottom - top) < LEAST_SIDE:
             raise InputError(f"{where} is too small to draw in; make it at least {LEAST_SIDE:g} wide and high.")
-        if self.mask is not None and self.mask.convert("L").getbbox() is None:
-            raise InputError(f"{where} has a mask without a white pixel; paint where the region is.")
+        if self.mask is not None and _extent(self, 64, 64).max() < LEAST_SHARE:
+            raise InputError(f"{where} has a mask with next to nothing white in it; paint a larger part of the box.")
 
 
 def parse_region(text: str) -> Region:

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from filelock import FileLock
@@ -14,9 +15,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from spectral_diffusion.base import Base
 from spectral_diffusion.errors import StorageError
 from spectral_diffusion.files import write_atomically
+
+if TYPE_CHECKING:
+    from spectral_diffusion.base import Base
 
 logger = logging.getLogger(__name__)
 

@@ -241,11 +241,26 @@ def test_a_header_that_claims_to_be_huge_is_refused(tmp_path: Path) -> None:
         load_adapter(path)
 
 
+class MakesAFile:
+    """A pickle that would create a file when loaded."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[str, str]]:
+        return open, (str(self.path), "w")
+
+
 def test_what_is_no_adapter_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "lora.safetensors"
-    save_file({"lora_unet_x.alpha": torch.zeros(1)}, path, {"format": "pt"})
-    with pytest.raises(AdapterError, match=r"lora\.safetensors' is not an adapter of this program; give"):
+    path = tmp_path / "other.safetensors"
+    for name in ("lora_unet_x.alpha", "decoder.conv_in.weight", "model.diffusion_model.input_blocks.0.0.weight", "emb_params"):
+        save_file({name: torch.zeros(1)}, path, {"format": "pt"})
+        with pytest.raises(AdapterError, match=r"other\.safetensors' is not an adapter of this program; .*LoRA by 'spectral"):
+            load_adapter(path)
+    torch.save({"0/embeddings/text_encoder": MakesAFile(tmp_path / "made")}, path)
+    with pytest.raises(AdapterError, match=r"other\.safetensors' is damaged or not a safetensors file"):
         load_adapter(path)
+    assert not (tmp_path / "made").exists()
     for nothing in (tmp_path / "missing.safetensors", tmp_path):
         with pytest.raises(AdapterError, match="There is no adapter file"):
             load_adapter(nothing)

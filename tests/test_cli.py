@@ -68,7 +68,7 @@ def test_several_concepts_are_trained_in_one_go(run: Commands, photo_folder: Pat
     assert [load_adapter(file).tokens for file in (one, two)] == [("<V1>",), ("<V2>",)]
     assert [len(list((tmp_path / f"{name}-samples").iterdir())) for name in ("one", "two")] == [2, 2]
     assert not list(tmp_path.glob("*.checkpoint"))
-    run("train", photo_folder, photo_folder, *words[:5], "<V3>", *base, "--force", expect=1)
+    run("train", photo_folder, photo_folder, *words[:6], "<V3>", *base, "--force", expect=1)
     assert "--token has 3 values for 2 folder(s) of photos" in run.error
     run("train", photo_folder, photo_folder, "--out", one, one, *words[3:9], *base, "--force", expect=1)
     assert "Two concepts have the same --out" in run.error

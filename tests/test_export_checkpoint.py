@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -144,19 +144,30 @@ def test_what_exists_is_replaced_only_when_asked_and_never_a_strange_folder(sd1:
     assert (tmp_path / "photos" / "1.jpg").read_text() == "precious"
 
 
+@contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """While entered, the system lets no file of this process grow beyond `size` bytes: a disk that fills up in the middle."""
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
 @pytest.mark.parametrize("name", ["merged", "merged.safetensors"])
-def test_a_full_disk_leaves_nothing_behind(name: str, sd1: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    adapter = random_adapter(sd1)
-
-    def disk_is_full(tensors: Any, path: Any, *rest: Any, **more: Any) -> None:
-        Path(path).write_bytes(b"half a file")
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr("spectral_diffusion.export.checkpoint.save_file", disk_is_full)
-    monkeypatch.setattr("safetensors.torch.save_file", disk_is_full)
-    with pytest.raises(StorageError, match=r"merged.*could not be written .*No space left"):
-        export_checkpoint(adapter, sd1, tmp_path / name)
+def test_a_disk_that_fills_up_leaves_what_was_there_and_nothing_else(name: str, sd1: Base, tmp_path: Path) -> None:
+    adapter, path = random_adapter(sd1), tmp_path / name
+    with files_of_at_most(500_000), pytest.raises(StorageError, match=r"merged.*could not be written .*free some space"):
+        export_checkpoint(adapter, sd1, path)
     assert not list(tmp_path.iterdir())
+    export_checkpoint(adapter, sd1, path)
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    assert max(map(len, before.values())) > 1_000_000
+    with files_of_at_most(500_000), pytest.raises(StorageError, match=r"merged.*could not be written .*free some space"):
+        export_checkpoint(adapter.scaled(0.5), sd1, path, overwrite=True)
+    assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
 
 
 def test_an_adapter_of_another_family_and_huge_weights_are_refused(sd1: Base, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from test_adapter_file import MakesAFile
 from test_export_readers import random_lora
 from test_parametrisations import random_adapter, shared_base
 
@@ -151,16 +152,6 @@ def test_embeddings_in_pickles_are_read_without_running_them(content: str, lora:
     adapter = imported(tmp_path / "a.safetensors", embedding=tmp_path / "x.pt")
     expected = vectors if content == "a1111" else vectors[:1]
     assert torch.equal(adapter.concepts[0].embeddings["text_encoder"], expected)
-
-
-class MakesAFile:
-    """A pickle that would create a file when loaded."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __reduce__(self) -> tuple[Callable[..., object], tuple[str, str]]:
-        return open, (str(self.path), "w")
 
 
 def test_a_pickle_with_code_is_refused_and_never_run(lora: Adapter, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +34,7 @@ def base(tiny_base_folder: Path) -> Base:
 
 @pytest.fixture
 def pair(base: Base) -> Adapter:
-    return fuse([random_adapter(base), random_adapter(base, token="<V2>", start=2, seed=1)], method="sum")
+    return fuse([random_adapter(base, vectors=2), random_adapter(base, token="<V2>", start=2, seed=1)], method="sum")
 
 
 def draw(base: Base, adapter: Adapter | None = None, prompt: str = "near a lake", **options: object) -> Picture:
@@ -118,6 +119,15 @@ def test_a_confined_concept_acts_in_its_own_region_only(pair: Adapter) -> None:
         with layout.reading(region):
             for key in (SELF, WORDS):
                 assert gate(key, torch.zeros(1, 64, 4)).flatten().tolist() == [share] * rank + [1] * rank
+
+
+def test_every_vector_of_a_token_is_read_in_its_region(base: Base, pair: Adapter) -> None:
+    first, other = pair.concepts
+    changed = {part: torch.cat([vectors[:1], -vectors[1:]]) for part, vectors in first.embeddings.items()}
+    altered = replace(pair, concepts=(replace(first, embeddings=changed), other))
+    for regions, prompt in (((Region(prompt="<V1>", box=LEFT),), "a lake"), ((), "<V1> near a lake")):
+        one, two = (draw(base, adapter, prompt, regions=regions) for adapter in (pair, altered))
+        assert np.abs(pixels(one) - pixels(two)).max() > 1
 
 
 def test_a_concept_may_have_several_regions(base: Base, pair: Adapter) -> None:
@@ -221,9 +231,15 @@ def test_an_impossible_file_of_regions_is_named(content: str, message: str, tmp_
         read_regions(file)
 
 
-def test_a_mask_without_a_white_pixel_and_too_many_regions_are_refused(base: Base, pair: Adapter) -> None:
-    with pytest.raises(InputError, match="a mask without a white pixel"):
-        Region(prompt="a", mask=Image.new("L", (4, 4), 0))
+def test_a_mask_with_nothing_in_its_box_and_too_many_regions_are_refused(base: Base, pair: Adapter) -> None:
+    black, dot = Image.new("L", (4, 4), 0), Image.new("L", (512, 512), 0)
+    dot.putpixel((200, 200), 255)
+    left = Image.new("L", (32, 32), 0)
+    left.paste(255, (0, 0, 12, 32))
+    for mask, box in ((black, LEFT), (dot, LEFT), (left, RIGHT)):
+        with pytest.raises(InputError, match="a mask with next to nothing white in it"):
+            Region(prompt="a", mask=mask, box=box)
+    assert Region(prompt="a", mask=left, box=LEFT).mask is left
     with pytest.raises(InputError, match="17 regions do not fit into one picture; give at most 16"):
         Drawing(prompt="a", regions=(Region(prompt="a"),) * 17)
     with pytest.raises(InputError, match="A region names '<V9>', but the adapter has <V1>, <V2>"):

@@ -15,7 +15,7 @@ from types import ModuleType
 from typing import Any
 
 from benchmarks.lab import cost, efficiency, fusion, language, single, theory
-from benchmarks.lab.record import perform, read
+from benchmarks.lab.record import file_name, perform, read
 from benchmarks.lab.workshop import Workshop
 from spectral_diffusion.files import write_atomically
 
@@ -44,14 +44,15 @@ def run(name: str, size: str, out: Path) -> int:
         record = perform(folder, case, lambda case=case: experiment.measure(case, workshop))
         failed += record["status"] != "done"
         print(f"{name}: {case['name']}: {record['status']} in {record['seconds']} s {record.get('error', '')}", flush=True)
-    show(name, out)
+    show(name, size, out)
     return failed
 
 
-def show(name: str, out: Path) -> None:
-    """Draw the pictures and write the table of an experiment from the records that are there."""
+def show(name: str, size: str, out: Path) -> None:
+    """Draw the pictures and write the table of an experiment from the records of its cases that are there."""
     folder = out / "results" / name
-    records = [record for path in sorted(folder.glob("*.json")) if (record := read(path)) and record["status"] == "done"]
+    paths = [folder / f"{file_name(case)}.json" for case in EXPERIMENTS[name].cases(configuration(name, size))]
+    records = [record for path in paths if (record := read(path)) and record["status"] == "done"]
     if not records:
         return
     figures, table = EXPERIMENTS[name].show(records)
@@ -71,12 +72,12 @@ def main() -> int:
     parser.add_argument("--show", action="store_true", help="only draw pictures and tables from the records that are there")
     options = parser.parse_args()
     logging.getLogger("spectral_diffusion").setLevel(logging.ERROR)
-    failed = 0
+    failed, size = 0, "full" if options.full else "quick"
     for name in options.names or EXPERIMENTS:
         if options.show:
-            show(name, options.out)
+            show(name, size, options.out)
         else:
-            failed += run(name, "full" if options.full else "quick", options.out)
+            failed += run(name, size, options.out)
     return int(failed > 0)
 
 

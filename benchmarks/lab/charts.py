@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import base64
+import io
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 from matplotlib.figure import Figure
+from PIL import Image
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -41,4 +45,34 @@ def lines(
         axes.set_xscale("log")
     axes.set(title=title, xlabel=x_label, ylabel=y_label)
     axes.legend(fontsize="small")
+    return figure
+
+
+def packed(images: Sequence[Image.Image]) -> str:
+    """Return pictures of one size side by side as text that a JSON holds: a JPEG in base64."""
+    content = io.BytesIO()
+    Image.fromarray(np.concatenate([np.asarray(image.convert("RGB")) for image in images], axis=1)).save(
+        content, "JPEG", quality=88
+    )
+    return base64.b64encode(content.getvalue()).decode()
+
+
+def unpacked(text: str) -> Image.Image:
+    """Return what `packed` packed, as one picture."""
+    return Image.open(io.BytesIO(base64.b64decode(text)))
+
+
+def sheet(title: str, columns: Sequence[str], rows: Mapping[str, Image.Image]) -> Figure:
+    """Return strips of pictures below each other, each with its name."""
+    figure = Figure(figsize=(2 + 1.1 * len(columns), 0.8 + 1.15 * len(rows)), layout="constrained")
+    for number, (axes, (name, strip)) in enumerate(
+        zip(figure.subplots(len(rows), squeeze=False)[:, 0], rows.items(), strict=True)
+    ):
+        axes.imshow(strip)
+        side = strip.width / len(columns)
+        axes.set_xticks([(index + 0.5) * side for index in range(len(columns))], columns if number == 0 else [""] * len(columns))
+        axes.xaxis.tick_top()
+        axes.set_yticks([strip.height / 2], [name])
+        axes.tick_params(length=0, labelsize="small")
+    figure.suptitle(title)
     return figure

@@ -14,7 +14,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from benchmarks.lab.charts import lines, markdown
+from benchmarks.lab.charts import lines, markdown, packed, sheet, unpacked
 from benchmarks.lab.record import Case, Record
 from benchmarks.lab.workshop import Workshop
 from spectral_diffusion.fusion import fuse
@@ -45,14 +45,16 @@ def measure(case: Case, workshop: Workshop) -> dict[str, Any]:
         return asdict(workshop.likeness(case["concept"], pictures)) | {"parameters": part.parameters()}
     adapters = [workshop.adapter(name, slot, case["settings"]) for slot, name in enumerate(case["concepts"])]
     fused = fuse(adapters, method=case["fuser"])
-    concepts = {}
+    concepts, strip = {}, []
     for name, token in zip(case["concepts"], fused.tokens, strict=True):
-        concepts[name] = asdict(workshop.likeness(name, workshop.draw(fused, token, case["pictures"])))
+        pictures = workshop.draw(fused, token, case["pictures"])
+        concepts[name] = asdict(workshop.likeness(name, pictures))
+        strip.append(pictures[0].image)
     drawing = Drawing(prompt=f"{fused.tokens[0]} and {fused.tokens[1]} near a lake", count=5 * case["pictures"], seed=77_000)
     images = [picture.image for picture in generate(workshop.base, drawing, fused, whole=True)]
     wanted = set(case["concepts"][:2])
     both = mean(float({s.character for s in seen[:2]} == wanted) for seen in workshop.judge.look(images))
-    return {"concepts": concepts, "pair": both}
+    return {"concepts": concepts, "pair": both, "strip": packed([*strip, images[0]])}
 
 
 def show(records: Sequence[Record]) -> tuple[dict[str, Figure], str]:
@@ -83,7 +85,14 @@ def show(records: Sequence[Record]) -> tuple[dict[str, Figure], str]:
     header = ["concepts", "method", "alone", "fused", "kept", "CLIP image alone / fused", "CLIP text alone / fused", "pair"]
     if not rows:
         return {}, ""
-    return {"identity": lines("Identity after fusing", "concepts", "share right", curves)}, markdown(header, rows)
+    sheets = {}
+    for count in sorted({count for count, _ in found}):
+        chosen = [r for r in records if r["case"]["kind"] == "fused" and len(r["case"]["concepts"]) == count]
+        strips = {r["case"]["method"]: unpacked(r["result"]["strip"]) for r in reversed(chosen)}  # of the first seed
+        names = [*chosen[0]["case"]["concepts"], "the first two"]
+        sheets[f"sheet-{count}"] = sheet(f"{count} concepts: each by its token, then two in one picture", names, strips)
+    figure = lines("Identity after fusing", "concepts", "share right", curves)
+    return {"identity": figure} | sheets, markdown(header, rows)
 
 
 def _key(case: Case, name: str) -> tuple[str, str, int]:
