@@ -8,10 +8,10 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo studio test lint bench base clean
+.PHONY: help setup demo studio test lint bench bench-quick base clean
 
 help: ## show this list
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 16
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
 
 setup: $(INSTALLED) ## create .venv and install what is needed, once
 
@@ -38,6 +38,9 @@ lint: $(INSTALLED) ## check the code's style
 
 bench: $(INSTALLED) ## the method against its rivals, into out/bench; EXPERIMENT=fusion for one, BENCH_ARGS=--full on a GPU
 	$(BIN)/python -m benchmarks.lab $(EXPERIMENT) $(BENCH_ARGS)
+
+bench-quick: $(INSTALLED) ## a training step against PEFT's LoRA, a few minutes on 2 cores, into out/bench
+	$(BIN)/python -m benchmarks.speed --width 0.5 --rounds 2 --json out/bench/speed-quick.json
 
 base: $(INSTALLED) ## train the embedded base anew (hours on a CPU; goes on where it was stopped)
 	$(BIN)/python -m spectral_diffusion.toyworld.recipe

@@ -5,7 +5,8 @@ rank-8 adapters of it. Then, each in processes of its own so that its peak of me
 
 - `read`: reading the file as a base whose weights are looked at only, as export, import and info do;
 - `load`: loading it to compute with, in float32;
-- `attach`: putting a fused adapter of eight concepts on it, the bands at hand;
+- `attach`: putting an adapter of eight concepts, joined by the plain sum, on it, the bands at hand; this and `load` are left out
+  where memory does not suffice;
 - `fuse`, `fuse_aligned`: joining eight concepts down to the factors of every layer, by the plain and by the aligned sum;
 - `export_kohya`: writing the fused adapter as a LoRA;
 - `export_checkpoint`: writing the base with the fused adapter merged in as one file.
@@ -31,6 +32,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import psutil
 import torch
 from accelerate import init_empty_weights
 from diffusers import AutoencoderKL, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
@@ -43,15 +45,18 @@ from spectral_diffusion.adapter import Adapter, ConceptPart, LayerPart, input_gr
 from spectral_diffusion.adapter_file import load_adapter, save_adapter
 from spectral_diffusion.attach import attached
 from spectral_diffusion.bands import Band
-from spectral_diffusion.base import ATTENTION_LAYERS, layer_key, load_base, read_base
+from spectral_diffusion.base import layer_key, load_base, read_base
 from spectral_diffusion.checkpoint import to_original_layout
 from spectral_diffusion.checkpoint.single_file import CONFIGURATIONS
 from spectral_diffusion.export import export_checkpoint, export_kohya
 from spectral_diffusion.fusion import fuse
+from spectral_diffusion.layer_names import ATTENTION_LAYERS
 from spectral_diffusion.spectrum import Spectrum
 
 CONCEPTS = 8
 RANK = 8
+LOADED = 3.2
+"""Checkpoint sizes that loading takes at most: the fp16 file, mapped, and the weights in float32."""
 
 
 def empty_models(family: str) -> dict[str, nn.Module]:
@@ -162,7 +167,7 @@ def load_and_attach(checkpoint: Path, adapter: Path) -> dict[str, float]:
     figures: dict[str, float] = {}
     with timed("load", figures):
         base = load_base(checkpoint, device="cpu")
-    loaded = load_adapter(adapter)
+    loaded = replace(load_adapter(adapter), method="sum")
     with ExitStack() as stack:
         with timed("attach", figures):
             stack.enter_context(attached(base, loaded))
@@ -207,6 +212,8 @@ def measure(family: str, folder: Path, runs: int) -> dict[str, float]:
         "load_and_attach": (load_and_attach, checkpoint, folder / "fused.safetensors"),
         "merge": (merge, checkpoint, folder / "fused.safetensors", folder),
     }
+    if psutil.virtual_memory().available < LOADED * sizes["checkpoint_bytes"]:
+        del works["load_and_attach"]
     seen: dict[str, list[float]] = {}
     for _ in range(runs):
         for name, work in works.items():

@@ -15,14 +15,10 @@ from transformers import CLIPTokenizer
 
 from spectral_diffusion.checkpoint import PREDICTION_TYPES, family_of, hub_folder, load_folder, load_single_file
 from spectral_diffusion.errors import BaseError
+from spectral_diffusion.layer_names import ATTENTION_LAYERS
 
 EMBEDDED_BASE = Path(__file__).resolve().parents[1] / "assets" / "mini-sd"
 """The small Stable Diffusion that ships with the project."""
-
-ATTENTION_LAYERS = ("to_q", "to_k", "to_v", "to_out.0", "q_proj", "k_proj", "v_proj", "out_proj")
-"""Endings of the linear layers adapted by default: every attention projection (the paper's choice)."""
-FEED_FORWARD_LAYERS = ("ff.net.0.proj", "ff.net.2", "fc1", "fc2")
-"""Endings of the linear layers between the attention layers, in the UNet and in the text encoders."""
 
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _LATENT_PIXELS = 2**15
@@ -85,14 +81,19 @@ def load_base(
     prediction_type: str | None = None,
     configuration: Path | None = None,
 ) -> Base:
-    """Load a base to compute with: as `read_base` does, then in float32 on `device`.
+    """Load a base to compute with: as `read_base` does, then in float32 in memory of its own on `device`.
+
+    Weights that stayed in the file would be lost with it, and where a number lies decides how it is summed: the last bit differs.
 
     Args:
         device: a torch device name; a GPU when there is one, else the CPU.
     """
     base = read_base(source, prediction_type=prediction_type, configuration=configuration)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     for model in _models(base.pipeline).values():
-        nn.Module.to(model, device or ("cuda" if torch.cuda.is_available() else "cpu"), torch.float32)
+        for tensor in (*model.parameters(), *model.buffers()):
+            dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
+            tensor.data = tensor.data.to(device, dtype, copy=True)
     return base
 
 

@@ -18,6 +18,7 @@ from spectral_diffusion.adapter import Adapter
 from spectral_diffusion.band_map import band_map
 from spectral_diffusion.base import Base
 from spectral_diffusion.clip_scorer import ClipScorer
+from spectral_diffusion.errors import InputError
 from spectral_diffusion.files import write_together
 from spectral_diffusion.generation import Drawing, Picture, generate
 
@@ -97,7 +98,13 @@ def report_fusion(
 
     Raises:
         AdapterError: the adapter does not fit the base.
+        InputError: a token of `references` is not the adapter's.
     """
+    unknown = next((token for token in references or {} if token not in fused.tokens), None)
+    if unknown is not None:
+        raise InputError(
+            f"The references name '{unknown}', which the adapter does not have; its tokens are {', '.join(fused.tokens)}."
+        )
     total, done = 3 * len(PROMPTS) * len(fused.concepts), 0
 
     def count(picture: Picture) -> None:
@@ -188,7 +195,7 @@ def _verdict(token: str, class_word: str, kept: float | None, loudest: str) -> s
     if kept is None:
         return f"{token} was hardly learnt: alone it looks no more like itself than any {class_word} does; train it longer."
     words = next((words for least, words in _VERDICTS if kept >= least), "is lost")
-    return f"{token} {words}: {kept:.0%} of its likeness alone is left{loudest}."
+    return f"{token} {words}: {min(kept, 1):.0%} of its likeness alone is left{loudest}."
 
 
 _STYLE = (

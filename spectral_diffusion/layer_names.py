@@ -7,6 +7,11 @@ from __future__ import annotations
 
 import re
 
+ATTENTION_LAYERS = ("to_q", "to_k", "to_v", "to_out.0", "q_proj", "k_proj", "v_proj", "out_proj")
+"""Endings of the linear layers adapted by default: every attention projection (the paper's choice)."""
+FEED_FORWARD_LAYERS = ("ff.net.0.proj", "ff.net.2", "fc1", "fc2")
+"""Endings of the linear layers between the attention layers, in the UNet and in the text encoders."""
+
 _PREFIXES = {
     "lora_unet_": "unet",
     "lora_te_": "text_encoder",

@@ -34,7 +34,7 @@ def test_from_photos_to_pictures_and_exported_files(run: Commands, photo_folder:
     assert "directions 2-3" in run.out
     run("fuse", one, two, "--out", pair)
     assert load_adapter(pair).tokens == ("<V1>", "<V2>")
-    base = ("--base", run.base, "--device", "cpu")
+    base = ("--base", run.base)
     pictures = tmp_path / "pictures"
     draw = (
         "generate",
@@ -47,6 +47,8 @@ def test_from_photos_to_pictures_and_exported_files(run: Commands, photo_folder:
         "--out",
         pictures,
         *base,
+        "--device",
+        "cpu",
     )
     run(*draw, "--count", 3, "--seed", 1, "--batch", 2)
     assert sorted(path.name for path in pictures.iterdir()) == ["0001-1.png", "0002-2.png", "0003-3.png"]
@@ -329,4 +331,12 @@ def test_no_handler_stays_behind(run: Commands) -> None:
 
 def test_help_does_not_import_torch() -> None:
     code = "import sys; from spectral_diffusion.cli import main; main(['--help']); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL, env=os.environ).returncode == 0
+
+
+def test_help_of_what_needs_no_base_does_not_import_one() -> None:
+    code = (
+        "import sys; from spectral_diffusion.cli import main; main(['fuse', '--help']); main(['train', '--help']); "
+        "sys.exit('diffusers' in sys.modules or 'transformers' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL, env=os.environ).returncode == 0

@@ -182,6 +182,7 @@ def test_diffusers_loads_the_tokens(tiny_base: Base, pair: Adapter, export: Expo
         ("C:\\cat?*", "C__cat"),
         ("<NUL>", "NUL_"),
         ("<com1>", "com1_"),
+        ("<" + "𠮷" * 90 + ">", "𠮷" * 30),
         ("<.>", "token-" + hashlib.sha256(b"<.>").hexdigest()[:8]),
     ],
 )

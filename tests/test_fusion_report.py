@@ -13,6 +13,7 @@ from PIL import Image
 from test_parametrisations import random_adapter, shared_base
 
 from spectral_diffusion.base import Base
+from spectral_diffusion.errors import InputError
 from spectral_diffusion.fusion import fuse
 from spectral_diffusion.fusion_report import PROMPTS, FusionReport, report_fusion, save_report
 from spectral_diffusion.generation import Drawing, generate
@@ -65,6 +66,11 @@ def test_alone_fused_and_plain_are_drawn_on_the_same_seeds(report: FusionReport,
         (plain,) = generate(base, Drawing(prompt=prompt.format("a dog"), seed=seed))
         assert plain.image.tobytes() == first.rows["plain"][index].tobytes()
     assert any(a.tobytes() != f.tobytes() for a, f in zip(first.rows["alone"], first.rows["fused"], strict=True))
+
+
+def test_photos_of_a_concept_that_is_not_there_are_refused(base: Base) -> None:
+    with pytest.raises(InputError, match="references name '<V9>', which the adapter does not have; its tokens are <V1>"):
+        report_fusion(base, random_adapter(base), Colours(), {"<V9>": []})
 
 
 def test_what_is_kept_is_measured_against_the_class_word(report: FusionReport) -> None:

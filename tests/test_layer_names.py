@@ -12,9 +12,9 @@ from diffusers import UNet2DConditionModel
 from narrow_bases import FAMILIES
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from spectral_diffusion.base import ATTENTION_LAYERS, is_one_pixel_convolution, layer_key
+from spectral_diffusion.base import is_one_pixel_convolution, layer_key
 from spectral_diffusion.checkpoint.single_file import CONFIGURATIONS
-from spectral_diffusion.layer_names import kohya_name, layer_key_of, peft_name
+from spectral_diffusion.layer_names import ATTENTION_LAYERS, kohya_name, layer_key_of, peft_name
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out_0")
 TEXT_LAYERS = ("self_attn_q_proj", "self_attn_k_proj", "self_attn_v_proj", "self_attn_out_proj", "mlp_fc1", "mlp_fc2")

@@ -65,7 +65,7 @@ def test_times_are_said_as_people_do(seconds: float | None, words: str) -> None:
 
 def test_regions_are_shown_where_they_are_and_never_as_html(tmp_path: Path) -> None:
     studio = open_studio(tmp_path)
-    shown = show_regions(studio, (Region(prompt=HOSTILE, box=(0.25, 0.0, 0.5, 1.0)),))
+    _, shown = show_regions(studio, (Region(prompt=HOSTILE, box=(0.25, 0.0, 0.5, 1.0)),))
     assert "<script" not in shown and "${" not in shown
     assert "left:25.0%;top:0.0%;width:25.0%;height:100.0%" in shown and 'data-edges="0.25,0,0.5,1"' in shown
 

@@ -48,7 +48,7 @@ def build_generate(studio: Studio, live: Live) -> None:
             )
             chips = live.add(gr.HTML(elem_id="chips", js_on_load=markup.CLICKS), lambda name: _chips(studio, name), adapter)
             fields = drawing_fields()
-            regions, confined, board = build_regions(studio, adapter, prompt)
+            regions, confined, shown = build_regions(studio, adapter, prompt)
             start = gr.Button("Draw", variant="primary", elem_id="draw")
             dropped = gr.File(
                 label="Drop a picture to load its settings",
@@ -63,7 +63,7 @@ def build_generate(studio: Studio, live: Live) -> None:
                 gr.HTML(elem_id="pictures", js_on_load=markup.CLICKS + DROPS), lambda order: _album(studio, order), sort
             )
     settings = [prompt, *fields, regions, confined]
-    loaded = [*settings, board]
+    loaded = [*settings, *shown]
 
     def begin(name: str | None, *values: Any) -> None:
         drawing = attempt(read_fields, *values)
@@ -92,7 +92,7 @@ def build_generate(studio: Studio, live: Live) -> None:
         drawing = attempt(read_drawing, path, done="Settings loaded.")
         if drawing is None:
             return [gr.skip()] * len(loaded)
-        return [*field_values(drawing), show_regions(studio, drawing.regions)]
+        return [*field_values(drawing), *show_regions(studio, drawing.regions)]
 
     start.click(begin, [adapter, *settings], **EVENT)
     prompt.submit(begin, [adapter, *settings], **EVENT)

@@ -66,12 +66,12 @@ element.addEventListener('keyup', (event) => {
 """JavaScript of the boxes: dragged or moved by arrow keys, resized at the corner or with Shift."""
 
 
-def build_regions(studio: Studio, adapter: Any, prompt: Any) -> tuple[gr.State, gr.Checkbox, gr.HTML]:
-    """Build the part; return the regions' state, whether concepts are confined, and the piece that shows them."""
+def build_regions(studio: Studio, adapter: Any, prompt: Any) -> tuple[gr.State, gr.Checkbox, tuple[gr.Accordion, gr.HTML]]:
+    """Build the part; return the regions' state, whether concepts are confined, and what `show_regions` fills."""
     regions = gr.State(())
-    with gr.Accordion("Regions: what stands where", open=False, elem_id="regions"):
+    with gr.Accordion("Regions: what stands where", open=False, elem_id="regions") as part:
         gr.Markdown("A box is drawn from its own prompt, the rest from the picture’s. Drag a box, or its corner to resize it.")
-        board = gr.HTML(show_regions(studio, ()), elem_id="region-board", js_on_load=markup.CLICKS + DRAGS)
+        board = gr.HTML(_board(studio, ()), elem_id="region-board", js_on_load=markup.CLICKS + DRAGS)
         with gr.Row():
             suggest = gr.Button("From the prompt", size="sm", min_width=90, elem_id="suggest-regions")
             add = gr.Button("Add a box", size="sm", min_width=90)
@@ -83,7 +83,7 @@ def build_regions(studio: Studio, adapter: Any, prompt: Any) -> tuple[gr.State, 
 
     def shown(changed: actions.Regions | None, before: actions.Regions) -> tuple[actions.Regions, str]:
         now = before if changed is None else changed
-        return now, show_regions(studio, now)
+        return now, _board(studio, now)
 
     def edit(before: actions.Regions, event: gr.EventData) -> Any:
         do, name, value = said(event)
@@ -105,10 +105,15 @@ def build_regions(studio: Studio, adapter: Any, prompt: Any) -> tuple[gr.State, 
     )
     add.click(lambda before, words: shown(attempt(actions.added, before, words), before), [regions, prompt], outputs, **EVENT)
     clear.click(lambda: shown((), ()), None, outputs, **EVENT)
-    return regions, confined, board
+    return regions, confined, (part, board)
 
 
-def show_regions(studio: Studio, regions: actions.Regions) -> str:
+def show_regions(studio: Studio, regions: actions.Regions) -> tuple[Any, str]:
+    """Return the part, opened for regions and closed without, and what it shows."""
+    return gr.update(open=bool(regions)), _board(studio, regions)
+
+
+def _board(studio: Studio, regions: actions.Regions) -> str:
     """Return the boxes over the latest picture, and a line of fields for each."""
     if not regions:
         return markup.empty("No regions: the whole picture is drawn from the prompt.")

@@ -12,6 +12,7 @@ from spectral_diffusion.cli.describe import adapter_data, adapter_lines
 from spectral_diffusion.cli.displays import CountDisplay
 from spectral_diffusion.cli.options import (
     add_base_options,
+    add_device_option,
     add_json_option,
     add_out_options,
     html_file,
@@ -57,6 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--clip", metavar="MODEL", help="a CLIP, as for 'score' (default: the embedded one)")
     add_base_options(parser)
+    add_device_option(parser)
 
 
 def run(arguments: argparse.Namespace, console: Console) -> int:

@@ -22,6 +22,9 @@ from spectral_diffusion.files import Write, write_together
 _DEVICE = re.compile(r"con|prn|aux|nul|(com|lpt)\d", re.IGNORECASE)
 """Names that Windows keeps for itself."""
 
+_LONGEST_NAME = 120
+"""Bytes of a file's name before its ending; file systems take 255 with it."""
+
 _NAMES = {"text_encoder": "emb_params"}
 _NAMES_OF_TWO = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
 
@@ -45,6 +48,7 @@ def export_embeddings(adapter: Adapter, folder: Path, *, dtype: torch.dtype = to
 def embedding_file_name(token: str) -> str:
     """Return the token as a file name that every file system takes: `<my/cat>` gives `my_cat`, `<con>` `con_`."""
     plain = "".join(letter if letter.isalnum() or letter in "-_" else "_" for letter in token).strip("_")
+    plain = plain.encode()[:_LONGEST_NAME].decode(errors="ignore")
     if _DEVICE.fullmatch(plain):
         return f"{plain}_"
     return plain or f"token-{hashlib.sha256(token.encode()).hexdigest()[:8]}"

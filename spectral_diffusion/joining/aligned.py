@@ -21,7 +21,8 @@ def aligned_sum(
     """Return the delta that acts on each concept's inputs as that concept's own delta does.
 
     It minimises `sum_i |(D - w_i delta_i) G_i^(1/2)|^2 + rho |D - sum_i w_i delta_i|^2`, which gives
-    `D = sum_i w_i up_i (Q^-1 (G_i + rho I) down_i)^T` with `Q = sum_i G_i + rho I`: the rank stays that of the sum.
+    `D = sum_i w_i up_i (Q^-1 (G_i + rho I) down_i)^T` with `Q = sum_i G_i + rho I`: the rank stays that of the sum. What lies
+    outside the span of all factors stays as it is, so it is solved for inside the span only.
 
     Args:
         deltas: one per concept.
@@ -31,10 +32,11 @@ def aligned_sum(
         rho: how strongly directions that no concept uses stay as in the plain sum.
 
     Raises:
-        ArithmeticError: the measurements are so large that `rho` is lost beside them.
+        ArithmeticError: the measurements are too large to compute with.
     """
-    identity = torch.eye(len(activations[0]), dtype=torch.float64, device=activations[0].device)
-    factors = [factor.double() for factor in activations]
+    span = torch.linalg.qr(torch.cat([factor.double() for factor in activations], dim=1)).Q
+    factors = [span.T @ factor.double() for factor in activations]
+    identity = torch.eye(span.shape[1], dtype=torch.float64, device=span.device)
     Q = sum((factor @ factor.T for factor in factors), rho * identity)
     cholesky, failed = torch.linalg.cholesky_ex(Q)
     if failed.any():
@@ -42,7 +44,8 @@ def aligned_sum(
     corrected = []
     for delta, factor in zip(deltas, factors, strict=True):
         down = delta.down.double()
-        down = torch.cholesky_solve(factor @ (factor.T @ down) + rho * down, cholesky)
+        inside = span.T @ down
+        down = down + span @ (torch.cholesky_solve(factor @ (factor.T @ inside) + rho * inside, cholesky) - inside)
         corrected.append(LowRank(up=delta.up, down=down.to(delta.down.dtype)))
     return weighted_sum(corrected, weights)
 

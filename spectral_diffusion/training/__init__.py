@@ -1,7 +1,27 @@
-"""Training: settings, examples, inertness, batches, the run with its checkpoints, and what joins them."""
+"""Training: settings, examples, inertness, batches, the run with its checkpoints, and what joins them.
 
-from spectral_diffusion.training.loop import TrainingResult, train, train_together
-from spectral_diffusion.training.run import TrainingProgress
-from spectral_diffusion.training.settings import PRESETS, TrainingSettings, preset
+The public names below are loaded when they are first used: the settings alone need no pipeline.
+"""
 
-__all__ = ["PRESETS", "TrainingProgress", "TrainingResult", "TrainingSettings", "preset", "train", "train_together"]
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+_HOME = {
+    "PRESETS": "settings",
+    "TrainingProgress": "run",
+    "TrainingResult": "loop",
+    "TrainingSettings": "settings",
+    "preset": "settings",
+    "train": "loop",
+    "train_together": "loop",
+}
+
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'spectral_diffusion.training' has no attribute '{name}'")
+    return getattr(import_module(f"spectral_diffusion.training.{_HOME[name]}"), name)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
-from spectral_diffusion.base import ATTENTION_LAYERS, FEED_FORWARD_LAYERS, Base
 from spectral_diffusion.errors import InputError
+from spectral_diffusion.layer_names import ATTENTION_LAYERS, FEED_FORWARD_LAYERS
 from spectral_diffusion.parametrisations import PARAMETRISATIONS
+
+if TYPE_CHECKING:
+    from spectral_diffusion.base import Base
 
 PRESETS = ("fast", "balanced", "best")
 
