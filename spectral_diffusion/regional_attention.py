@@ -58,7 +58,7 @@ class Layout:
             self.current = before
 
 
-def confining_gate(adapter: Adapter, layout: Layout, places: Mapping[str, Sequence[int]]) -> Gate:
+def confining_gate(adapter: Adapter, layout: Layout, places: Mapping[str, tuple[int, ...]]) -> Gate:
     """Return the gate that lets each concept act in its own regions only.
 
     While a region's prompt is read only the concepts placed there count. While the whole picture is, a concept changes what
@@ -69,13 +69,13 @@ def confining_gate(adapter: Adapter, layout: Layout, places: Mapping[str, Sequen
     """
 
     @functools.cache
-    def columns(key: str) -> tuple[tuple[Sequence[int] | None, int], ...]:
+    def columns(key: str) -> tuple[tuple[tuple[int, ...] | None, int], ...]:
         having = [concept for concept in adapter.concepts if key in concept.layers]
         return tuple((places.get(concept.token), concept.delta(key).rank) for concept in having)
 
     @functools.cache
     def counts(
-        concepts: tuple[tuple[Sequence[int] | None, int], ...],
+        concepts: tuple[tuple[tuple[int, ...] | None, int], ...],
         positions: int | None,
         current: int | None,
         dtype: torch.dtype,
