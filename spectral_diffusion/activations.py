@@ -12,31 +12,56 @@ from spectral_diffusion.adapter import input_group
 from spectral_diffusion.base import Base, linear_layers
 from spectral_diffusion.conditioning import prompts
 
-DRAWINGS = 8
-DRAWING_STEPS = 8
+DRAWING_STEPS = 5
 GUIDANCE = 4.0
 COLUMNS = 48
 """Leading eigenvectors kept of each Gram matrix."""
-PROMPTS = ("{}", "a photo of {}", "{} near a lake", "{} in the snow", "{} in the city", "{} in a room")
+PROMPTS = (
+    "{}",
+    "a photo of {}",
+    "a picture of {}",
+    "a painting of {}",
+    "a close photo of {}",
+    "{} near a lake",
+    "{} in the snow",
+    "{} on the beach",
+    "{} in the city",
+    "{} in the forest",
+    "{} in a room",
+    "{} at night",
+    "{} in the desert",
+    "{} in a garden",
+    "{} on a street",
+    "{} by the sea",
+    "{} under a tree",
+    "{} on a table",
+    "{} in the mountains",
+    "{} in the rain",
+    "{} with a friend",
+    "a photo of {} on grass",
+    "a drawing of {} at home",
+    "{} wearing a hat",
+)
+"""One short drawing each. The aligned sum is at its best where these lead, so they are many rather than drawn to the end."""
 
 
 @torch.no_grad()
 def measure_activations(base: Base, token: str, layer_keys: tuple[str, ...], seed: int) -> dict[str, torch.Tensor]:
     """Return, per group of layers with one input, a factor `F (in, k)` with `F F^T` near the Gram matrix of that input.
 
-    The base must have the concept's adapter and token attached. `DRAWINGS` short drawings of prompts with `token` are
-    made; only the conditional half of each guidance pair counts. The Gram matrices are scaled to trace `in`.
+    The base must have the concept's adapter and token attached. Each of `PROMPTS` is drawn with `token` in few steps;
+    only the conditional half of each guidance pair counts. The Gram matrices are scaled to trace `in`.
     """
     layers = linear_layers(base, None)
     watched = {input_group(key): layers[key] for key in reversed(layer_keys)}
     grams = {group: torch.zeros(layer.in_features, layer.in_features) for group, layer in watched.items()}
-    captions = [PROMPTS[number % len(PROMPTS)].format(token) for number in range(DRAWINGS)]
+    captions = [prompt.format(token) for prompt in PROMPTS]
     texts = {group: layer for group, layer in watched.items() if group.startswith("text_encoder")}
     with _recorded(texts, grams):
         encoded = prompts(base, captions)
     generator, batch = torch.Generator().manual_seed(seed), base.pictures_at_once
     with _recorded({group: layer for group, layer in watched.items() if group not in texts}, grams, paired=True):
-        for start in range(0, DRAWINGS, batch):
+        for start in range(0, len(captions), batch):
             base.pipeline(
                 **{name: values[start : start + batch] for name, values in encoded.items()},
                 num_inference_steps=DRAWING_STEPS,

@@ -39,7 +39,7 @@ FEWER = {
     ("training.loop", "INERT_SAMPLES"): 4,
     ("training.inertness", "DRAWING_STEPS"): 2,
     ("training.examples", "CROPS_PER_PHOTO"): 2,
-    ("activations", "DRAWINGS"): 2,
+    ("activations", "PROMPTS"): ("{}", "a photo of {}"),
     ("activations", "DRAWING_STEPS"): 2,
 }
 """Less preparation than a real training makes, so that the tests are quick."""

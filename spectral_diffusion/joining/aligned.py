@@ -9,7 +9,7 @@ import torch
 from spectral_diffusion.joining.low_rank import LowRank
 from spectral_diffusion.joining.sums import weighted_sum
 
-RHO = 1e-3
+RHO = 1e-2
 """Weight of staying near the plain sum in the aligned sum, relative to Gram matrices of trace `in`."""
 SHRINKAGE = 0.9
 """RegMean's factor on the entries of a Gram matrix beside its diagonal."""

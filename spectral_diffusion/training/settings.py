@@ -87,8 +87,8 @@ _EMBEDDED = replace(
 )
 _FOR_EMBEDDED_BASE = {
     "fast": replace(_EMBEDDED, steps=150),
-    "balanced": replace(_EMBEDDED, steps=300),
-    "best": replace(_EMBEDDED, steps=900),
+    "balanced": replace(_EMBEDDED, steps=500),
+    "best": replace(_EMBEDDED, steps=1000),
 }
 
 
