@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING
 
 from spectral_diffusion.cli.console import Console, progress_bar, quiet_libraries
 from spectral_diffusion.cli.generate import add_drawing_options
-from spectral_diffusion.cli.options import add_base_options, add_json_option, load_chosen_base, pair_type, unique_pairs
+from spectral_diffusion.cli.options import (
+    add_base_options,
+    add_device_option,
+    add_json_option,
+    load_chosen_base,
+    pair_type,
+    unique_pairs,
+)
 from spectral_diffusion.cli.outputs import check_output
 from spectral_diffusion.errors import InputError
 
@@ -54,6 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--clip", metavar="MODEL", help="what scores, as in 'score' (default: the embedded CLIP)")
     add_base_options(parser)
+    add_device_option(parser)
     add_json_option(parser, "the scores")
 
 
