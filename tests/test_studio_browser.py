@@ -34,7 +34,7 @@ if CHROMIUM is None:
 ROOT = Path(__file__).resolve().parents[1]
 SCREENSHOTS = ROOT / "out" / "screenshots"
 TABS = ("Concepts", "Fuse", "Generate", "Compare", "Export", "Settings")
-PATIENCE = 600_000  # milliseconds, for a machine that is busy
+PATIENCE = 240_000  # milliseconds, for a machine that is busy
 LOGIN = ("ada", "correct horse")
 LEFT_BEHIND = re.compile(r"ERR_INCOMPLETE_CHUNKED_ENCODING|ERR_ABORTED")
 """What Chromium says of the stream of answers of a page that was reloaded."""
@@ -219,7 +219,7 @@ def test_from_uploaded_photos_to_a_file_that_diffusers_loads(
     page.locator("#tab-generate").get_by_label("number input for Steps").press("Tab")
     page.locator("#draw").click()
     expect(page.locator("#pictures img")).to_have_count(2)
-    expect(page.locator("#pictures .sd-card").first).to_contain_text("<wizard> 0.")
+    expect(page.locator("#pictures .sd-card").first).to_contain_text(re.compile(r"<wizard> -?\d\."))
     last = page.locator("#pictures .sd-card").last
     seed = last.inner_text().split("seed ")[1].split()[0]
     last.get_by_role("button", name="Copy the settings").click()
