@@ -40,7 +40,7 @@ bench: $(INSTALLED) ## the method against its rivals, into out/bench; EXPERIMENT
 	$(BIN)/python -m benchmarks.lab $(EXPERIMENT) $(BENCH_ARGS)
 
 bench-quick: $(INSTALLED) ## a training step against PEFT's LoRA, a few minutes on 2 cores, into out/bench
-	$(BIN)/python -m benchmarks.speed --width 0.5 --rounds 2 --json out/bench/speed-quick.json
+	$(BIN)/python -m benchmarks.speed --width 0.1 --rounds 2 --json out/bench/speed-quick.json
 
 base: $(INSTALLED) ## train the embedded base anew (hours on a CPU; goes on where it was stopped)
 	$(BIN)/python -m spectral_diffusion.toyworld.recipe
