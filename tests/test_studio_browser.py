@@ -32,19 +32,10 @@ if CHROMIUM is None:
 
 
 ROOT = Path(__file__).resolve().parents[1]
-SCREENSHOTS = ROOT / "out" / "screenshots"
-TABS = ("Concepts", "Fuse", "Generate", "Compare", "Export", "Settings")
 PATIENCE = 240_000  # milliseconds, for a machine that is busy
 LOGIN = ("ada", "correct horse")
 LEFT_BEHIND = re.compile(r"ERR_INCOMPLETE_CHUNKED_ENCODING|ERR_ABORTED")
 """What Chromium says of the stream of answers of a page that was reloaded."""
-
-DROP = """async (address) => {
-  const data = new DataTransfer(), content = await (await fetch(address)).blob();
-  data.items.add(new File([content], 'drawn.png', {type: 'image/png'}));
-  document.body.dispatchEvent(new DragEvent('drop', {dataTransfer: data, bubbles: true, cancelable: true}));
-}"""
-"""Drops the picture at an address on the page."""
 
 expect.set_options(timeout=PATIENCE)
 
@@ -220,18 +211,6 @@ def test_from_uploaded_photos_to_a_file_that_diffusers_loads(
     page.locator("#draw").click()
     expect(page.locator("#pictures img")).to_have_count(2)
     expect(page.locator("#pictures .sd-card").first).to_contain_text(re.compile(r"<wizard> -?\d\."))
-    last = page.locator("#pictures .sd-card").last
-    seed = last.inner_text().split("seed ")[1].split()[0]
-    last.get_by_role("button", name="Copy the settings").click()
-    expect(page.locator("#tab-generate").get_by_role("spinbutton", name="Seed")).to_have_value(seed)
-    draw_in_regions(page)
-
-    go_to(page, "Compare")
-    page.locator("#compare-adapters").get_by_label("pair").check()
-    page.locator("#compare-prompt textarea, #compare-prompt input").fill("<leopard> near a lake")
-    page.locator("#tab-compare").get_by_label("number input for Steps").fill("2")
-    page.locator("#compare").click()
-    expect(page.locator("#comparisons img")).to_have_count(1)
 
     go_to(page, "Export")
     choose_adapter(page, "export", "pair (<leopard> + <wizard>)")
@@ -247,53 +226,6 @@ def test_from_uploaded_photos_to_a_file_that_diffusers_loads(
     pipeline.load_lora_weights(str(tmp_path / "pair"), weight_name="pair-lora.safetensors")
     pipeline.load_textual_inversion(str(tmp_path / "pair" / "leopard.safetensors"), token="<leopard>")
     assert pipeline("<leopard>", num_inference_steps=1, output_type="np").images.shape == (1, 64, 64, 3)
-    take_screenshots(browser, served)
-
-
-def draw_in_regions(page: Page) -> None:
-    """Suggest two regions, move one by the mouse and one by a key, draw, and load them again from the picture's file."""
-    page.locator("#regions").get_by_role("button", name="Regions").click()
-    page.locator("#suggest-regions").click()
-    boxes = page.locator("#region-board .sd-box")
-    expect(boxes).to_have_count(2)
-    grip = boxes.last.locator(".sd-handle").bounding_box()
-    canvas = page.locator("#region-board .sd-canvas").bounding_box()
-    page.mouse.move(grip["x"] + 9, grip["y"] + 9)
-    page.mouse.down()
-    page.mouse.move(grip["x"] + 9, grip["y"] + 9 - canvas["height"] / 4, steps=4)
-    page.mouse.up()
-    expect(page.get_by_label("Left, top, right, bottom of region 2")).to_have_value("0.5,0,1,0.75")
-    boxes.first.focus()
-    boxes.first.press("Shift+ArrowLeft")
-    expect(page.get_by_label("Left, top, right, bottom of region 1")).to_have_value("0,0,0.48,1")
-    prompt = page.get_by_label("Prompt of region 1")
-    prompt.fill("<leopard> in the snow")
-    prompt.press("Tab")
-    expect(boxes.first).to_contain_text("<leopard> in the snow")
-    page.locator("#tab-generate").get_by_role("spinbutton", name="Pictures").fill("1")
-    page.locator("#draw").click()
-    expect(page.locator("#pictures img")).to_have_count(3)
-    page.locator("#regions").get_by_role("button", name="Remove all").click()
-    expect(boxes).to_have_count(0)
-    page.evaluate(DROP, page.locator("#pictures img").first.get_attribute("src"))
-    expect(page.get_by_label("Prompt of region 1")).to_have_value("<leopard> in the snow")
-
-
-def take_screenshots(browser: Browser, served: Served) -> None:
-    """Leave a picture of each tab, at two widths and in two themes; nothing may reach beyond the page's right side."""
-    SCREENSHOTS.mkdir(parents=True, exist_ok=True)
-    for width in (1280, 390):
-        for theme in ("light", "dark"):
-            with opened(browser, served.address, width, theme) as page:
-                for tab in TABS:
-                    go_to(page, tab)
-                    if tab == "Fuse":
-                        choose_both(page)
-                        expect(page.locator("#band-map table")).to_be_visible()
-                    page.wait_for_timeout(400)
-                    assert page.evaluate("document.documentElement.scrollWidth") <= width, f"{tab} is too wide at {width} pixels"
-                    assert page.locator("img:not([alt])").count() == 0
-                    page.screenshot(path=SCREENSHOTS / f"studio-{tab.lower()}-{width}-{theme}.png", full_page=True)
 
 
 def test_a_training_survives_reloading_stopping_and_a_killed_worker(page: Page, served: Served) -> None:
@@ -321,22 +253,6 @@ def test_a_training_survives_reloading_stopping_and_a_killed_worker(page: Page, 
     page.locator("#training").get_by_role("button", name="Stop").click()
     state(page, "cancelled")
     assert f"goes on from step {stopped}." in "".join(path.read_text() for path in served.folder.glob("jobs/*/log.txt"))
-
-
-def test_two_pages_see_one_studio(page: Page, browser: Browser, served: Served) -> None:
-    with opened(browser, served.address, theme="dark") as other:
-        add_concept(other, "pinata", photos_of("pinata")[:2])
-        expect(page.locator("#concept-cards")).to_contain_text("<pinata>")
-        page.locator("#concept-cards").get_by_role("button", name="<pinata>").click()
-        train(page, 2)
-        other.locator("#train").click()
-        expect(other.get_by_text("<pinata> is ", exact=False)).to_be_visible()
-        state(page, "done")
-        state(other, "done")
-    trained = [
-        path for path in served.folder.glob("jobs/*/job.json") if json.loads(path.read_text())["title"] == "Train <pinata>"
-    ]
-    assert len(trained) == 1
 
 
 def test_the_stream_of_answers_never_closes(page: Page) -> None:
