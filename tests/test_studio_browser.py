@@ -34,8 +34,8 @@ if CHROMIUM is None:
 ROOT = Path(__file__).resolve().parents[1]
 PATIENCE = 240_000  # milliseconds, for a machine that is busy
 LOGIN = ("ada", "correct horse")
-LEFT_BEHIND = re.compile(r"ERR_INCOMPLETE_CHUNKED_ENCODING|ERR_ABORTED")
-"""What Chromium says of the stream of answers of a page that was reloaded."""
+LEFT_BEHIND = re.compile(r"AbortError: signal is aborted|Connection errored out|ERR_INCOMPLETE_CHUNKED_ENCODING|ERR_ABORTED")
+"""What Chromium and gradio's client say of requests that were under way when their page was reloaded or left."""
 
 expect.set_options(timeout=PATIENCE)
 
