@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -16,10 +17,16 @@ from commands import Commands
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from narrow_bases import FAMILIES, NarrowBase, save_narrow_base
 from PIL import Image, ImageDraw
+from shared_bases import shared_base
+from short_trainings import prepare_less
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from spectral_diffusion.base import EMBEDDED_BASE, Base, load_base
 from spectral_diffusion.cli import main
+from spectral_diffusion.concept import Concept, load_concept
+
+if TYPE_CHECKING:
+    from app.actions.studio import Studio
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -87,6 +94,12 @@ def tiny_base(tiny_base_folder: Path) -> Base:
 
 
 @pytest.fixture(scope="session")
+def base(tiny_base_folder: Path) -> Base:
+    """The tiny random Stable Diffusion; leave it as it is."""
+    return shared_base("tiny", tiny_base_folder)
+
+
+@pytest.fixture(scope="session")
 def narrow_bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, NarrowBase]:
     """Random bases with the structure of SD1.5, SD2.1 and SDXL, saved as a folder and as one file; leave them as they are."""
     return {family: save_narrow_base(family, tmp_path_factory.mktemp(f"narrow-{family}")) for family in FAMILIES}
@@ -114,6 +127,20 @@ def photo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def concept(photo_folder: Path) -> Concept:
+    """The photos of `photo_folder` as `<V1>`, a dog."""
+    return load_concept(photo_folder, token="<V1>", class_word="dog")
+
+
+@pytest.fixture(scope="module")
+def less_preparation() -> Iterator[None]:
+    """Let a module's trainings prepare little."""
+    with pytest.MonkeyPatch.context() as patch:
+        prepare_less(patch)
+        yield
+
+
 @pytest.fixture
 def run(tiny_base_folder: Path, capsys: pytest.CaptureFixture[str]) -> Commands:
     return Commands(tiny_base_folder, capsys)
@@ -135,3 +162,16 @@ def trained(tiny_base_folder: Path, photo_folder: Path, tmp_path_factory: pytest
 def adapters(trained: tuple[Path, Path], tmp_path: Path) -> tuple[Path, Path]:
     """Copies of the trained adapters that a test may do anything with."""
     return tuple(Path(shutil.copy(file, tmp_path)) for file in trained)
+
+
+@pytest.fixture
+def studio(tmp_path: Path) -> Studio:
+    from app.actions.studio import open_studio
+
+    return open_studio(tmp_path / "studio")
+
+
+@pytest.fixture
+def tiny_studio(studio: Studio, tiny_base_folder: Path) -> Studio:
+    studio.change_settings(base=str(tiny_base_folder), device="cpu")
+    return studio

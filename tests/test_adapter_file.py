@@ -13,7 +13,8 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_parametrisations import BASES, FORMS, random_adapter, shared_base
+from shared_bases import BASES, shared_base
+from test_parametrisations import FORMS, random_adapter
 
 from spectral_diffusion.adapter import Adapter, LayerPart
 from spectral_diffusion.adapter_file import load_adapter, save_adapter

@@ -7,18 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_parametrisations import BASES, FORMS, random_adapter, shared_base
+from shared_bases import BASES, shared_base
+from test_parametrisations import FORMS, random_adapter
 
 from spectral_diffusion.adapter import Adapter, token_words
 from spectral_diffusion.attach import Switch, attached, check_new_token, expand_prompt, hooked, tokens_in, with_tokens
 from spectral_diffusion.base import Base, linear_layers
 from spectral_diffusion.errors import AdapterError, InputError
 from spectral_diffusion.fusion import fuse
-
-
-@pytest.fixture
-def base(tiny_base_folder: Path) -> Base:
-    return shared_base("tiny", tiny_base_folder)
 
 
 def without_tokens(adapter: Adapter, size: int) -> Adapter:

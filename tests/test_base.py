@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -13,26 +13,23 @@ import pytest
 import torch
 from diffusers import EulerDiscreteScheduler, PNDMScheduler
 from narrow_bases import FAMILIES, NarrowBase
+from short_trainings import BAND, SHORT, assert_bit_equal
 from test_adapter_file import assert_same_in_half_precision
 from test_parametrisations import random_adapter
-from test_training import BAND, SHORT, assert_bit_equal, prepare_less
 
 from spectral_diffusion.adapter import Adapter, input_group
 from spectral_diffusion.adapter_file import load_adapter, save_adapter
 from spectral_diffusion.attach import attached
 from spectral_diffusion.base import Base, linear_layers, load_base
-from spectral_diffusion.concept import Concept, load_concept
+from spectral_diffusion.concept import Concept
 from spectral_diffusion.conditioning import encode, tokenize
 from spectral_diffusion.fusion import fuse
 from spectral_diffusion.generation import Drawing, generate
 from spectral_diffusion.training import train
 
+pytestmark = pytest.mark.usefixtures("less_preparation")
+
 PARTS = {"sd1": ["text_encoder"], "sd2": ["text_encoder"], "sdxl": ["text_encoder", "text_encoder_2"]}
-
-
-@pytest.fixture(scope="module")
-def concept(photo_folder: Path) -> Concept:
-    return load_concept(photo_folder, token="<V1>", class_word="dog")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -104,13 +101,6 @@ def test_an_attached_adapter_is_the_dense_weight_plus_its_delta(
     assert (low_rank - bare).norm() > 0.01 * bare.norm()
     dense = predicted(merged, "a dog")
     assert (low_rank - dense).norm() / dense.norm() < 1e-4  # float32 round-off through up to 140 attentions
-
-
-@pytest.fixture(autouse=True, scope="module")
-def less_preparation() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        prepare_less(patch)
-        yield
 
 
 @pytest.fixture(scope="module")

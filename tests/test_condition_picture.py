@@ -11,7 +11,8 @@ import pytest
 import torch
 from diffusers import StableDiffusionAdapterPipeline, StableDiffusionXLAdapterPipeline, T2IAdapter
 from PIL import Image, ImageDraw
-from test_parametrisations import random_adapter, shared_base
+from shared_bases import shared_base
+from test_parametrisations import random_adapter
 
 from spectral_diffusion.base import Base
 from spectral_diffusion.cli import main

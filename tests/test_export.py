@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_parametrisations import random_adapter, shared_base
+from test_parametrisations import random_adapter
 
 from spectral_diffusion.adapter import Adapter
 from spectral_diffusion.adapter_file import load_adapter, save_adapter
@@ -38,11 +38,6 @@ READABLE_KEY = re.compile(
     r"|lora_te_text_model_encoder_layers_\d+_self_attn_(q|k|v|out)_proj)\.(lora_down\.weight|lora_up\.weight|alpha)"
 )
 """The keys that every reader maps (formats.md)."""
-
-
-@pytest.fixture(scope="module")
-def base(tiny_base_folder: Path) -> Base:
-    return shared_base("tiny", tiny_base_folder)
 
 
 @pytest.fixture(scope="module")

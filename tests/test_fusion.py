@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_parametrisations import BASES, FORMS, random_adapter, shared_base
+from shared_bases import BASES, shared_base
+from test_parametrisations import FORMS, random_adapter
 
 from spectral_diffusion.adapter import Adapter, input_group
 from spectral_diffusion.base import Base, linear_layers
@@ -20,11 +21,6 @@ from spectral_diffusion.joining import FUSERS
 
 EXACT = 1e-5
 """Largest relative difference in float32 (issue 2, exactness)."""
-
-
-@pytest.fixture
-def base(tiny_base_folder: Path) -> Base:
-    return shared_base("tiny", tiny_base_folder)
 
 
 def on_bands_of_their_own(base: Base, forms: Sequence[str], *, measured: bool = False) -> list[Adapter]:

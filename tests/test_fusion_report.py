@@ -10,7 +10,7 @@ import pytest
 import torch
 from commands import Commands
 from PIL import Image
-from test_parametrisations import random_adapter, shared_base
+from test_parametrisations import random_adapter
 
 from spectral_diffusion.base import Base
 from spectral_diffusion.errors import InputError
@@ -34,11 +34,6 @@ class Colours:
     def text_alignment(self, images: list[Image.Image], prompts: list[str]) -> list[float]:
         assert all("<" not in prompt and "dog" in prompt for prompt in prompts)
         return [0.25] * len(images)
-
-
-@pytest.fixture(scope="module")
-def base(tiny_base_folder: Path) -> Base:
-    return shared_base("tiny", tiny_base_folder)
 
 
 @pytest.fixture(scope="module")

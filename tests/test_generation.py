@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_parametrisations import BASES, random_adapter, shared_base
+from shared_bases import BASES, shared_base
+from test_parametrisations import random_adapter
 
 from spectral_diffusion.adapter import Adapter
 from spectral_diffusion.base import Base
@@ -18,11 +19,6 @@ from spectral_diffusion.errors import InputError, StorageError
 from spectral_diffusion.fusion import fuse
 from spectral_diffusion.generation import SCHEDULERS, Drawing, Picture, generate, named_only
 from spectral_diffusion.picture_file import save_picture
-
-
-@pytest.fixture
-def base(tiny_base_folder: Path) -> Base:
-    return shared_base("tiny", tiny_base_folder)
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_adapter_file import MakesAFile
 from test_export_readers import random_lora
-from test_parametrisations import random_adapter, shared_base
+from test_parametrisations import random_adapter
 
 from spectral_diffusion.adapter import Adapter
 from spectral_diffusion.adapter_file import load_adapter, save_adapter
@@ -29,11 +29,6 @@ K = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k"
 Q_KEY = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
 PEFT_Q = f"{Q_KEY}.lora"
 OLD_Q = Q_KEY.replace("to_q", "processor.to_q")
-
-
-@pytest.fixture(scope="module")
-def base(tiny_base_folder: Path) -> Base:
-    return shared_base("tiny", tiny_base_folder)
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_parametrisations import shared_base
-from test_training import prepare_less
+from shared_bases import shared_base
+from short_trainings import prepare_less
 
 from benchmarks.lab import __main__ as lab
 from benchmarks.lab import language, theory

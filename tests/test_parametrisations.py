@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
+from shared_bases import BASES, shared_base
 
 from spectral_diffusion.adapter import Adapter, ConceptPart, LayerPart, input_group
 from spectral_diffusion.bands import Band
-from spectral_diffusion.base import Base, linear_layers, load_base
+from spectral_diffusion.base import Base, linear_layers
 from spectral_diffusion.parametrisations import SPECTRAL
 from spectral_diffusion.spectrum import Spectrum, base_spectrum, singular_directions
 
 OUT, IN, RANK = 24, 18, 3
 FORMS = sorted(SPECTRAL)
-BASES = ("tiny", "embedded")
-
-
-@cache
-def shared_base(which: str, tiny_base_folder: Path) -> Base:
-    """One of `BASES`, loaded once for all tests that leave it as it is."""
-    return load_base(tiny_base_folder if which == "tiny" else None, device="cpu")
 
 
 def random_adapter(

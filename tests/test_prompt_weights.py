@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from narrow_bases import FAMILIES
-from test_parametrisations import random_adapter, shared_base
+from shared_bases import shared_base
+from test_parametrisations import random_adapter
 
 from spectral_diffusion.attach import attached
 from spectral_diffusion.base import Base

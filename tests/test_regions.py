@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, PngImagePlugin
-from test_parametrisations import random_adapter, shared_base
+from shared_bases import shared_base
+from test_parametrisations import random_adapter
 
 from spectral_diffusion.adapter import Adapter
 from spectral_diffusion.base import Base
@@ -25,11 +26,6 @@ from spectral_diffusion.regions import Region, coverage, parse_region, read_regi
 SELF = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
 WORDS = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
 LEFT, RIGHT = (0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 1.0)
-
-
-@pytest.fixture
-def base(tiny_base_folder: Path) -> Base:
-    return shared_base("tiny", tiny_base_folder)
 
 
 @pytest.fixture

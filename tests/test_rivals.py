@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from test_parametrisations import shared_base
-from test_training import SHORT, assert_bit_equal, first_step, prepare_less
+from short_trainings import BAND, SHORT, assert_bit_equal, first_step
 
 from spectral_diffusion.adapter import Adapter
 from spectral_diffusion.adapter_file import load_adapter, save_adapter
 from spectral_diffusion.attach import attached
 from spectral_diffusion.bands import Band
 from spectral_diffusion.base import Base, linear_layers, load_base
-from spectral_diffusion.concept import Concept, load_concept
+from spectral_diffusion.concept import Concept
 from spectral_diffusion.conditioning import prompts
 from spectral_diffusion.errors import BandError, InputError
 from spectral_diffusion.fusion import fuse
@@ -29,24 +27,7 @@ from spectral_diffusion.training.tuners import tuned_layers
 
 OTHERS = (*RIVALS, *TUNERS)
 DENSE = ("svdiff", "dora", "oft")
-BAND = Band(start=2, rank=2)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def less_preparation() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        prepare_less(patch)
-        yield
-
-
-@pytest.fixture(scope="module")
-def base(tiny_base_folder: Path) -> Base:
-    return shared_base("tiny", tiny_base_folder)
-
-
-@pytest.fixture(scope="module")
-def concept(photo_folder: Path) -> Concept:
-    return load_concept(photo_folder, token="<V1>", class_word="dog")
+pytestmark = pytest.mark.usefixtures("less_preparation")
 
 
 def settings_of(form: str, steps: int = 4) -> TrainingSettings:

@@ -6,15 +6,9 @@ import io
 import json
 import os
 import re
-import shutil
 import signal
-import socket
-import subprocess
-import sys
-import time
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,61 +16,27 @@ import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 from playwright.sync_api import Browser, Page, expect, sync_playwright
+from studio_pages import (
+    CHROMIUM,
+    LOGIN,
+    PATIENCE,
+    Served,
+    add_concept,
+    choose_adapter,
+    choose_both,
+    draw_in_regions,
+    go_to,
+    opened,
+    photos_of,
+    state,
+    take_screenshots,
+    train,
+)
 
 from spectral_diffusion.base import EMBEDDED_BASE
-from spectral_diffusion.concept import SAMPLES_FOLDER
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 if CHROMIUM is None:
     pytest.skip("There is no Chromium here; install it (apt-get install chromium) to test the studio.", allow_module_level=True)
-
-
-ROOT = Path(__file__).resolve().parents[1]
-PATIENCE = 240_000  # milliseconds, for a machine that is busy
-LOGIN = ("ada", "correct horse")
-LEFT_BEHIND = re.compile(r"AbortError: signal is aborted|Connection errored out|ERR_INCOMPLETE_CHUNKED_ENCODING|ERR_ABORTED")
-"""What Chromium and gradio's client say of requests that were under way when their page was reloaded or left."""
-
-expect.set_options(timeout=PATIENCE)
-
-
-class Served:
-    """A studio that runs as its own process."""
-
-    def __init__(self, folder: Path, *words: str):
-        self.folder = folder
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        said = folder.with_suffix(".json")
-        command = ["studio", "--folder", str(folder), "--port", str(port), "--json", str(said), *words]
-        code = f"import sys; from spectral_diffusion.cli import main; sys.exit(main({command!r}))"
-        self.log = open(folder.with_suffix(".log"), "w+")
-        self.process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=self.log, stderr=self.log)
-        self.wait_for(said.exists)
-        self.address = json.loads(said.read_text())["address"]
-
-    def wait_for(self, what: Callable[[], object], seconds: float = PATIENCE / 1000) -> None:
-        """Wait until `what` is true, as long as the studio runs."""
-        deadline = time.monotonic() + seconds
-        while not what():
-            assert self.process.poll() is None, Path(self.log.name).read_text()
-            assert time.monotonic() < deadline, "it did not happen in time"
-            time.sleep(0.05)
-
-    def worker(self) -> int:
-        """Return the process number of the worker that has the running job."""
-        claims = sorted((self.folder / "jobs").glob("*/claim.json"), key=lambda path: path.stat().st_mtime)
-        return int(json.loads(claims[-1].read_text())["pid"])
-
-    def close(self) -> None:
-        """End it as Ctrl-C does."""
-        self.process.send_signal(signal.SIGINT)
-        try:
-            assert self.process.wait(60) == 0
-        finally:
-            self.process.kill()
-            self.log.close()
 
 
 @pytest.fixture(scope="module")
@@ -94,79 +54,10 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     served.close()
 
 
-@contextmanager
-def opened(browser: Browser, address: str, width: int = 1280, theme: str = "light") -> Iterator[Page]:
-    """Open the page; at the end nothing may have gone wrong in it."""
-    page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=theme)
-    page.set_default_timeout(PATIENCE)
-    wrong: list[str] = []
-    page.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
-    page.on("pageerror", lambda error: wrong.append(str(error)))
-    page.goto(address)
-    expect(page.locator(".sd-head h1")).to_be_visible()
-    expect(page.locator("#concept-cards .sd-cards, #concept-cards .sd-empty")).to_be_visible()
-    try:
-        yield page
-    finally:
-        page.close()
-    assert [text for text in wrong if not LEFT_BEHIND.search(text)] == []
-
-
 @pytest.fixture
 def page(browser: Browser, served: Served) -> Iterator[Page]:
     with opened(browser, served.address) as page:
         yield page
-
-
-def go_to(page: Page, tab: str) -> None:
-    """Open a tab, also where the bar is too narrow for all."""
-    button = page.get_by_role("tab", name=tab, exact=True)
-    if not button.is_visible():
-        page.locator(".overflow-menu > button").click()
-        button = page.locator(".overflow-dropdown button", has_text=tab)
-    button.click()
-    expect(page.locator(f"#tab-{tab.lower()}")).to_be_visible()
-
-
-def add_concept(page: Page, word: str, photos: list[Path]) -> None:
-    page.get_by_role("button", name="New concept").click()
-    page.get_by_label("What is it?").fill(word)
-    page.get_by_label("Its token").click()
-    page.locator("#new-photos input[type=file]").set_input_files(photos)
-    expect(page.locator("#new-photos .file-preview")).to_be_visible()
-    page.get_by_role("button", name="Add the concept").click()
-    expect(page.locator("#concept-title code")).to_have_text(f"<{word}>")
-    page.get_by_role("button", name="New concept").click()
-
-
-def train(page: Page, steps: int) -> None:
-    field = page.get_by_label("Steps", exact=True).locator("visible=true")
-    if field.count() == 0:
-        page.locator("#tab-concepts").get_by_role("button", name="More settings").click()
-    field.fill(str(steps))
-    field.press("Tab")
-    page.locator("#train").click()
-    expect(page.locator("#training .sd-badge").first).to_have_text(re.compile("queued|running"))
-
-
-def choose_both(page: Page) -> None:
-    for token in ("<leopard>", "<wizard>"):
-        page.locator("#fuse-chosen").get_by_label(token).check()
-
-
-def choose_adapter(page: Page, tab: str, name: str) -> None:
-    field = page.locator(f"#tab-{tab}").get_by_label("Adapter")
-    field.click()
-    page.get_by_role("option", name=name).click()
-    expect(field).to_have_value(name)
-
-
-def state(page: Page, text: str) -> None:
-    expect(page.locator("#training .sd-badge").first).to_have_text(text)
-
-
-def photos_of(sample: str) -> list[Path]:
-    return sorted((SAMPLES_FOLDER / sample).glob("*.jpg"))
 
 
 def test_from_uploaded_photos_to_a_file_that_diffusers_loads(
@@ -211,6 +102,18 @@ def test_from_uploaded_photos_to_a_file_that_diffusers_loads(
     page.locator("#draw").click()
     expect(page.locator("#pictures img")).to_have_count(2)
     expect(page.locator("#pictures .sd-card").first).to_contain_text(re.compile(r"<wizard> -?\d\."))
+    last = page.locator("#pictures .sd-card").last
+    seed = last.inner_text().split("seed ")[1].split()[0]
+    last.get_by_role("button", name="Copy the settings").click()
+    expect(page.locator("#tab-generate").get_by_role("spinbutton", name="Seed")).to_have_value(seed)
+    draw_in_regions(page)
+
+    go_to(page, "Compare")
+    page.locator("#compare-adapters").get_by_label("pair").check()
+    page.locator("#compare-prompt textarea, #compare-prompt input").fill("<leopard> near a lake")
+    page.locator("#tab-compare").get_by_label("number input for Steps").fill("2")
+    page.locator("#compare").click()
+    expect(page.locator("#comparisons img")).to_have_count(1)
 
     go_to(page, "Export")
     choose_adapter(page, "export", "pair (<leopard> + <wizard>)")
@@ -226,6 +129,7 @@ def test_from_uploaded_photos_to_a_file_that_diffusers_loads(
     pipeline.load_lora_weights(str(tmp_path / "pair"), weight_name="pair-lora.safetensors")
     pipeline.load_textual_inversion(str(tmp_path / "pair" / "leopard.safetensors"), token="<leopard>")
     assert pipeline("<leopard>", num_inference_steps=1, output_type="np").images.shape == (1, 64, 64, 3)
+    take_screenshots(browser, served)
 
 
 def test_a_training_survives_reloading_stopping_and_a_killed_worker(page: Page, served: Served) -> None:
@@ -253,6 +157,22 @@ def test_a_training_survives_reloading_stopping_and_a_killed_worker(page: Page, 
     page.locator("#training").get_by_role("button", name="Stop").click()
     state(page, "cancelled")
     assert f"goes on from step {stopped}." in "".join(path.read_text() for path in served.folder.glob("jobs/*/log.txt"))
+
+
+def test_two_pages_see_one_studio(page: Page, browser: Browser, served: Served) -> None:
+    with opened(browser, served.address, theme="dark") as other:
+        add_concept(other, "pinata", photos_of("pinata")[:2])
+        expect(page.locator("#concept-cards")).to_contain_text("<pinata>")
+        page.locator("#concept-cards").get_by_role("button", name="<pinata>").click()
+        train(page, 2)
+        other.locator("#train").click()
+        expect(other.get_by_text("<pinata> is ", exact=False)).to_be_visible()
+        state(page, "done")
+        state(other, "done")
+    trained = [
+        path for path in served.folder.glob("jobs/*/job.json") if json.loads(path.read_text())["title"] == "Train <pinata>"
+    ]
+    assert len(trained) == 1
 
 
 def test_the_stream_of_answers_never_closes(page: Page) -> None:

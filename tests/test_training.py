@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -16,7 +15,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from PIL import Image, ImageDraw
-from test_parametrisations import BASES, FORMS, band_of, shared_base
+from shared_bases import BASES, shared_base
+from short_trainings import BAND, SHORT, assert_bit_equal, first_step, prepare_less, trained_tensors
+from test_parametrisations import FORMS, band_of
 from torch import nn
 
 from spectral_diffusion.activations import PROMPTS, measure_activations
@@ -33,38 +34,7 @@ from spectral_diffusion.training.checkpoint import load_checkpoint, save_checkpo
 from spectral_diffusion.training.examples import EncodedExamples, encode_examples
 from spectral_diffusion.training.trainable import class_word_vectors
 
-BAND = Band(start=2, rank=2)
-SHORT = TrainingSettings(steps=5, batch=1, rank=2, unet_rate=1e-2, text_encoder_rate=1e-2, isolation=4, checkpoint_every=2)
-FEWER = {
-    ("training.loop", "INERT_SAMPLES"): 4,
-    ("training.inertness", "DRAWING_STEPS"): 2,
-    ("training.examples", "CROPS_PER_PHOTO"): 2,
-    ("activations", "PROMPTS"): ("{}", "a photo of {}"),
-    ("activations", "DRAWING_STEPS"): 2,
-}
-"""Less preparation than a real training makes, so that the tests are quick."""
-
-
-def prepare_less(patch: pytest.MonkeyPatch) -> None:
-    for (module, name), value in FEWER.items():
-        patch.setattr(import_module(f"spectral_diffusion.{module}"), name, value)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def less_preparation() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        prepare_less(patch)
-        yield
-
-
-@pytest.fixture(scope="module")
-def base(tiny_base_folder: Path) -> Base:
-    return shared_base("tiny", tiny_base_folder)
-
-
-@pytest.fixture(scope="module")
-def concept(photo_folder: Path) -> Concept:
-    return load_concept(photo_folder, token="<V1>", class_word="dog")
+pytestmark = pytest.mark.usefixtures("less_preparation")
 
 
 @pytest.fixture(scope="module")
@@ -72,33 +42,6 @@ def undisturbed(base: Base, concept: Concept) -> Adapter:
     """What `SHORT` ends with."""
     torch.manual_seed(1)
     return train(base, concept, BAND, SHORT).adapter
-
-
-def first_step(base: Base, concept: Concept, settings: TrainingSettings = SHORT) -> TrainingProgress:
-    """Return what the first step of a training reports."""
-    events: list[TrainingProgress] = []
-    train(base, concept, BAND, settings, on_progress=events.append, should_stop=lambda: bool(events))
-    return events[0]
-
-
-def trained_tensors(adapter: Adapter) -> dict[str, torch.Tensor]:
-    (concept,) = adapter.concepts
-    named = {f"{key}/{name}": t for key, part in concept.layers.items() for name, t in part.tensors.items()}
-    return named | concept.embeddings | concept.activations
-
-
-def assert_near(one: Adapter, other: Adapter) -> None:
-    """Assert that the two learnt the same but for the order of float32 sums, which Adam magnifies where gradients are small."""
-    measured = one.concepts[0].activations  # eigenvectors, of which the last are anything
-    first, second = trained_tensors(one), trained_tensors(other)
-    assert first.keys() == second.keys()
-    for name in first.keys() - measured.keys():
-        assert (first[name] - second[name]).norm() <= 1e-2 * second[name].norm().clamp(min=1e-6), name
-
-
-def assert_bit_equal(one: Adapter, other: Adapter) -> None:
-    first, second = trained_tensors(one), trained_tensors(other)
-    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
 @pytest.mark.parametrize("form", FORMS)

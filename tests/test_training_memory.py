@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-from test_parametrisations import shared_base
-from test_training import BAND, SHORT, assert_near, prepare_less
+from short_trainings import BAND, SHORT, assert_near
 
 from spectral_diffusion.adapter import Adapter
 from spectral_diffusion.base import Base
-from spectral_diffusion.concept import Concept, load_concept
+from spectral_diffusion.concept import Concept
 from spectral_diffusion.errors import TrainingError
 from spectral_diffusion.training import train
 from spectral_diffusion.training.memory import Plan, choose_plan, in_bfloat16
@@ -22,21 +19,7 @@ from spectral_diffusion.training.run import Run
 SETTINGS = replace(SHORT, steps=2, batch=2)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def less_preparation() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        prepare_less(patch)
-        yield
-
-
-@pytest.fixture(scope="module")
-def base(tiny_base_folder: Path) -> Base:
-    return shared_base("tiny", tiny_base_folder)
-
-
-@pytest.fixture(scope="module")
-def concept(photo_folder: Path) -> Concept:
-    return load_concept(photo_folder, token="<V1>", class_word="dog")
+pytestmark = pytest.mark.usefixtures("less_preparation")
 
 
 @pytest.fixture(scope="module")

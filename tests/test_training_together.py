@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from test_parametrisations import FORMS, shared_base
-from test_training import SHORT, assert_bit_equal, assert_near, prepare_less
+from short_trainings import SHORT, assert_bit_equal, assert_near
+from test_parametrisations import FORMS
 
 from spectral_diffusion.bands import Band
 from spectral_diffusion.base import Base
@@ -19,16 +18,7 @@ from spectral_diffusion.training import TrainingProgress, train, train_together
 BANDS = (Band(start=0, rank=2), Band(start=2, rank=2), Band(start=20, rank=2))
 
 
-@pytest.fixture(autouse=True, scope="module")
-def less_preparation() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        prepare_less(patch)
-        yield
-
-
-@pytest.fixture(scope="module")
-def base(tiny_base_folder: Path) -> Base:
-    return shared_base("tiny", tiny_base_folder)
+pytestmark = pytest.mark.usefixtures("less_preparation")
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ from spectral_diffusion.cli.options import (
     add_base_options,
     add_device_option,
     add_json_option,
+    add_references_option,
     load_chosen_base,
     pair_type,
     unique_pairs,
@@ -51,14 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--y", type=axis, required=True, metavar="NAME=VALUES", help="what differs down, written like --x")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.png", help="the grid; the table FILE.csv lies beside it")
     parser.add_argument("--force", action="store_true", help="replace a grid that is there")
-    parser.add_argument(
-        "--references",
-        action="append",
-        type=pair_type('"<V1>=folder"'),
-        default=[],
-        metavar="TOKEN=FOLDER",
-        help="a concept's photos, to measure how much the pictures look like it; repeatable",
-    )
+    add_references_option(parser, "to measure how much the pictures look like it")
     parser.add_argument("--clip", metavar="MODEL", help="what scores, as in 'score' (default: the embedded CLIP)")
     add_base_options(parser)
     add_device_option(parser)

@@ -15,9 +15,9 @@ from spectral_diffusion.cli.options import (
     add_device_option,
     add_json_option,
     add_out_options,
+    add_references_option,
     html_file,
     load_chosen_base,
-    pair_type,
     unique_pairs,
 )
 from spectral_diffusion.cli.outputs import check_file, check_output
@@ -48,14 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_json_option(parser, "what was made")
     group = parser.add_argument_group("report", "What the fusion kept: every concept drawn alone and fused, on the base.")
     group.add_argument("--report", type=html_file, metavar="FILE", help="write this page, and its figures as .json beside it")
-    group.add_argument(
-        "--references",
-        action="append",
-        type=pair_type('"<V1>=folder"'),
-        default=[],
-        metavar="TOKEN=FOLDER",
-        help="a concept's photos, to compare with (default: its own pictures alone); repeatable",
-    )
+    add_references_option(group, "to compare with (default: its own pictures alone)")
     group.add_argument("--clip", metavar="MODEL", help="a CLIP, as for 'score' (default: the embedded one)")
     add_base_options(parser)
     add_device_option(parser)

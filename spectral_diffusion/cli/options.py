@@ -49,6 +49,18 @@ def add_json_option(parser: argparse.ArgumentParser, what: str) -> None:
     parser.add_argument("--json", metavar="PATH", help=f"also write {what} as JSON to this file; - for the terminal")
 
 
+def add_references_option(parser: argparse._ActionsContainer, purpose: str) -> None:
+    """Add `--references`, pairs of token and folder for `unique_pairs`; `purpose` says what the photos are for."""
+    parser.add_argument(
+        "--references",
+        action="append",
+        type=pair_type('"<V1>=folder"'),
+        default=[],
+        metavar="TOKEN=FOLDER",
+        help=f"a concept's photos, {purpose}; repeatable",
+    )
+
+
 def add_out_options(parser: argparse.ArgumentParser, what: str) -> None:
     """Add `--out` for a safetensors file and `--force` to overwrite it."""
     parser.add_argument("--out", type=safetensors_file, required=True, metavar="FILE", help=f"{what}, a .safetensors file")

@@ -8,7 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from spectral_diffusion.cli.console import Console, quiet_libraries
-from spectral_diffusion.cli.options import add_device_option, add_json_option, check_device, pair_type, unique_pairs
+from spectral_diffusion.cli.options import (
+    add_device_option,
+    add_json_option,
+    add_references_option,
+    check_device,
+    pair_type,
+    unique_pairs,
+)
 
 if TYPE_CHECKING:
     from spectral_diffusion.score import PictureScore, ScoreReport
@@ -19,14 +26,7 @@ SUMMARY = "score pictures with CLIP, and toy-world characters with the judge"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.add_argument("pictures", nargs="+", type=Path, metavar="PICTURES", help="folders of pictures, or picture files")
-    parser.add_argument(
-        "--references",
-        action="append",
-        type=pair_type('"<V1>=folder"'),
-        default=[],
-        metavar="TOKEN=FOLDER",
-        help="a concept's photos, to measure how much the pictures look like it; repeatable",
-    )
+    add_references_option(parser, "to measure how much the pictures look like it")
     parser.add_argument(
         "--class-word",
         action="append",
