@@ -31,7 +31,7 @@ def build_concepts(studio: Studio, live: Live) -> None:
     welcome = live.add(gr.HTML(js_on_load=markup.CLICKS), lambda: _welcome(studio))
     cards = live.add(gr.HTML(elem_id="concept-cards", js_on_load=markup.CLICKS), lambda name: _cards(studio, name), chosen)
     findings, photo_version = gr.HTML(elem_id="findings"), gr.State(0)
-    with gr.Accordion("New concept", open=False, elem_id="new-concept"):
+    with live.folded("New concept", elem_id="new-concept"):
         gr.Markdown(
             "Five or six photos on differing backgrounds are enough. Phone photos, HEIC included, can be dropped as they are."
         )
@@ -105,7 +105,7 @@ def build_concepts(studio: Studio, live: Live) -> None:
 def _build_training(studio: Studio, live: Live, chosen: gr.State) -> None:
     preset = gr.Radio(list(PRESETS), value=PRESETS[0], label="How long to train", elem_id="preset")
     live.add(gr.HTML(), lambda: _expected(studio))
-    with gr.Accordion("More settings", open=False):
+    with live.folded("More settings"):
         steps = gr.Number(0, label="Steps", info="0: what the preset says. More steps, more likeness.", minimum=0, precision=0)
         sample_every = gr.Number(label="Sample pictures every … steps", info="0 draws none.", value=50, minimum=0, precision=0)
     start = gr.Button("Train", variant="primary", elem_id="train")
