@@ -124,6 +124,16 @@ class Adapter:
         return tuple(concept.token for concept in self.concepts)
 
     @property
+    def words(self) -> tuple[str, ...]:
+        """What the tokens of all concepts are written as for the text encoder."""
+        return tuple(concept.words for concept in self.concepts)
+
+    @property
+    def embeddings(self) -> dict[str, dict[str, torch.Tensor]]:
+        """Token to its vectors `(n, width)` per text encoder, of the concepts that have some."""
+        return {concept.token: concept.embeddings for concept in self.concepts if concept.embeddings}
+
+    @property
     def class_words(self) -> dict[str, str]:
         """Token to class word."""
         return {concept.token: concept.class_word for concept in self.concepts}

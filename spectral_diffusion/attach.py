@@ -8,7 +8,8 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable, Collection, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -25,10 +26,11 @@ Gate = Callable[[str, torch.Tensor], torch.Tensor]
 """Gives, for a layer's key and what it reads, `(batch, n, k)`, how much each column counts at each position, `(1, n or 1, k)`."""
 
 
+@dataclass
 class Switch:
     """Turns attached deltas off and on without taking them off."""
 
-    on = True
+    on: bool = True
 
 
 @contextmanager
@@ -189,16 +191,23 @@ def attached(base: Base, adapter: Adapter, gate: Gate | None = None) -> Iterator
     Raises:
         AdapterError: the adapter belongs to another family or its layers do not fit.
     """
-    layers = linear_layers(base, None)
     check_fits_base(base, adapter)
-    deltas = adapter.deltas()
-    if gate is None:
-        changed = folded(layers, deltas)
-    else:
-        changed = hooked(layers, {key: _constant(delta.up, delta.down, base) for key, delta in deltas.items()}, gate=gate)
-    tokens = {concept.token: concept.embeddings for concept in adapter.concepts if concept.embeddings}
-    with with_tokens(base, tokens), changed:
+    changed = folded(linear_layers(base, None), adapter.deltas()) if gate is None else beside(base, adapter, gate=gate)
+    with with_tokens(base, adapter.embeddings), changed:
         yield
+
+
+def beside(
+    base: Base, adapter: Adapter, *, switch: Switch | None = None, gate: Gate | None = None
+) -> AbstractContextManager[None]:
+    """While entered, the layers give what they give with `adapter`, whose changes stand beside them; its tokens stay unknown.
+
+    Raises:
+        AdapterError: the adapter belongs to another family or its layers do not fit.
+    """
+    check_fits_base(base, adapter)
+    factors = {key: _constant(delta.up, delta.down, base) for key, delta in adapter.deltas().items()}
+    return hooked(linear_layers(base, None), factors, switch, gate)
 
 
 def check_fits_base(base: Base, adapter: Adapter) -> None:

@@ -1,4 +1,4 @@
-"""The band plan: which bands the adapters of a library have taken, and which one a new concept gets."""
+"""The band plan: which bands the adapters of a library have taken, which one a new concept gets, and among whom it is trained."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from spectral_diffusion.adapter import Adapter, ConceptPart
 from spectral_diffusion.adapter_file import is_adapter_file, load_adapter
 from spectral_diffusion.bands import Band, next_free_band
 from spectral_diffusion.base import Base, linear_layers
@@ -25,8 +26,8 @@ class TakenBand:
     path: Path
 
 
-def taken_bands(places: Sequence[Path], base: Base, except_for: Sequence[Path]) -> list[TakenBand]:
-    """Return the bands of all adapters in `places` that belong to `base`'s family.
+def known_adapters(places: Sequence[Path], base: Base, except_for: Sequence[Path]) -> dict[Path, Adapter]:
+    """Return all adapters in `places` that belong to `base`'s family, by file.
 
     Args:
         places: adapter files, or folders of which every adapter counts.
@@ -35,16 +36,42 @@ def taken_bands(places: Sequence[Path], base: Base, except_for: Sequence[Path]) 
     Raises:
         AdapterError: a file that was named is no adapter, or a folder does not exist.
     """
-    taken, excepted = [], {path.resolve() for path in except_for}
+    known, excepted = {}, {path.resolve() for path in except_for}
     for path in _adapter_files(places):
         if path.resolve() in excepted:
             continue
         adapter = load_adapter(path)
-        if adapter.family != base.family:
+        if adapter.family == base.family:
+            known[path] = adapter
+        else:
             logger.warning("'%s' belongs to bases of family '%s' and is not avoided.", path, adapter.family)
-            continue
-        taken += [TakenBand(token=concept.token, band=concept.band, path=path) for concept in adapter.concepts if concept.band]
-    return taken
+    return known
+
+
+def taken_bands(known: dict[Path, Adapter]) -> list[TakenBand]:
+    """Return the bands of the adapters in `known`, by file."""
+    return [
+        TakenBand(token=concept.token, band=concept.band, path=path)
+        for path, adapter in known.items()
+        for concept in adapter.concepts
+        if concept.band
+    ]
+
+
+def neighbours(known: dict[Path, Adapter], tokens: Sequence[str]) -> Adapter | None:
+    """Return the plain sum of the concepts in `known` to train new ones among, or nothing where there are none.
+
+    Of a token that stands in several files the first concept counts, and none that is called as one of the new `tokens`: it
+    can never be fused with it.
+    """
+    found: dict[str, ConceptPart] = {}
+    for concept in (concept for adapter in known.values() for concept in adapter.concepts):
+        if concept.token.lower() not in map(str.lower, tokens):
+            found.setdefault(concept.token.lower(), concept)
+    if not found:
+        return None
+    family = next(iter(known.values())).family
+    return Adapter(family=family, fingerprint="", concepts=tuple(found.values()), weights=(1.0,) * len(found))
 
 
 def fewest_directions(

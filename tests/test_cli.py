@@ -141,7 +141,7 @@ def test_a_folder_is_avoided_with_every_adapter_in_it(
 ) -> None:
     run("export", adapters[0], "--out", tmp_path / "lora.safetensors")
     run.train(photo_folder, tmp_path / "three.safetensors", "--token", "<V3>", "--avoid", tmp_path)
-    assert "directions 4-5" in run.out
+    assert "directions 4-5" in run.out and "trained among <V1>, <V2>" in run.out
     run.train(photo_folder, tmp_path / "four.safetensors", "--token", "<V1>", "--avoid", adapters[0])
     assert "can never be fused" in run.err
 

@@ -1,19 +1,24 @@
-"""Several concepts in one pass: each ends as if it were trained alone, and nothing of one reaches another."""
+"""Several concepts in one pass: apart from one another, and among those that they will be drawn with."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from short_trainings import SHORT, assert_bit_equal, assert_near
-from test_parametrisations import FORMS
+from test_parametrisations import FORMS, random_adapter
 
+from spectral_diffusion.band_plan import neighbours
 from spectral_diffusion.bands import Band
-from spectral_diffusion.base import Base
+from spectral_diffusion.base import Base, linear_layers
 from spectral_diffusion.concept import Concept, load_concept
 from spectral_diffusion.errors import InputError
+from spectral_diffusion.fusion import fuse
 from spectral_diffusion.training import TrainingProgress, train, train_together
+from spectral_diffusion.training.batches import Batch, draw_batch
 
 BANDS = (Band(start=0, rank=2), Band(start=2, rank=2), Band(start=20, rank=2))
 
@@ -31,7 +36,7 @@ def concepts(photo_folder: Path) -> list[tuple[Concept, Band]]:
 
 @pytest.mark.parametrize("form", FORMS)
 def test_concepts_trained_together_end_as_alone(form: str, base: Base, concepts: list[tuple[Concept, Band]]) -> None:
-    settings = replace(SHORT, parametrisation=form, steps=3, batch=2, token_vectors=2)
+    settings = replace(SHORT, parametrisation=form, steps=3, batch=2, token_vectors=2, presence=0.0)
     events: list[TrainingProgress] = []
     together = train_together(base, concepts, settings, on_progress=events.append)
     losses = []
@@ -48,7 +53,7 @@ def test_concepts_trained_together_end_as_alone(form: str, base: Base, concepts:
 
 
 def test_a_concept_that_is_clipped_leaves_the_others_alone(base: Base, concepts: list[tuple[Concept, Band]]) -> None:
-    settings = replace(SHORT, steps=2, gradient_norm=1e-3)
+    settings = replace(SHORT, steps=2, gradient_norm=1e-3, presence=0.0)
     (alone,), (first, _) = train_together(base, concepts[:1], settings), train_together(base, concepts[:2], settings)
     assert_near(first.adapter, alone.adapter)
 
@@ -78,3 +83,61 @@ def test_one_token_is_not_given_to_two_concepts(base: Base, concepts: list[tuple
     (concept, band), _, (_, other) = concepts
     with pytest.raises(InputError, match="Two concepts use the token '<v0>'; give each a token of its own"):
         train_together(base, [(concept, band), (replace(concept, token="<v0>"), other)], SHORT)
+
+
+@pytest.mark.parametrize("presence", [0.0, 0.5, 0.75])
+def test_presence_is_the_share_of_steps_made_among_the_others(
+    presence: float, base: Base, concepts: list[tuple[Concept, Band]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[bool] = []
+
+    def listening(*arguments: Any, among: bool) -> Batch:
+        steps.append(among)
+        return draw_batch(*arguments, among=among)
+
+    monkeypatch.setattr("spectral_diffusion.training.run.draw_batch", listening)
+    results = train_together(base, concepts[:2], replace(SHORT, steps=8, presence=presence))
+    assert sum(steps) == 8 * presence
+    told = [result.adapter.concepts[0].settings["among"] for result in results]
+    assert told == ([["<V1>"], ["<V0>"]] if presence else [[], []])
+
+
+def test_among_the_others_the_sum_of_all_is_trained(base: Base, concepts: list[tuple[Concept, Band]]) -> None:
+    settings = replace(SHORT, steps=3)
+    first, second = (train_together(base, pair, settings)[0].adapter for pair in (concepts[:2], [concepts[0], concepts[2]]))
+    apart = replace(settings, presence=0.0)
+    same, also = (train_together(base, pair, apart)[0].adapter for pair in (concepts[:2], [concepts[0], concepts[2]]))
+    assert_near(same, also)
+    with pytest.raises(AssertionError):
+        assert_near(first, second)
+
+
+def test_what_was_trained_before_is_the_start_and_stays(base: Base, concepts: list[tuple[Concept, Band]]) -> None:
+    """The first step is made among the others: were the bare base the teacher, the inertness loss would not begin at zero."""
+    (concept, band), before = concepts[1], random_adapter(base, token="<V0>", size=0.3)
+    kept = {key: delta.dense() for key, delta in before.deltas().items()}
+    weights = {key: layer.weight.clone() for key, layer in linear_layers(base, None).items()}
+    events: list[TrainingProgress] = []
+    result = train(base, concept, band, SHORT, among=before, on_progress=events.append)
+    assert events[0].inertness_loss < 1e-10 < events[-1].inertness_loss
+    assert result.adapter.tokens == ("<V1>",) and result.adapter.concepts[0].settings["among"] == ["<V0>"]
+    assert all(torch.equal(kept[key], delta.dense()) for key, delta in before.deltas().items())
+    assert all(torch.equal(weights[key], layer.weight) for key, layer in linear_layers(base, None).items())
+    apart = train(base, concept, band, replace(SHORT, presence=0.0), among=before).adapter
+    assert_bit_equal(apart, train(base, concept, band, replace(SHORT, presence=0.0)).adapter)
+    with pytest.raises(AssertionError):
+        assert_near(apart, result.adapter)
+
+
+def test_a_token_of_those_before_is_refused(base: Base, concepts: list[tuple[Concept, Band]]) -> None:
+    concept, band = concepts[0]
+    with pytest.raises(InputError, match="Two concepts use the token '<V0>'"):
+        train(base, concept, band, SHORT, among=random_adapter(base, token="<v0>"))
+
+
+def test_the_neighbours_are_the_known_concepts_each_once(base: Base, tmp_path: Path) -> None:
+    one, two = random_adapter(base, token="<V1>"), random_adapter(base, token="<V2>", start=2)
+    known = {tmp_path / "one": one, tmp_path / "pair": fuse([one, two], method="sum"), tmp_path / "two": two}
+    assert neighbours(known, ["<V3>"]).tokens == ("<V1>", "<V2>")
+    assert neighbours(known, ["<v1>"]).tokens == ("<V2>",)
+    assert neighbours({tmp_path / "one": one}, ["<V1>"]) is None

@@ -28,7 +28,14 @@ from spectral_diffusion.adapter import Adapter
 from spectral_diffusion.adapter_file import load_adapter, save_adapter
 from spectral_diffusion.album import Album, save_samples
 from spectral_diffusion.attach import check_fits_base
-from spectral_diffusion.band_plan import TakenBand, choose_band, fewest_directions, taken_bands
+from spectral_diffusion.band_plan import (
+    TakenBand,
+    choose_band,
+    fewest_directions,
+    known_adapters,
+    neighbours,
+    taken_bands,
+)
 from spectral_diffusion.bands import Band
 from spectral_diffusion.base import Base, load_base
 from spectral_diffusion.comparison import BARE, Axis, compare, write_comparison
@@ -82,14 +89,15 @@ def look_task(arguments: dict[str, Any], context: TaskContext) -> dict[str, Any]
 
 
 def train_task(arguments: dict[str, Any], context: TaskContext) -> dict[str, Any]:
-    """Train a concept on a free band, going on from its checkpoint."""
+    """Train a concept on a free band, among those that are trained already, going on from its checkpoint."""
     studio, name = _studio(context), arguments["concept"]
     base = _base(arguments["settings"])
     concept = load_concept(concept_folder(studio, name))
     settings = replace(preset(arguments["preset"], base), **arguments["changes"])
     out = studio.folder("adapters") / f"{name}.safetensors"
     checkpoint = out.with_name(f"{out.name}.checkpoint")
-    band = _reserved_band(studio, base, settings, concept.token, out)
+    known = known_adapters([studio.folder("adapters")], base, except_for=[out])
+    band = _reserved_band(studio, base, settings, concept.token, out, known)
     samples = studio.folder("thumbnails") / name / "samples"
 
     def report(progress: TrainingProgress) -> None:
@@ -106,7 +114,16 @@ def train_task(arguments: dict[str, Any], context: TaskContext) -> dict[str, Any
         if progress.step == _PACE_KNOWN:
             _note_pace(studio, arguments["settings"], 1 / progress.steps_per_second, _memory(base))
 
-    result = train(base, concept, band, settings, checkpoint=checkpoint, on_progress=report, should_stop=context.should_stop)
+    result = train(
+        base,
+        concept,
+        band,
+        settings,
+        among=neighbours(known, [concept.token]),
+        checkpoint=checkpoint,
+        on_progress=report,
+        should_stop=context.should_stop,
+    )
     if not result.finished:
         raise Stopped
     save_adapter(result.adapter, out)
@@ -292,14 +309,16 @@ def _reservation(out: Path) -> Path:
     return out.with_name(f"{out.stem}.band.json")
 
 
-def _reserved_band(studio: Studio, base: Base, settings: TrainingSettings, token: str, out: Path) -> Band:
+def _reserved_band(
+    studio: Studio, base: Base, settings: TrainingSettings, token: str, out: Path, known: dict[Path, Adapter]
+) -> Band:
     """Return the band that an earlier start of this training took, or a free one, which is then taken."""
     mine = _reservation(out)
     if mine.exists():
         record = json.loads(mine.read_text(encoding="utf-8"))
         if record["rank"] == settings.rank and record["fingerprint"] == base.fingerprint:
             return Band(start=record["start"], rank=record["rank"])
-    taken = taken_bands([studio.folder("adapters")], base, except_for=[out])
+    taken = taken_bands(known)
     for path in studio.folder("adapters").glob("*.band.json"):
         record = json.loads(path.read_text(encoding="utf-8"))
         if path != mine:

@@ -50,6 +50,8 @@ def adapter_lines(data: dict[str, Any]) -> Iterator[str]:
             f"{concept['parametrisation']}, {where}{concept['layers']} layers, "
             f"{concept['parameters']:,} parameters"
         )
+        if among := concept["settings"].get("among"):
+            yield f"    trained among {', '.join(among)}"
 
 
 def size_in_words(size: int) -> str:

@@ -24,6 +24,7 @@ from spectral_diffusion.cli.outputs import check_output, check_writable
 from spectral_diffusion.errors import InputError
 
 if TYPE_CHECKING:
+    from spectral_diffusion.adapter import Adapter
     from spectral_diffusion.bands import Band
     from spectral_diffusion.base import Base
     from spectral_diffusion.concept import Concept
@@ -44,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="PHOTOS",
         help="folder with photos of one concept; captions NAME.txt, masks NAME-mask.png and concept.toml may be there. "
-        "Several folders are several concepts, trained in one go: sooner than one by one, with the same result",
+        "Several folders are several concepts, trained in one go and among one another: sooner than one by one",
     )
     parser.add_argument("--token", nargs="+", metavar="WORD", help='the word that calls each concept in prompts, such as "<V1>"')
     parser.add_argument(
@@ -61,7 +62,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         default=[],
         metavar="PLACE",
-        help="an adapter, or a folder of adapters, whose bands are taken; repeatable",
+        help="an adapter, or a folder of adapters, to be drawn together with: their bands are left to them, and a share of the "
+        "steps (--presence) is made while they are attached; repeatable",
     )
     parser.add_argument(
         "--band", type=int, metavar="START", help="first singular direction; more concepts follow (default: free bands)"
@@ -102,15 +104,19 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
         check_output(out, force=arguments.force)
     quiet_libraries()
     from spectral_diffusion.adapter_file import save_adapter
+    from spectral_diffusion.band_plan import known_adapters, neighbours
     from spectral_diffusion.concept import load_concept
 
     named = zip(arguments.photos, tokens, class_words, strict=True)
     concepts = [load_concept(photos, token=token, class_word=class_word) for photos, token, class_word in named]
     base = load_chosen_base(arguments)
     settings = _chosen_settings(arguments, base)
-    bands = _chosen_bands(arguments, base, settings, [concept.token for concept in concepts], console)
+    words = [concept.token for concept in concepts]
+    known = known_adapters(arguments.avoid, base, except_for=outs)
+    bands = _chosen_bands(arguments, base, settings, words, known, console)
+    among = neighbours(known, words)
     checkpoint = outs[0].with_name(f"{outs[0].name}.checkpoint")
-    results = _train(base, list(zip(concepts, bands, strict=True)), settings, checkpoint, outs)
+    results = _train(base, list(zip(concepts, bands, strict=True)), settings, among, checkpoint, outs)
     if not results[0].finished:
         return _say_how_to_resume(results[0], settings, checkpoint)
     for result, out in zip(results, outs, strict=True):
@@ -146,7 +152,12 @@ def _chosen_settings(arguments: argparse.Namespace, base: Base) -> TrainingSetti
 
 
 def _chosen_bands(
-    arguments: argparse.Namespace, base: Base, settings: TrainingSettings, tokens: Sequence[str], console: Console
+    arguments: argparse.Namespace,
+    base: Base,
+    settings: TrainingSettings,
+    tokens: Sequence[str],
+    known: dict[Path, Adapter],
+    console: Console,
 ) -> list[Band]:
     """Return a band for each concept and say how many concepts the base has room for; a form without bands needs none."""
     from spectral_diffusion.band_plan import TakenBand, choose_band, fewest_directions, taken_bands
@@ -155,7 +166,7 @@ def _chosen_bands(
 
     if settings.parametrisation not in BANDED:
         return [Band(start=0, rank=settings.rank)] * len(tokens)
-    taken = taken_bands(arguments.avoid, base, except_for=arguments.out)
+    taken = taken_bands(known)
     for other in taken:
         if other.token.lower() in map(str.lower, tokens):
             logger.warning("'%s' uses the token '%s' too, so the two can never be fused.", other.path, other.token)
@@ -173,7 +184,12 @@ def _chosen_bands(
 
 
 def _train(
-    base: Base, concepts: Sequence[tuple[Concept, Band]], settings: TrainingSettings, checkpoint: Path, outs: Sequence[Path]
+    base: Base,
+    concepts: Sequence[tuple[Concept, Band]],
+    settings: TrainingSettings,
+    among: Adapter | None,
+    checkpoint: Path,
+    outs: Sequence[Path],
 ) -> list[TrainingResult]:
     """Train with a progress bar until the end or Ctrl-C."""
     from spectral_diffusion.training import train_together
@@ -184,7 +200,15 @@ def _train(
             check_writable(folder)
     notice = "Stopping after this step; press Ctrl-C again to leave at once."
     with stop_on_interrupt(notice) as should_stop, closing(TrainingDisplay(samples)) as display:
-        return train_together(base, concepts, settings, checkpoint=checkpoint, on_progress=display.show, should_stop=should_stop)
+        return train_together(
+            base,
+            concepts,
+            settings,
+            among=among,
+            checkpoint=checkpoint,
+            on_progress=display.show,
+            should_stop=should_stop,
+        )
 
 
 def _say_how_to_resume(result: TrainingResult, settings: TrainingSettings, checkpoint: Path) -> int:

@@ -36,12 +36,13 @@ class Adaptation(Protocol):
     def attached(self) -> AbstractContextManager[None]:
         """While entered, the model works with what `show` last put there."""
 
-    def show(self, dtype: torch.dtype, concept: int | None = None) -> None:
+    def show(self, dtype: torch.dtype, concept: int | None = None, *, summed: bool = False) -> None:
         """Let the model work with the tensors as they are now, until the next call.
 
         Args:
             dtype: what the layers compute in.
             concept: the only one to be shown, whatever the batch; all when missing, each on its share of the batch.
+            summed: show the sum of all on the whole batch.
         """
 
     def named(self) -> dict[str, torch.Tensor]:
@@ -132,7 +133,7 @@ class Rival:
     memory: Callable[[], dict[str, Any]] = dict
     recall: Callable[[dict[str, Any]], None] = lambda memory: None
 
-    def show(self, dtype: torch.dtype, concept: int | None = None) -> None:
+    def show(self, dtype: torch.dtype, concept: int | None = None, *, summed: bool = False) -> None:
         """Do nothing: the layers compute with the tensors themselves."""
 
     def named(self) -> dict[str, torch.Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 
@@ -24,6 +24,7 @@ class Shown:
         examples: its encoded photos.
         ids: token ids `(n, text encoders, length)` of their captions.
         pool: what to stay inert on.
+        pool_among: what to stay inert on while others are attached; `pool` where these are trained at the same time.
     """
 
     token: str
@@ -32,6 +33,7 @@ class Shown:
     examples: EncodedExamples
     ids: torch.Tensor
     pool: InertPool
+    pool_among: InertPool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +46,7 @@ class Batch:
         ids: `(concepts, n, text encoders, length)`.
         weights: `(concepts, n, 1, h, w)` of the squared distances, of mean 1 over the photos.
         shares: `(concepts, n, 2)`, how much each sample counts in the concept's loss and in the inertness loss.
+        among: whether every sample passes through the sum of all concepts and those trained before.
     """
 
     noisy: torch.Tensor
@@ -52,21 +55,27 @@ class Batch:
     targets: torch.Tensor
     weights: torch.Tensor
     shares: torch.Tensor
+    among: bool
 
     def part(self, number: int, parts: int) -> Batch:
         """Return part `number` of as many as `parts`, by samples."""
-        return Batch(**{field.name: getattr(self, field.name)[:, number::parts] for field in fields(self)})
+        whole = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "among"}
+        return replace(self, **{name: tensor[:, number::parts] for name, tensor in whole.items()})
 
 
 @torch.no_grad()
-def draw_batch(base: Base, concepts: Sequence[Shown], settings: TrainingSettings, step: int) -> Batch:
-    """Return the batch of step number `step`; a concept's share is the same whatever others stand beside it."""
-    shares = [_share(base, concept, settings, step) for concept in concepts]
-    return Batch(**{name: torch.stack([share[name] for share in shares]) for name in shares[0]})
+def draw_batch(base: Base, concepts: Sequence[Shown], settings: TrainingSettings, step: int, *, among: bool = False) -> Batch:
+    """Return the batch of step number `step`; a concept's share is the same whatever others stand beside it.
+
+    Args:
+        among: whether this step is made among the others.
+    """
+    shares = [_share(base, concept, settings, step, among) for concept in concepts]
+    return Batch(among=among, **{name: torch.stack([share[name] for share in shares]) for name in shares[0]})
 
 
-def _share(base: Base, concept: Shown, settings: TrainingSettings, step: int) -> dict[str, torch.Tensor]:
-    examples, pool, scheduler = concept.examples, concept.pool, base.pipeline.scheduler
+def _share(base: Base, concept: Shown, settings: TrainingSettings, step: int, among: bool) -> dict[str, torch.Tensor]:
+    examples, pool, scheduler = concept.examples, concept.pool_among if among else concept.pool, base.pipeline.scheduler
     generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
     count, shape = settings.batch, examples.latents.shape[1:]
     chosen = torch.randint(len(examples.latents), (count,), generator=generator)

@@ -2,7 +2,8 @@
 
 A delta trained on one concept alone answers to every prompt, and a sum of such deltas breaks each of them. So beside each
 photo the trainer shows a picture that the base itself drew, with another caption, and asks for the base's own prediction.
-Pictures, captions and predictions are made once, before the training, so that they cost one pass of the base only.
+Pictures, captions and predictions are made once, before the training, so that they cost one pass of the base only. Where a
+concept is trained among others, there is a second such pool: what these give on prompts with their tokens must stay.
 """
 
 from __future__ import annotations
@@ -78,9 +79,9 @@ def inert_captions(class_word: str, strangers: tuple[str, ...], count: int, gene
 
 @torch.no_grad()
 def build_inert_pool(base: Base, class_word: str, strangers: tuple[str, ...], count: int, seed: int) -> InertPool:
-    """Draw pictures with the bare base and keep `count` noisy samples of them with the base's own predictions.
+    """Draw pictures with the base as it is and keep `count` noisy samples of them with its own predictions.
 
-    Must be called while the strangers' tokens are known to the base and no delta is attached.
+    Must be called while the strangers' tokens are known to the base, and nothing attached but what the samples are to hold.
     """
     pipeline, scheduler = base.pipeline, base.pipeline.scheduler
     generator = torch.Generator().manual_seed(seed)

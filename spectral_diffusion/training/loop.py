@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from spectral_diffusion.adapter import Adapter, ConceptPart, token_words
-from spectral_diffusion.attach import check_new_token, with_tokens
+from spectral_diffusion.attach import Switch, beside, check_new_token, with_tokens
 from spectral_diffusion.bands import Band
 from spectral_diffusion.base import Base
 from spectral_diffusion.concept import Concept
@@ -16,7 +16,7 @@ from spectral_diffusion.errors import InputError
 from spectral_diffusion.parametrisations import BANDED
 from spectral_diffusion.training.batches import Shown
 from spectral_diffusion.training.examples import EncodedExamples, encode_examples
-from spectral_diffusion.training.inertness import STRANGERS, build_inert_pool, stranger_vectors
+from spectral_diffusion.training.inertness import STRANGERS, InertPool, build_inert_pool, stranger_vectors
 from spectral_diffusion.training.memory import lightened
 from spectral_diffusion.training.run import Run, TrainingProgress
 from spectral_diffusion.training.settings import TrainingSettings
@@ -41,13 +41,15 @@ def train(
     band: Band,
     settings: TrainingSettings,
     *,
+    among: Adapter | None = None,
     checkpoint: Path | None = None,
     on_progress: Callable[[TrainingProgress], None] = lambda progress: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> TrainingResult:
     """Train one concept on its band of the base's singular directions: `train_together` with a single one."""
-    alone = [(concept, band)]
-    return train_together(base, alone, settings, checkpoint=checkpoint, on_progress=on_progress, should_stop=should_stop)[0]
+    return train_together(
+        base, [(concept, band)], settings, among=among, checkpoint=checkpoint, on_progress=on_progress, should_stop=should_stop
+    )[0]
 
 
 def train_together(
@@ -55,16 +57,21 @@ def train_together(
     concepts: Sequence[tuple[Concept, Band]],
     settings: TrainingSettings,
     *,
+    among: Adapter | None = None,
     checkpoint: Path | None = None,
     on_progress: Callable[[TrainingProgress], None] = lambda progress: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> list[TrainingResult]:
-    """Train concepts, each on its band, in one pass of the base per step; each ends as if it were trained alone.
+    """Train concepts, each on its band, in one pass of the base per step.
 
     The base is frozen and shared, so one pass carries the samples of all, each through its own concept's adapter. Token,
-    losses, gradient norm and optimiser state are each concept's own.
+    losses, gradient norm and optimiser state are each concept's own. A share of the steps, `settings.presence`, is made among
+    the others: then every sample passes through the sum of all concepts, as it will in the fused adapter. Without it each
+    concept ends as if it were trained alone.
 
     Args:
+        among: concepts trained before that these will be drawn together with; they stay as they are. In the steps made among
+            the others they are attached, and what they give on prompts with their own tokens must stay.
         checkpoint: where the state is kept every `settings.checkpoint_every` steps; a run of the same photos, base and
             settings goes on from it and ends as an undisturbed run does. It stays; remove it once the adapters are saved.
         on_progress: called after every step, on a GPU after every tenth.
@@ -72,9 +79,11 @@ def train_together(
 
     Raises:
         InputError: a token is a word of the base or stands for two concepts, or the settings do not fit the base.
+        AdapterError: `among` does not fit the base.
         TrainingError: the loss is not a number (the last good state is in `checkpoint`), or memory does not suffice.
     """
-    _check_tokens(base, [concept.token for concept, _ in concepts])
+    among = among or Adapter(family=base.family, fingerprint=base.fingerprint, concepts=(), weights=())
+    _check_tokens(base, [concept.token for concept, _ in concepts], among.tokens)
     class_vectors = [class_word_vectors(base, concept.class_word) for concept, _ in concepts]
     trainable = build_trainable(base, [band for _, band in concepts], class_vectors, settings)
     examples = [encode_examples(base, concept, settings.seed) for concept, _ in concepts]
@@ -84,12 +93,17 @@ def train_together(
     tokens = {concept.token: own for (concept, _), own in zip(concepts, trainable.embeddings, strict=True)}
     for own in strangers:
         tokens |= own
-    with lightened(base), with_tokens(base, tokens):
+    others = Switch(on=False)
+    with lightened(base), with_tokens(base, tokens | among.embeddings), beside(base, among, switch=others):
         shown = [
             _shown(base, concept, settings, encoded, tuple(own))
             for (concept, _), encoded, own in zip(concepts, examples, strangers, strict=True)
         ]
-        run = Run(base, trainable, settings, shown, checkpoint)
+        if among.concepts and settings.presence:
+            others.on = True
+            shown = [replace(own, pool_among=_pool(base, own.class_word, among.words, settings)) for own in shown]
+            others.on = False
+        run = Run(base, trainable, settings, shown, others, checkpoint)
         with trainable.adaptation.attached():
             run.loop(on_progress, should_stop)
             activations = run.activations()
@@ -110,7 +124,12 @@ def train_together(
                         embeddings=trainable.token_vectors(number),
                         layers=trained[number].parts,
                         activations=activations[number],
-                        settings=asdict(settings) | {"steps_done": run.step, "parameters": parameters},
+                        settings=asdict(settings)
+                        | {
+                            "steps_done": run.step,
+                            "parameters": parameters,
+                            "among": _others(concepts, among, concept) if settings.presence else [],
+                        },
                     ),
                 ),
                 weights=(1.0,),
@@ -123,11 +142,16 @@ def train_together(
     ]
 
 
-def _check_tokens(base: Base, tokens: Sequence[str]) -> None:
+def _check_tokens(base: Base, tokens: Sequence[str], taken: Sequence[str]) -> None:
     for number, token in enumerate(tokens):
         check_new_token(base, token)
-        if token.lower() in (other.lower() for other in tokens[:number]):
+        if token.lower() in (other.lower() for other in (*taken, *tokens[:number])):
             raise InputError(f"Two concepts use the token '{token}'; give each a token of its own.")
+
+
+def _others(concepts: Sequence[tuple[Concept, Band]], among: Adapter, own: Concept) -> list[str]:
+    """Return the tokens of the concepts that `own` was trained among."""
+    return [*among.tokens, *(concept.token for concept, _ in concepts if concept is not own)]
 
 
 def _shown(
@@ -135,11 +159,17 @@ def _shown(
 ) -> Shown:
     """Return what `concept` is trained on; its token and `strangers` must be known to the base, and no delta attached."""
     words = token_words(concept.token, settings.token_vectors)
+    pool = _pool(base, concept.class_word, strangers, settings)
     return Shown(
         token=concept.token,
         class_word=concept.class_word,
         words=words,
         examples=examples,
         ids=tokenize(base, [caption.replace(concept.token, words) for caption in examples.captions]),
-        pool=build_inert_pool(base, concept.class_word, strangers, INERT_SAMPLES, settings.seed),
+        pool=pool,
+        pool_among=pool,
     )
+
+
+def _pool(base: Base, class_word: str, strangers: tuple[str, ...], settings: TrainingSettings) -> InertPool:
+    return build_inert_pool(base, class_word, strangers, INERT_SAMPLES, settings.seed)

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 from spectral_diffusion.activations import measure_activations
+from spectral_diffusion.attach import Switch
 from spectral_diffusion.base import Base
 from spectral_diffusion.conditioning import prompts
 from spectral_diffusion.errors import TrainingError
@@ -52,10 +53,16 @@ class Run:
     """The optimiser, the step it is at, and the checkpoint of a training of one concept or several."""
 
     def __init__(
-        self, base: Base, trainable: Trainable, settings: TrainingSettings, concepts: Sequence[Shown], checkpoint: Path | None
+        self,
+        base: Base,
+        trainable: Trainable,
+        settings: TrainingSettings,
+        concepts: Sequence[Shown],
+        others: Switch,
+        checkpoint: Path | None,
     ):
         self.base, self.trainable, self.settings, self.concepts = base, trainable, settings, concepts
-        self.checkpoint = checkpoint
+        self.others, self.checkpoint = others, checkpoint
         self.optimizer = torch.optim.AdamW(
             [
                 {"params": trainable.parameters("unet"), "rate": settings.unet_rate},
@@ -143,7 +150,7 @@ class Run:
         """Make one step; return its losses where they are looked at."""
         for group in self.optimizer.param_groups:
             group["lr"] = group["rate"] * (1 - self.step / self.settings.steps)
-        losses = self._backward(draw_batch(self.base, self.concepts, self.settings, self.step))
+        losses = self._backward(self._batch(self.step))
         gradients = [self.trainable.gradients(number) for number in range(len(self.concepts))]
         norms = [torch.nn.utils.get_total_norm(own) for own in gradients]
         for own, norm in zip(gradients, norms, strict=True):
@@ -153,6 +160,14 @@ class Run:
         self.step += 1
         self.trainable.adaptation.after_step(self.step)
         return read
+
+    def _batch(self, step: int) -> Batch:
+        return draw_batch(self.base, self.concepts, self.settings, step, among=self._is_among(step))
+
+    def _is_among(self, step: int) -> bool:
+        """Tell whether step number `step`, counted from 0, is made among the others: the first and then every so many."""
+        share = self.settings.presence
+        return math.ceil((step + 1) * share) > math.ceil(step * share)
 
     def _looks(self) -> bool:
         """Tell whether the losses of this step are looked at."""
@@ -188,17 +203,19 @@ class Run:
     def _passes(self, batch: Batch, plan: Plan) -> torch.Tensor:
         self.optimizer.zero_grad(set_to_none=True)
         losses = []
+        self.others.on = batch.among  # until the backward pass is over, which may run the layers again
         with checkpointing(self.base.pipeline.unet, plan.checkpointing):
             for number in range(plan.parts):
                 of_part = self._losses(batch.part(number, plan.parts))
                 loss = (of_part[:, 0] + self.settings.inertness * of_part[:, 1]).sum()
                 (loss + self.trainable.adaptation.penalty() / plan.parts).backward()
                 losses.append(of_part.detach())
+        self.others.on = False
         return torch.stack(losses).sum(0)
 
     def _losses(self, batch: Batch) -> torch.Tensor:
         """Return each concept's masked denoising loss and its inertness loss, `(concepts, 2)`, from one forward pass."""
-        self.trainable.adaptation.show(self.base.pipeline.unet.dtype)
+        self.trainable.adaptation.show(self.base.pipeline.unet.dtype, summed=batch.among)
         inputs = (tensor.flatten(0, 1) for tensor in (batch.noisy, batch.times, batch.ids))
         predicted = predict(self.base, *inputs).view(batch.targets.shape)
         errors = ((predicted - batch.targets) ** 2 * batch.weights).mean((2, 3, 4))
@@ -206,7 +223,7 @@ class Run:
 
     def _trial(self, plan: Plan) -> None:
         """Make a pass with one sample of each concept, to see what it takes."""
-        self._passes(draw_batch(self.base, self.concepts, self.settings, 0).part(0, self.samples_each), plan)
+        self._passes(self._batch(0).part(0, self.samples_each), plan)
         self.optimizer.zero_grad(set_to_none=True)
 
     def activations(self) -> list[dict[str, torch.Tensor]]:

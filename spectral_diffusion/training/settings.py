@@ -42,6 +42,9 @@ class TrainingSettings:
     weight_decay: float = _setting(0.01, "AdamW's weight decay of the layers")
     gradient_norm: float = _setting(1.0, "gradients are clipped to this norm")
     inertness: float = _setting(1.0, "weight of the loss that keeps prompts without the token as the base draws them")
+    presence: float = _setting(
+        0.5, "share of the steps made among the concepts to be drawn with: all are attached, as in the fused adapter"
+    )
     isolation: int = _setting(8, "number of leading bands; the concept neither writes into nor reads from the others' among them")
     background: float = _setting(0.1, "weight of the loss outside the mask, where a photo has one")
     seed: int = _setting(0, "seed of everything random in the training")
@@ -67,6 +70,8 @@ class TrainingSettings:
         ):
             if not getattr(self, name) >= 0:
                 raise InputError(f"{name} must not be negative, got {getattr(self, name)}.")
+        if not 0 <= self.presence < 1:
+            raise InputError(f"presence must be at least 0 and below 1, got {self.presence}; at 1 none learns to stand alone.")
 
 
 _PAPER = TrainingSettings()

@@ -125,12 +125,17 @@ class Stacks:
         """While entered, the model works with what `show` last put there."""
         return hooked(self.layers, {key: lambda key=key: self.now[key] for key in self.layers})
 
-    def show(self, dtype: torch.dtype, concept: int | None = None) -> None:
+    def show(self, dtype: torch.dtype, concept: int | None = None, *, summed: bool = False) -> None:
         """Let the model work with the tensors as they are now, until the next call."""
         for stack in self.stacks:
-            up, down = (factor.to(dtype).unbind(1) for factor in stack.factors())
-            for key, *pair in zip(stack.keys, up, down, strict=True):
-                self.now[key] = tuple(pair) if concept is None else tuple(factor[concept].detach() for factor in pair)
+            factors = (factor.to(dtype) for factor in stack.factors())
+            if summed:
+                factors = (factor.permute(1, 2, 0, 3).flatten(2) for factor in factors)
+            elif concept is not None:
+                factors = (factor[concept].detach() for factor in factors)
+            else:
+                factors = (factor.transpose(0, 1) for factor in factors)
+            self.now.update(zip(stack.keys, zip(*factors, strict=True), strict=True))
 
     def named(self) -> dict[str, torch.Tensor]:
         """Return every trained tensor, `(concepts, n, ...)`, by a name that begins with the key of a layer."""
