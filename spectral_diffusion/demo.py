@@ -23,7 +23,7 @@ from spectral_diffusion.contact_sheet import Cell, Row, contact_sheet
 from spectral_diffusion.exactness import export_error, fusion_error
 from spectral_diffusion.export import export_kohya
 from spectral_diffusion.files import write_atomically
-from spectral_diffusion.fusion import DEFAULT_METHOD, fuse
+from spectral_diffusion.fusion import fuse
 from spectral_diffusion.generation import Drawing, Picture, generate
 from spectral_diffusion.picture_file import save_picture
 from spectral_diffusion.regions import suggest_regions
@@ -156,7 +156,7 @@ def run_demo(
     _sheet(concepts, alone, whole, together).save(out / "contact_sheet.png")
     report = {
         "concepts": characters,
-        "method": DEFAULT_METHOD,
+        "method": fused.method,
         "identity": {
             kind: {token: share_right(pictures, characters[token]) for token, pictures in group.items()}
             for kind, group in (("alone", alone), ("fused", whole), ("fused_named", named))

@@ -11,15 +11,22 @@ from spectral_diffusion.errors import AdapterError, BandError
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_METHOD = "aligned"
-"""It keeps more identity than the plain sum: two concepts on the embedded base, see `benchmarks/README.md`."""
+
+def default_method(concepts: Sequence[ConceptPart]) -> str:
+    """Return the method that keeps more identity: two concepts on the embedded base, see `benchmarks/README.md`.
+
+    That is the plain sum for concepts that were each trained among all the others, as those trained in one go are, because
+    it is what they were trained in; and the aligned sum for all others.
+    """
+    among = [{*concept.settings.get("among", ()), concept.token} for concept in concepts]
+    return "sum" if all(others >= {concept.token for concept in concepts} for others in among) else "aligned"
 
 
 def fuse(
     adapters: Sequence[Adapter],
     *,
     strengths: Sequence[float] | None = None,
-    method: str = DEFAULT_METHOD,
+    method: str | None = None,
     allow_overlap: bool = False,
 ) -> Adapter:
     """Join `adapters` into one that holds all their concepts.
@@ -27,6 +34,7 @@ def fuse(
     Args:
         strengths: factor on each adapter's own strengths; 1 when missing.
         method: how to join them, one of `adapter.METHODS` (see `joining.FUSERS`); the result is low-rank whatever the method.
+            What `default_method` says when missing.
         allow_overlap: accept concepts that were trained on overlapping bands.
 
     Raises:
@@ -43,10 +51,12 @@ def fuse(
     weights = tuple(
         weight * strength for adapter, strength in zip(adapters, strengths, strict=True) for weight in adapter.weights
     )
+    concepts = tuple(concept for adapter in adapters for concept in adapter.concepts)
+    method = method or default_method(concepts)
     fused = Adapter(
         family=adapters[0].family,
         fingerprint=next((adapter.fingerprint for adapter in adapters if adapter.fingerprint), ""),
-        concepts=tuple(concept for adapter in adapters for concept in adapter.concepts),
+        concepts=concepts,
         weights=weights,
         method=method,
         prediction_type=next((adapter.prediction_type for adapter in adapters if adapter.prediction_type), ""),

@@ -16,7 +16,7 @@ from test_parametrisations import FORMS, random_adapter
 from spectral_diffusion.adapter import Adapter, input_group
 from spectral_diffusion.base import Base, linear_layers
 from spectral_diffusion.errors import AdapterError, BandError
-from spectral_diffusion.fusion import DEFAULT_METHOD, fuse
+from spectral_diffusion.fusion import fuse
 from spectral_diffusion.joining import FUSERS
 
 EXACT = 1e-5
@@ -122,10 +122,21 @@ def test_only_one_concept_of_a_fused_adapter_is_as_never_fused(method: str, base
     assert fused.only(fused.tokens).deltas().keys() == fused.deltas().keys()
 
 
+def test_concepts_trained_among_one_another_are_summed(base: Base) -> None:
+    def trained(adapter: Adapter, *others: str) -> Adapter:
+        return replace(adapter, concepts=(replace(adapter.concepts[0], settings={"among": list(others)}),))
+
+    one, two, three = on_bands_of_their_own(base, ["additive"] * 3, measured=True)
+    pair = fuse([trained(one, "<V2>"), trained(two, "<V1>", "<V3>")])
+    assert pair.method == "sum" and fuse([pair, trained(three, "<V1>", "<V2>")]).method == "aligned"  # <V1> not among <V3>
+    assert fuse([one, trained(two, "<V1>")]).method == "aligned"
+    assert fuse([pair], method="aligned").method == "aligned"
+
+
 def test_the_aligned_sum_needs_measured_activations(base: Base) -> None:
     one, two = on_bands_of_their_own(base, ["additive"] * 2, measured=True)
     aligned, plain = fuse([one, two]), fuse([one, two], method="sum")
-    assert aligned.method == DEFAULT_METHOD == "aligned"
+    assert aligned.method == "aligned"
     for key, delta in aligned.deltas().items():
         assert delta.rank == plain.delta(key).rank
     assert relative(aligned.delta(key).dense(), plain.delta(key).dense()) > 0.01

@@ -14,7 +14,6 @@ from spectral_diffusion.adapter import METHODS, Adapter
 from spectral_diffusion.adapter_file import load_adapter
 from spectral_diffusion.band_map import BandMap, band_map
 from spectral_diffusion.errors import AdapterError, InputError
-from spectral_diffusion.fusion import DEFAULT_METHOD
 
 PRECISIONS = ("fp16", "bf16", "fp32")
 FORMATS = {
@@ -78,17 +77,20 @@ def fuse(
     strengths: Sequence[float],
     *,
     title: str = "",
-    method: str = DEFAULT_METHOD,
+    method: str | None = None,
     allow_overlap: bool = False,
 ) -> str:
     """Queue the fusing of adapters under the name `title` and return the job's name.
+
+    Args:
+        method: how to join them; as suits them when missing.
 
     Raises:
         InputError: fewer than two are chosen, a name is taken, or there is no such method.
     """
     if len(names) < 2:
         raise InputError("Choose at least two trained concepts to fuse.")
-    if method not in METHODS:
+    if method is not None and method not in METHODS:
         raise InputError(f"There is no method '{method}'; choose one of {', '.join(METHODS)}.")
     tokens = [token for name in names for token in _load(studio, name).tokens]
     stem = plain_name(title.strip() or "-".join(plain_name(token) for token in tokens))

@@ -9,7 +9,6 @@ from app.actions.concepts import SAMPLES, concept_card, concept_names
 from app.actions.studio import Studio
 from app.actions.trainings import train
 from spectral_diffusion.errors import InputError
-from spectral_diffusion.fusion import DEFAULT_METHOD
 from spectral_diffusion.generation import Drawing, random_seed
 
 TOGETHER = "{} and {} near a lake"
@@ -35,7 +34,7 @@ def queue_tour(studio: Studio, preset: str = "fast", changes: dict[str, Any] | N
     arguments = {
         "adapters": [f"adapters/{name}.safetensors" for name in names],
         "strengths": [1.0, 1.0],
-        "method": DEFAULT_METHOD,
+        "method": None,
         "allow_overlap": False,
         "out": "tour.safetensors",
     }

@@ -13,10 +13,10 @@ from app.ui import markup
 from app.ui.charts import band_map_chart, cross_talk_table
 from app.ui.live import EVENT, Live, attempt, said, several
 from spectral_diffusion.errors import SpectralDiffusionError
-from spectral_diffusion.fusion import DEFAULT_METHOD
 from spectral_diffusion.joining import FUSERS
 
 _MOST = 8
+_AS_SUITS = "as suits them: sum for concepts trained among one another, aligned for others"
 
 
 def build_fuse(studio: Studio, live: Live) -> None:
@@ -40,9 +40,11 @@ def build_fuse(studio: Studio, live: Live) -> None:
     with gr.Row():
         title = gr.Textbox("", label="Name", placeholder="made from the tokens", max_length=60, min_width=240)
         method = gr.Dropdown(
-            [(f"{name}: {fuser.help}", name) for name, fuser in FUSERS.items()], value=DEFAULT_METHOD, label="How to join",
+            [(_AS_SUITS, ""), *((f"{name}: {fuser.help}", name) for name, fuser in FUSERS.items())],
+            value="",
+            label="How to join",
             min_width=240,
-        )  # fmt: skip
+        )
     start = gr.Button("Fuse", variant="primary", elem_id="fuse")
     live.add(gr.HTML(elem_id="fused"), lambda: _fused(studio))
 
@@ -60,7 +62,7 @@ def build_fuse(studio: Studio, live: Live) -> None:
 
     def begin(names: list[str], name: str, how: str, *strengths: float) -> Any:
         ordered = sorted(names)[:_MOST]
-        job = attempt(library.fuse, studio, ordered, strengths[: len(ordered)], title=name, method=how, done="Fusing …")
+        job = attempt(library.fuse, studio, ordered, strengths[: len(ordered)], title=name, method=how or None, done="Fusing …")
         return gr.skip() if job is None else ""
 
     def retrain(event: gr.EventData) -> None:

@@ -30,7 +30,6 @@ SUMMARY = "join several adapters into one"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    from spectral_diffusion.fusion import DEFAULT_METHOD
     from spectral_diffusion.joining import FUSERS
 
     parser.add_argument("adapters", nargs="+", type=Path, metavar="ADAPTER", help="adapter files, each on its own band")
@@ -41,8 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--method",
         choices=tuple(FUSERS),
-        default=DEFAULT_METHOD,
-        help="; ".join(f"{name}: {fuser.help}" for name, fuser in FUSERS.items()) + " (default: %(default)s)",
+        help="; ".join(f"{name}: {fuser.help}" for name, fuser in FUSERS.items())
+        + " (default: sum for concepts trained among one another, aligned for others)",
     )
     parser.add_argument("--allow-overlap", action="store_true", help="accept adapters trained on overlapping bands")
     add_json_option(parser, "what was made")
