@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 
 from PIL import Image
@@ -38,13 +39,17 @@ def _last_number(folder: Path) -> int:
     return max((int(match[1]) for match in matches if match), default=0)
 
 
-def save_samples(samples: Sequence[Image.Image], step: int, folder: Path) -> list[Path]:
-    """Save what a training drew after `step` in `folder`, as `step-STEP-NUMBER.png`, and return the paths.
+def save_samples(samples: Sequence[Image.Image], step: int, folders: Sequence[Path]) -> list[list[Path]]:
+    """Save what a training drew after `step`, each concept's share in a folder of its own, as `step-STEP-NUMBER.png`.
+
+    Returns:
+        The paths by folder.
 
     Raises:
         StorageError: a file could not be written.
     """
-    paths = [folder / f"step-{step:06d}-{number}.png" for number in range(1, len(samples) + 1)]
-    for path, picture in zip(paths, samples, strict=True):
+    each = len(samples) // len(folders)
+    paths = [[folder / f"step-{step:06d}-{number}.png" for number in range(1, each + 1)] for folder in folders]
+    for path, picture in zip(chain.from_iterable(paths), samples, strict=True):
         write_atomically(path, lambda temporary, picture=picture: picture.save(temporary, "PNG"))
     return paths

@@ -80,7 +80,7 @@ def test_from_photos_to_a_file_that_diffusers_loads(tiny_studio: Studio, photo_f
         train(studio, names[0])
     assert work(studio) == [State.DONE] * 3, [job.reason for job in studio.jobs.jobs()]
     assert (base_facts(studio) or {})["resolution"] == 32 and expectations(studio)["fast"].seconds is not None
-    view = training_view(studio, concept_card(studio, names[0]).job)
+    view = training_view(studio, concept_card(studio, names[0]).job, names[0])
     assert (view.step, view.steps, len(view.losses), len(view.samples)) == (2, 2, 2, 2)
     cards = adapter_cards(studio)
     assert [card.bands for card in cards] == [("0-1",), ("2-3",)]
@@ -121,7 +121,7 @@ def test_from_photos_to_a_file_that_diffusers_loads(tiny_studio: Studio, photo_f
     train_again(studio, names[0], longer=True)
     assert set(work(studio)) == {State.DONE}, [job.reason for job in studio.jobs.jobs()]
     again, checkpoint, embedding, small = (job.result for job in studio.jobs.jobs()[:4])
-    assert again["steps"] == 4 and again["band"] == "0-1"
+    assert again["steps"] == 4 and again["bands"] == {names[0]: "0-1"}
     assert "merged" not in checkpoint["names"] and checkpoint["bytes"] > 2 * embedding["bytes"]
     assert embedding["names"] == ["one.safetensors", "two.safetensors", "where-to-put-it.txt"] and embedding["rank"] is None
     assert small["rank"] == 1 and 0 < small["rank_errors"]["overall"] < 1
@@ -165,6 +165,28 @@ def test_a_stopped_training_keeps_its_band_and_ends_as_an_undisturbed_one(
     )
 
 
+def test_concepts_are_trained_in_one_go_and_longer(tiny_studio: Studio, photo_folder: Path) -> None:
+    studio = tiny_studio
+    names = [concept_of(studio, token, photo_folder) for token in ("<one>", "<two>", "<three>")]
+    train(studio, names[2], changes=QUICK)
+    assert work(studio) == [State.DONE]
+    job = train(studio, names[0], changes=QUICK | {"sample_every": 2}, beside=names[:2])
+    with pytest.raises(InputError, match="<two> is queued already"):
+        train(studio, names[1])
+    assert work(studio) == [State.DONE] * 2, studio.jobs.job(job).reason
+    assert studio.jobs.job(job).result["bands"] == {names[0]: "2-3", names[1]: "4-5"}
+    views = [training_view(studio, studio.jobs.job(job), name) for name in names[:2]]
+    assert [len(view.samples) for view in views] == [2, 2] and views[0].samples != views[1].samples
+    among = [load_adapter(card.path).concepts[0].settings["among"] for card in adapter_cards(studio)]
+    assert among == [["<three>", "<two>"], [], ["<three>", "<one>"]]  # by name: one, three, two
+    fuse(studio, [f"adapters/{name}.safetensors" for name in names[:2]], [1.0, 1.0], title="pair")
+    longer = train_again(studio, names[1], longer=True)
+    work(studio)
+    assert next(card.method for card in adapter_cards(studio) if card.name.startswith("fused/")) == "sum"
+    assert studio.jobs.job(longer).arguments["concepts"] == [names[1], names[0]]
+    assert studio.jobs.job(longer).result["steps"] == 4
+
+
 def test_failed_jobs_say_why_in_a_sentence(tiny_studio: Studio, photo_folder: Path) -> None:
     studio = tiny_studio
     name = concept_of(studio, "dog", photo_folder)
@@ -180,7 +202,7 @@ def test_the_tour_is_queued_once_the_samples_are_there(studio: Studio) -> None:
         queue_tour(studio)
     add_samples(studio)
     jobs = [studio.jobs.job(name) for name in queue_tour(studio)]
-    assert [job.kind for job in jobs] == ["train", "train", "fuse", "generate", "export"]
+    assert [job.kind for job in jobs] == ["train", "fuse", "generate", "export"]
     assert len(queue_tour(studio)) == 3
 
 
@@ -234,7 +256,7 @@ def test_actions_answer_at_once_while_a_training_runs(tiny_studio: Studio, photo
     job = train(studio, name, changes=QUICK | {"steps": 100_000})
     actions = {
         "cards": lambda: concept_cards(studio),
-        "training": lambda: training_view(studio, studio.jobs.job(job)),
+        "training": lambda: training_view(studio, studio.jobs.job(job), name),
         "jobs": lambda: (studio.jobs.jobs(), studio.jobs.waiting()),
         "expectations": lambda: expectations(studio),
         "adapters": lambda: adapter_cards(studio),
@@ -244,7 +266,7 @@ def test_actions_answer_at_once_while_a_training_runs(tiny_studio: Studio, photo
         "train": lambda: train(studio, "poodle") and studio.jobs.empty(),
     }
     with WorkerProcess(studio.folder("jobs"), "app.actions.tasks:TASKS"):
-        while training_view(studio, studio.jobs.job(job)).step < 3:
+        while training_view(studio, studio.jobs.job(job), name).step < 3:
             assert time.monotonic() < patience and not studio.jobs.job(job).state.ended, studio.jobs.log(job)
             time.sleep(0.1)
         seconds = {what: min(_seconds(action) for _ in range(5)) for what, action in actions.items()}

@@ -109,7 +109,7 @@ def concept_card(studio: Studio, name: str, jobs: Sequence[Job] | None = None) -
         class_word=class_word,
         photos=tuple(_photo_card(studio, name, path) for path in list_pictures(folder)),
         adapter=adapter if adapter.is_file() else None,
-        job=next((job for job in jobs if job.kind == "train" and job.arguments["concept"] == name), None),
+        job=next((job for job in jobs if job.kind == "train" and name in job.arguments["concepts"]), None),
     )
 
 

@@ -57,7 +57,7 @@ from spectral_diffusion.generation import Drawing, Picture, generate
 from spectral_diffusion.regions import Region
 from spectral_diffusion.score import ClipScorer, PictureScore, load_scorer, score_pictures
 from spectral_diffusion.toyworld.judge import Judge, load_judge
-from spectral_diffusion.training import PRESETS, TrainingProgress, TrainingSettings, preset, train
+from spectral_diffusion.training import PRESETS, TrainingProgress, TrainingSettings, preset, train_together
 
 logger = logging.getLogger(__name__)
 
@@ -89,19 +89,21 @@ def look_task(arguments: dict[str, Any], context: TaskContext) -> dict[str, Any]
 
 
 def train_task(arguments: dict[str, Any], context: TaskContext) -> dict[str, Any]:
-    """Train a concept on a free band, among those that are trained already, going on from its checkpoint."""
-    studio, name = _studio(context), arguments["concept"]
+    """Train concepts in one go, each on a free band, among those that are trained already, going on from a checkpoint."""
+    studio, names = _studio(context), arguments["concepts"]
     base = _base(arguments["settings"])
-    concept = load_concept(concept_folder(studio, name))
+    concepts = [load_concept(concept_folder(studio, name)) for name in names]
     settings = replace(preset(arguments["preset"], base), **arguments["changes"])
-    out = studio.folder("adapters") / f"{name}.safetensors"
-    checkpoint = out.with_name(f"{out.name}.checkpoint")
-    known = known_adapters([studio.folder("adapters")], base, except_for=[out])
-    band = _reserved_band(studio, base, settings, concept.token, out, known)
-    samples = studio.folder("thumbnails") / name / "samples"
+    outs = [studio.folder("adapters") / f"{name}.safetensors" for name in names]
+    checkpoint = outs[0].with_name(f"{outs[0].name}.checkpoint")
+    known = known_adapters([studio.folder("adapters")], base, except_for=outs)
+    bands = [
+        _reserved_band(studio, base, settings, concept.token, out, known) for concept, out in zip(concepts, outs, strict=True)
+    ]
+    folders = [studio.folder("thumbnails") / name / "samples" for name in names]
 
     def report(progress: TrainingProgress) -> None:
-        paths = save_samples(progress.samples, progress.step, samples)
+        paths = save_samples(progress.samples, progress.step, folders)
         context.report(
             step=progress.step,
             steps=progress.steps,
@@ -109,28 +111,30 @@ def train_task(arguments: dict[str, Any], context: TaskContext) -> dict[str, Any
             inertness_loss=progress.inertness_loss,
             speed=progress.steps_per_second,
             remaining=progress.remaining_seconds,
-            samples=[path.name for path in paths],
+            samples={name: [path.name for path in own] for name, own in zip(names, paths, strict=True)},
         )
         if progress.step == _PACE_KNOWN:
-            _note_pace(studio, arguments["settings"], 1 / progress.steps_per_second, _memory(base))
+            _note_pace(studio, arguments["settings"], 1 / progress.steps_per_second / len(names), _memory(base))
 
-    result = train(
+    results = train_together(
         base,
-        concept,
-        band,
+        list(zip(concepts, bands, strict=True)),
         settings,
-        among=neighbours(known, [concept.token]),
+        among=neighbours(known, [concept.token for concept in concepts]),
         checkpoint=checkpoint,
         on_progress=report,
         should_stop=context.should_stop,
     )
-    if not result.finished:
+    if not results[0].finished:
         raise Stopped
-    save_adapter(result.adapter, out)
+    for result, out in zip(results, outs, strict=True):
+        save_adapter(result.adapter, out)
+        _reservation(out).unlink(missing_ok=True)
     checkpoint.unlink(missing_ok=True)
-    _reservation(out).unlink(missing_ok=True)
-    _note_pace(studio, arguments["settings"], result.seconds / result.steps_done, _memory(base))
-    return {"adapter": f"adapters/{out.name}", "band": str(band), "steps": result.steps_done, "seconds": round(result.seconds, 1)}
+    steps, seconds = results[0].steps_done, results[0].seconds
+    _note_pace(studio, arguments["settings"], seconds / steps / len(names), _memory(base))
+    own_bands = {name: str(band) for name, band in zip(names, bands, strict=True)}
+    return {"bands": own_bands, "steps": steps, "seconds": round(seconds, 1)}
 
 
 def fuse_task(arguments: dict[str, Any], context: TaskContext) -> dict[str, Any]:

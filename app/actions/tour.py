@@ -25,11 +25,8 @@ def queue_tour(studio: Studio, preset: str = "fast", changes: dict[str, Any] | N
     if missing:
         raise InputError(f"The sample concept '{missing[0]}' was removed; train and fuse concepts of your own.")
     cards = [concept_card(studio, name) for name in names]
-    jobs = [
-        train(studio, card.name, preset, changes)
-        for card in cards
-        if card.adapter is None and (card.job is None or card.job.state.ended)
-    ]
+    untrained = [card.name for card in cards if card.adapter is None and (card.job is None or card.job.state.ended)]
+    jobs = [train(studio, untrained[0], preset, changes, beside=untrained[1:])] if untrained else []
     settings, fused = asdict(studio.settings), "fused/tour.safetensors"
     arguments = {
         "adapters": [f"adapters/{name}.safetensors" for name in names],

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from app.actions.concepts import concept_card
+from app.actions.concepts import concept_card, concept_names
 from app.actions.studio import Studio
 from app.jobs import Job
 from spectral_diffusion.errors import InputError
@@ -65,31 +66,36 @@ def expectations(studio: Studio) -> dict[str, Expectation]:
     }
 
 
-def train(studio: Studio, name: str, preset: str = "fast", changes: dict[str, Any] | None = None) -> str:
+def train(
+    studio: Studio, name: str, preset: str = "fast", changes: dict[str, Any] | None = None, *, beside: Sequence[str] = ()
+) -> str:
     """Queue the training of the concept called `name` and return the job's name.
 
     Args:
         changes: settings that go before the preset's.
+        beside: concepts to be trained in one go with it, and among one another.
 
     Raises:
-        InputError: it has no photos, is being trained, or there is no such preset.
+        InputError: one has no photos or is being trained, or there is no such preset.
     """
-    card = concept_card(studio, name)
+    cards = [concept_card(studio, one) for one in dict.fromkeys([name, *beside])]
     if preset not in PRESETS:
         raise InputError(f"There is no preset '{preset}'; choose one of {', '.join(PRESETS)}.")
-    if not card.photos:
-        raise InputError(f"{card.token} has no photos; add five or six.")
-    if card.job is not None and not card.job.state.ended:
-        raise InputError(f"{card.token} is {card.job.state} already.")
-    arguments = {"concept": name, "preset": preset, "changes": changes or {}, "settings": asdict(studio.settings)}
-    return studio.jobs.submit("train", f"Train {card.token}", arguments)
+    for card in cards:
+        if not card.photos:
+            raise InputError(f"{card.token} has no photos; add five or six.")
+        if card.job is not None and not card.job.state.ended:
+            raise InputError(f"{card.token} is {card.job.state} already.")
+    names = [card.name for card in cards]
+    arguments = {"concepts": names, "preset": preset, "changes": changes or {}, "settings": asdict(studio.settings)}
+    return studio.jobs.submit("train", f"Train {' and '.join(card.token for card in cards)}", arguments)
 
 
 def train_again(studio: Studio, name: str, *, longer: bool = False) -> str:
     """Queue the training of a concept once more, as it was trained last and on a band that is free, and return the job's name.
 
     Args:
-        longer: for twice as many steps.
+        longer: for twice as many steps, and with those that it was trained in one go with; else by itself.
 
     Raises:
         InputError: it was never trained here, or is being trained.
@@ -97,10 +103,11 @@ def train_again(studio: Studio, name: str, *, longer: bool = False) -> str:
     last = concept_card(studio, name).job
     if last is None:
         raise InputError("It was not trained here yet; choose how long, then Train.")
-    changes = dict(last.arguments["changes"])
+    changes, beside = dict(last.arguments["changes"]), []
     if longer:
         changes["steps"] = longer_steps(last)
-    return train(studio, name, last.arguments["preset"], changes)
+        beside = [one for one in last.arguments["concepts"] if one in concept_names(studio)]
+    return train(studio, name, last.arguments["preset"], changes, beside=beside)
 
 
 def longer_steps(job: Job) -> int:
@@ -108,13 +115,13 @@ def longer_steps(job: Job) -> int:
     return 2 * job.result["steps"]
 
 
-def training_view(studio: Studio, job: Job) -> TrainingView:
-    """Return how the training `job` goes or went."""
+def training_view(studio: Studio, job: Job, name: str) -> TrainingView:
+    """Return how the training `job` goes or went, with the samples of the concept called `name`."""
     events = [event for event in studio.jobs.progress(job.name) if "step" in event]
     losses = {event["step"]: event["concept_loss"] for event in events}
     last = events[-1] if events else {}
-    folder = studio.folder("thumbnails") / job.arguments["concept"] / "samples"
-    samples = [folder / name for event in events for name in event.get("samples", ())]
+    folder = studio.folder("thumbnails") / name / "samples"
+    samples = [folder / file for event in events for file in event.get("samples", {}).get(name, ())]
     return TrainingView(
         step=last.get("step", 0),
         steps=last.get("steps", 0),

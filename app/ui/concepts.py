@@ -17,7 +17,7 @@ from app.jobs import State
 from app.ui import markup
 from app.ui.activity import wire_jobs
 from app.ui.charts import loss_curve
-from app.ui.live import EVENT, SLOW, Live, attempt, said
+from app.ui.live import EVENT, SLOW, Live, attempt, said, several
 from app.ui.painter import PAINTING, painted, painter
 from spectral_diffusion.training import PRESETS
 
@@ -87,7 +87,7 @@ def build_concepts(studio: Studio, live: Live) -> None:
         return version + 1
 
     welcome.click(
-        lambda: attempt(queue_tour, studio, done="The tour is queued: two trainings, then fusing, drawing, exporting."), **EVENT
+        lambda: attempt(queue_tour, studio, done="The tour is queued: a training, then fusing, drawing, exporting."), **EVENT
     )
     cards.click(open_concept, chosen, [chosen, paper], **EVENT)
     photos.click(remove_concept, None, [chosen, paper], **EVENT)
@@ -105,6 +105,15 @@ def build_concepts(studio: Studio, live: Live) -> None:
 def _build_training(studio: Studio, live: Live, chosen: gr.State) -> None:
     preset = gr.Radio(list(PRESETS), value=PRESETS[0], label="How long to train", elem_id="preset")
     live.add(gr.HTML(), lambda: _expected(studio))
+    beside = live.add(
+        gr.CheckboxGroup(
+            [],
+            label="In one go",
+            info="Choose all that will stand in one picture: trained together, each learns to stay itself beside the others.",
+            elem_id="beside",
+        ),
+        lambda: _trainable(studio),
+    )
     with live.folded("More settings"):
         steps = gr.Number(0, label="Steps", info="0: what the preset says. More steps, more likeness.", minimum=0, precision=0)
         sample_every = gr.Number(label="Sample pictures every … steps", info="0 draws none.", value=50, minimum=0, precision=0)
@@ -112,9 +121,9 @@ def _build_training(studio: Studio, live: Live, chosen: gr.State) -> None:
     training = live.add(gr.HTML(elem_id="training", js_on_load=markup.CLICKS), lambda name: _training(studio, name), chosen)
     wire_jobs(studio, training)
 
-    def begin(name: str | None, how: str, count: float | None, every: float | None) -> None:
-        changes = {"steps": int(count)} if count else {}
-        attempt(train, studio, name or "", how, changes | {"sample_every": int(every or 0)}, done="The training is queued.")
+    def begin(name: str | None, how: str, others: list[str], count: float | None, every: float | None) -> None:
+        changes = ({"steps": int(count)} if count else {}) | {"sample_every": int(every or 0)}
+        attempt(train, studio, name or "", how, changes, beside=others, done="The training is queued.")
 
     def go_longer(event: gr.EventData) -> None:
         do, name, _ = said(event)
@@ -123,7 +132,7 @@ def _build_training(studio: Studio, live: Live, chosen: gr.State) -> None:
                 train_again, studio, name, longer=True, done="A longer training is queued; the adapter stays until it is done."
             )
 
-    start.click(begin, [chosen, preset, steps, sample_every], **EVENT)
+    start.click(begin, [chosen, preset, beside, steps, sample_every], **EVENT)
     training.click(go_longer, **EVENT)
 
 
@@ -173,8 +182,8 @@ def _first_choice(studio: Studio) -> str | None:
     """Return the concept that is being trained, or the first one."""
     running = (job for job in studio.jobs.jobs() if job.kind == "train" and job.state is State.RUNNING)
     names = library.concept_names(studio)
-    trained = next((job.arguments["concept"] for job in running if job.arguments["concept"] in names), None)
-    return trained or next(iter(names), None)
+    trained = (name for job in running for name in job.arguments["concepts"] if name in names)
+    return next(trained, None) or next(iter(names), None)
 
 
 def _welcome(studio: Studio) -> str:
@@ -208,7 +217,7 @@ def _card(card: library.ConceptCard, likeness: tuple[float, int] | None, *, chos
     active = card.job is not None and card.job.state is not State.DONE
     state = markup.state_badge(card.job.state) if active and card.job else ""
     if card.adapter is not None:
-        band = f"band {card.job.result['band']}" if card.job is not None and card.job.result else "trained"
+        band = f"band {card.job.result['bands'][card.name]}" if card.job is not None and card.job.result else "trained"
         state = markup.badge(band, "sd-done") + state
     count = f"{len(card.photos)} photo{'s' if len(card.photos) != 1 else ''}"
     state = state or markup.badge("not trained")
@@ -290,20 +299,26 @@ def _expected(studio: Studio) -> str:
     return f'<ul class="sd-expected sd-muted">{"".join(f"<li>{line}</li>" for line in lines)}</ul>'
 
 
+def _trainable(studio: Studio) -> Any:
+    """Return the choices of what is trained in one go; none while there is one concept only."""
+    cards = [card for card in library.concept_cards(studio) if card.photos]
+    return several([(card.token, card.name) for card in cards] if len(cards) > 1 else [])
+
+
 def _training(studio: Studio, name: str | None) -> str:
     card = _card_of(studio, name)
     if card is None or card.job is None:
         return markup.empty("Not trained yet. Choose how long, then Train.")
-    job, view = card.job, training_view(studio, card.job)
+    job, view = card.job, training_view(studio, card.job, card.name)
     parts = [f'<div class="sd-row">{markup.state_badge(job.state)} {markup.job_buttons(job, studio.jobs.waiting())}</div>']
     if job.state is State.RUNNING and view.steps:
-        parts.append(markup.bar(view.step, view.steps, f"training of {card.token}"))
+        parts.append(markup.bar(view.step, view.steps, job.title))
         speed = f"step {view.step} of {view.steps}, {view.speed:.1f} steps per second, {markup.duration(view.remaining)} left"
         parts.append(markup.muted(speed))
     elif job.state is State.DONE:
-        steps, seconds, band = (job.result[key] for key in ("steps", "seconds", "band"))
+        steps, seconds, bands = (job.result[key] for key in ("steps", "seconds", "bands"))
         longer = markup.button("longer", card.name, f"Train longer ({longer_steps(job)} steps)")
-        parts.append(markup.muted(f"{steps} steps in {markup.duration(seconds)}, directions {band}."))
+        parts.append(markup.muted(f"{steps} steps in {markup.duration(seconds)}, directions {bands[card.name]}."))
         parts.append(f'<div class="sd-row">{longer}</div>')
     elif view.step and job.state in (State.CANCELLED, State.INTERRUPTED):
         parts.append(markup.muted(f"Stopped after step {view.step} of {view.steps}; what was learnt is kept."))

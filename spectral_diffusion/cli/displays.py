@@ -50,9 +50,7 @@ class TrainingDisplay:
         if progress.samples:
             from spectral_diffusion.album import save_samples
 
-            each = len(progress.samples) // len(self.samples)
-            for number, folder in enumerate(self.samples):
-                save_samples(progress.samples[number * each : (number + 1) * each], progress.step, folder)
+            save_samples(progress.samples, progress.step, self.samples)
         if progress.step == progress.steps:
             self.close()
 

@@ -43,7 +43,7 @@ class TrainingSettings:
     gradient_norm: float = _setting(1.0, "gradients are clipped to this norm")
     inertness: float = _setting(1.0, "weight of the loss that keeps prompts without the token as the base draws them")
     presence: float = _setting(
-        0.5, "share of the steps made among the concepts to be drawn with: all are attached, as in the fused adapter"
+        0.67, "share of the steps made among the concepts to be drawn with: all are attached, as in the fused adapter"
     )
     isolation: int = _setting(8, "number of leading bands; the concept neither writes into nor reads from the others' among them")
     background: float = _setting(0.1, "weight of the loss outside the mask, where a photo has one")
@@ -92,7 +92,7 @@ _EMBEDDED = replace(
 )
 _FOR_EMBEDDED_BASE = {
     "fast": replace(_EMBEDDED, steps=150),
-    "balanced": replace(_EMBEDDED, steps=500),
+    "balanced": replace(_EMBEDDED, steps=800),
     "best": replace(_EMBEDDED, steps=1000),
 }
 
