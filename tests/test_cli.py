@@ -196,6 +196,7 @@ def press_ctrl_c(*anything: object) -> None:
 
 
 def test_the_second_ctrl_c_ends_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    started_with = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets what runs behind it ignore Ctrl-C
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt), stop_on_interrupt("stopping") as should_stop:
         assert not should_stop()
@@ -203,6 +204,7 @@ def test_the_second_ctrl_c_ends_at_once(capsys: pytest.CaptureFixture[str]) -> N
         assert should_stop() and "stopping" in capsys.readouterr().err
         press_ctrl_c()
     assert signal.getsignal(signal.SIGINT) == before
+    signal.signal(signal.SIGINT, started_with)
 
 
 def test_sample_pictures_are_kept_beside_the_adapter(run: Commands, photo_folder: Path, tmp_path: Path) -> None:
