@@ -187,6 +187,12 @@ def test_concepts_are_trained_in_one_go_and_longer(tiny_studio: Studio, photo_fo
     assert studio.jobs.job(longer).result["steps"] == 4
 
 
+def test_a_training_of_an_older_queue_is_nobodys(studio: Studio) -> None:
+    add_samples(studio)
+    studio.jobs.submit("train", "Train <poodle>", {"concept": "poodle", "preset": "fast", "changes": {}, "settings": {}})
+    assert [card.job for card in concept_cards(studio)] == [None] * 3
+
+
 def test_failed_jobs_say_why_in_a_sentence(tiny_studio: Studio, photo_folder: Path) -> None:
     studio = tiny_studio
     name = concept_of(studio, "dog", photo_folder)

@@ -15,7 +15,7 @@ from spectral_diffusion.band_plan import neighbours
 from spectral_diffusion.bands import Band
 from spectral_diffusion.base import Base, linear_layers
 from spectral_diffusion.concept import Concept, load_concept
-from spectral_diffusion.errors import InputError
+from spectral_diffusion.errors import AdapterError, InputError
 from spectral_diffusion.fusion import fuse
 from spectral_diffusion.training import TrainingProgress, train, train_together
 from spectral_diffusion.training.batches import Batch, draw_batch
@@ -129,10 +129,12 @@ def test_what_was_trained_before_is_the_start_and_stays(base: Base, concepts: li
         assert_near(apart, result.adapter)
 
 
-def test_a_token_of_those_before_is_refused(base: Base, concepts: list[tuple[Concept, Band]]) -> None:
+def test_those_before_must_fit_by_token_and_base(base: Base, concepts: list[tuple[Concept, Band]]) -> None:
     concept, band = concepts[0]
     with pytest.raises(InputError, match="Two concepts use the token '<V0>'"):
         train(base, concept, band, SHORT, among=random_adapter(base, token="<v0>"))
+    with pytest.raises(AdapterError, match="belongs to a base of family 'sd1'"):
+        train(base, concept, band, SHORT, among=replace(random_adapter(base), family="sd1"))
 
 
 def test_the_neighbours_are_the_known_concepts_each_once(base: Base, tmp_path: Path) -> None:

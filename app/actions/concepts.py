@@ -109,8 +109,13 @@ def concept_card(studio: Studio, name: str, jobs: Sequence[Job] | None = None) -
         class_word=class_word,
         photos=tuple(_photo_card(studio, name, path) for path in list_pictures(folder)),
         adapter=adapter if adapter.is_file() else None,
-        job=next((job for job in jobs if job.kind == "train" and name in job.arguments["concepts"]), None),
+        job=next((job for job in jobs if name in trained_by(job)), None),
     )
+
+
+def trained_by(job: Job) -> list[str]:
+    """Return the names of the concepts that `job` trains: none for other jobs, nor for one of an older queue."""
+    return job.arguments.get("concepts", []) if job.kind == "train" else []
 
 
 def concept_cards(studio: Studio) -> list[ConceptCard]:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from app.actions.concepts import concept_card, concept_names
+from app.actions.concepts import concept_card, concept_names, trained_by
 from app.actions.studio import Studio
 from app.jobs import Job
 from spectral_diffusion.errors import InputError
@@ -106,7 +106,7 @@ def train_again(studio: Studio, name: str, *, longer: bool = False) -> str:
     changes, beside = dict(last.arguments["changes"]), []
     if longer:
         changes["steps"] = longer_steps(last)
-        beside = [one for one in last.arguments["concepts"] if one in concept_names(studio)]
+        beside = [one for one in trained_by(last) if one in concept_names(studio)]
     return train(studio, name, last.arguments["preset"], changes, beside=beside)
 
 

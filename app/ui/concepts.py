@@ -180,9 +180,9 @@ def _create(studio: Studio, word: str, token: str, files: list[Path]) -> tuple[s
 
 def _first_choice(studio: Studio) -> str | None:
     """Return the concept that is being trained, or the first one."""
-    running = (job for job in studio.jobs.jobs() if job.kind == "train" and job.state is State.RUNNING)
+    running = (job for job in studio.jobs.jobs() if job.state is State.RUNNING)
     names = library.concept_names(studio)
-    trained = (name for job in running for name in job.arguments["concepts"] if name in names)
+    trained = (name for job in running for name in library.trained_by(job) if name in names)
     return next(trained, None) or next(iter(names), None)
 
 
