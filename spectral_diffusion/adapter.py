@@ -53,7 +53,7 @@ class ConceptPart:
             each `(n, width of that encoder)` with one `n`; where there are none, the token stands for the class word.
         layers: its part in each adapted layer, by layer key.
         activations: per group of layers with one input, a factor `(in, k)` of the Gram matrix of that input (see
-            `joining.aligned_sum`); empty when it was not measured.
+            `joining.aligned_sum`), in float16 or float32; empty when it was not measured.
         settings: how it was trained, for the record.
     """
 

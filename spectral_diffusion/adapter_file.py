@@ -2,7 +2,7 @@
 
 Tensors are named `NUMBER/embeddings/TEXT_ENCODER`, `NUMBER/layers/LAYER/TENSOR` (`U`, `s`, `V` of the band and the trained
 ones) and `NUMBER/activations/GROUP`, where `NUMBER` counts the concepts. Matrices of the layers and the activations are stored in
-float16, the rest in float32; reading returns float32.
+float16, the rest in float32; reading returns float32, and the activations as they are.
 """
 
 from __future__ import annotations
@@ -130,12 +130,13 @@ def _assemble(description: dict[str, Any], tensors: dict[str, torch.Tensor]) -> 
 
 
 def _checked_numbers(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return `tensors` as float32, all of them finite."""
+    """Return `tensors` as float32, activations in float16 as they are; all of them finite, none still mapped from the file."""
     checked = {}
     for name, tensor in tensors.items():
         if not tensor.is_floating_point():
             raise AdapterError(f"tensor '{name}' holds {tensor.dtype} instead of floating-point numbers.")
-        checked[name] = tensor.float()
+        stays = tensor.dtype == torch.float16 and name.split("/")[1:2] == ["activations"]
+        checked[name] = tensor.clone() if stays else tensor.to(torch.float32, copy=True)
         if not is_finite(checked[name]):
             raise AdapterError(f"tensor '{name}' holds NaN or infinite numbers; train it again.")
     return checked

@@ -118,7 +118,7 @@ def _answers(
             return (None,) * len(deltas)
         for index, changes in enumerate(deltas):
             if key in changes:
-                answer = LowRank(up=changes[key].up, down=factor.T @ changes[key].down)
+                answer = LowRank(up=changes[key].up, down=factor.to(changes[key].down.dtype).T @ changes[key].down)
                 squares[index] += (strengths[index] * _norm(answer)) ** 2
     if not squares[own]:
         return (None,) * len(deltas)

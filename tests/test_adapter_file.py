@@ -65,8 +65,11 @@ def assert_same(one: Adapter, other: Adapter) -> None:
 def assert_same_in_half_precision(loaded: Adapter, adapter: Adapter) -> None:
     assert contents(loaded)[0] == contents(adapter)[0]
     for stored, exact in zip(contents(loaded)[1], contents(adapter)[1], strict=True):
-        assert stored.dtype == torch.float32
-        torch.testing.assert_close(stored, exact, rtol=2**-11, atol=2**-25)  # float16's rounding, and its smallest numbers
+        # float16's rounding, and its smallest numbers
+        torch.testing.assert_close(stored, exact, rtol=2**-11, atol=2**-25, check_dtype=False)
+    for concept in loaded.concepts:
+        assert {factor.dtype for factor in concept.activations.values()} == {torch.float16}
+        assert {tensor.dtype for part in concept.layers.values() for tensor in part.tensors.values()} == {torch.float32}
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -49,7 +49,7 @@ def adapter_for(base: Base) -> Adapter:
 
 def in_precision_of(dtype: torch.dtype, base: Base) -> Base:
     """Return `base` with weights that `dtype` holds exactly, as a checkpoint of that precision has them, in float32."""
-    pipeline = merged_pipeline(base, {}, dtype)
+    pipeline = merged_pipeline(base, None, dtype)
     for part in ("unet", "vae", *base.text_encoders):
         getattr(pipeline, part).float()
     return replace(base, pipeline=pipeline)
@@ -181,9 +181,9 @@ def test_an_adapter_of_another_family_and_huge_weights_are_refused(sd1: Base, tm
 
 def test_the_base_is_held_once_more_and_no_more(sd1: Base) -> None:
     """Weights that nobody changes are shared with the base when the precision is its own."""
-    deltas = random_adapter(sd1).deltas()
-    merged = merged_pipeline(sd1, deltas, torch.float32)
+    adapter = random_adapter(sd1)
+    merged = merged_pipeline(sd1, adapter, torch.float32)
     own = {parameter.data_ptr() for parameter in sd1.pipeline.unet.parameters()}
     shared = [parameter.data_ptr() in own for parameter in merged.unet.parameters()]
-    assert shared.count(False) == sum(key.startswith("unet.") for key in deltas)
+    assert shared.count(False) == sum(key.startswith("unet.") for key in adapter.layer_keys())
     assert merged.unet is not sd1.pipeline.unet

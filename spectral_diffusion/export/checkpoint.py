@@ -6,7 +6,6 @@ The tokens are not inside: no checkpoint holds new words. Their embeddings are w
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,7 +23,6 @@ from spectral_diffusion.export.embedding import embedding_files, embedding_write
 from spectral_diffusion.export.factors import in_precision
 from spectral_diffusion.export.result import Export, check_targets
 from spectral_diffusion.files import write_folder_atomically, write_together
-from spectral_diffusion.joining import LowRank
 
 
 def export_checkpoint(
@@ -50,22 +48,21 @@ def export_checkpoint(
     is_file = path.suffix.lower() == ".safetensors"
     check_targets([*([path] if is_file else []), *embeddings.values()], overwrite=overwrite)
     writers = embedding_writers(adapter, embeddings, dtype)
-    deltas = adapter.deltas()
     if is_file:
-        merged = merged_pipeline(base, deltas, dtype)
+        merged = merged_pipeline(base, adapter, dtype)
         tensors, metadata = to_original_layout(merged) | _marks(base), _metadata(base, path)
         write_together(writers | {path: lambda temporary: save_file(tensors, temporary, metadata)})
     else:
         _check_folder(path, overwrite=overwrite)
-        write_folder_atomically(path, lambda temporary: _save_folder(base, deltas, dtype, temporary))
+        write_folder_atomically(path, lambda temporary: _save_folder(base, adapter, dtype, temporary))
         write_together(writers)
     return Export(format="checkpoint", path=path, embeddings=embeddings, words=words_to_type(adapter, embeddings))
 
 
-def merged_pipeline(base: Base, deltas: Mapping[str, LowRank], dtype: torch.dtype, *parts: str) -> DiffusionPipeline:
+def merged_pipeline(base: Base, adapter: Adapter | None, dtype: torch.dtype, *parts: str) -> DiffusionPipeline:
     """Return a copy of `base`'s pipeline in `dtype` on the CPU whose weights are `W + delta`; of `parts` only, if given.
 
-    Weights that stay as they are, and are in `dtype` already, are shared with the base.
+    Weights that stay as they are, and are in `dtype` already, are shared with the base. One layer's delta is formed at a time.
 
     Raises:
         AdapterError: a weight is too large for `dtype`.
@@ -77,10 +74,10 @@ def merged_pipeline(base: Base, deltas: Mapping[str, LowRank], dtype: torch.dtyp
         memo = {id(tensor): _converted(tensor, dtype, f"{part}.{name}") for name, tensor in tensors.items()}
         setattr(pipeline, part, copy.deepcopy(model, memo))
     originals, copies = linear_layers(base, None), linear_layers(replace(base, pipeline=pipeline), None)
-    for key, delta in deltas.items():
+    for key in adapter.layer_keys() if adapter else ():
         if copies[key] is not originals[key]:
             weight = originals[key].weight.detach().cpu().float()
-            merged = weight + delta.dense().reshape(weight.shape)
+            merged = weight + adapter.delta(key).dense().reshape(weight.shape)
             copies[key].weight = nn.Parameter(in_precision(merged, dtype, key), requires_grad=False)
     return pipeline
 
@@ -92,11 +89,11 @@ def _converted(tensor: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Ten
     return nn.Parameter(converted, requires_grad=False) if isinstance(tensor, nn.Parameter) else converted
 
 
-def _save_folder(base: Base, deltas: Mapping[str, LowRank], dtype: torch.dtype, folder: Path) -> None:
+def _save_folder(base: Base, adapter: Adapter, dtype: torch.dtype, folder: Path) -> None:
     """Save part by part, so that only one is held twice."""
     for part, component in base.pipeline.components.items():
         if isinstance(component, nn.Module):
-            component = getattr(merged_pipeline(base, deltas, dtype, part), part)
+            component = getattr(merged_pipeline(base, adapter, dtype, part), part)
         if component is not None:
             component.save_pretrained(folder / part)
         if part in base.text_encoders:

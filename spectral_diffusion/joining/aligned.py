@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 
@@ -21,8 +22,9 @@ def aligned_sum(
     """Return the delta that acts on each concept's inputs as that concept's own delta does.
 
     It minimises `sum_i |(D - w_i delta_i) G_i^(1/2)|^2 + rho |D - sum_i w_i delta_i|^2`, which gives
-    `D = sum_i w_i up_i (Q^-1 (G_i + rho I) down_i)^T` with `Q = sum_i G_i + rho I`: the rank stays that of the sum. What lies
-    outside the span of all factors stays as it is, so it is solved for inside the span only.
+    `D = sum_i w_i up_i (Q^-1 (G_i + rho I) down_i)^T` with `Q = sum_i G_i + rho I`: the rank stays that of the sum. With all
+    factors side by side in `F`, `Q^-1 F = F (rho I + F^T F)^-1`, so `down_i` loses `F (rho I + F^T F)^-1 F^T down_i`, where the
+    rows of its own factor in `F^T down_i` are zero: what the others' inputs would read of it.
 
     Args:
         deltas: one per concept.
@@ -34,20 +36,25 @@ def aligned_sum(
     Raises:
         ArithmeticError: the measurements are too large to compute with.
     """
-    span = torch.linalg.qr(torch.cat([factor.double() for factor in activations], dim=1)).Q
-    factors = [span.T @ factor.double() for factor in activations]
-    identity = torch.eye(span.shape[1], dtype=torch.float64, device=span.device)
-    Q = sum((factor @ factor.T for factor in factors), rho * identity)
-    cholesky, failed = torch.linalg.cholesky_ex(Q)
+    F = torch.cat([factor.double() for factor in activations], dim=1)
+    inner = F.T @ F
+    inner.diagonal().add_(rho)
+    cholesky, failed = torch.linalg.cholesky_ex(inner)
     if failed.any():
         raise ArithmeticError("its normal equations are singular")
-    corrected = []
-    for delta, factor in zip(deltas, factors, strict=True):
-        down = delta.down.double()
-        inside = span.T @ down
-        down = down + span @ (torch.cholesky_solve(factor @ (factor.T @ inside) + rho * inside, cholesky) - inside)
-        corrected.append(LowRank(up=delta.up, down=down.to(delta.down.dtype)))
-    return weighted_sum(corrected, weights)
+    plain = weighted_sum(deltas, weights)
+    down = plain.down.double()
+    read = F.T @ down
+    for rows, columns in zip(_blocks(activations), _blocks([delta.down for delta in deltas]), strict=True):
+        read[rows, columns] = 0
+    aligned = down - F @ torch.cholesky_solve(read, cholesky)
+    return LowRank(up=plain.up, down=aligned.to(plain.down.dtype))
+
+
+def _blocks(matrices: Sequence[torch.Tensor]) -> list[slice]:
+    """Return where the columns of each of `matrices` lie when all are put side by side."""
+    ends = list(accumulate(matrix.shape[1] for matrix in matrices))
+    return [slice(end - matrix.shape[1], end) for end, matrix in zip(ends, matrices, strict=True)]
 
 
 def regression_mean(deltas: Sequence[LowRank], weights: Sequence[float], activations: Sequence[torch.Tensor]) -> LowRank:
