@@ -138,6 +138,17 @@ class Adapter:
         """Token to class word."""
         return {concept.token: concept.class_word for concept in self.concepts}
 
+    def concept(self, token: str) -> ConceptPart:
+        """Return the concept called `token`.
+
+        Raises:
+            AdapterError: it has no such token.
+        """
+        found = next((concept for concept in self.concepts if concept.token == token), None)
+        if found is None:
+            raise AdapterError(f"The adapter has no concept '{token}'; its tokens are {', '.join(self.tokens)}.")
+        return found
+
     def layer_keys(self) -> tuple[str, ...]:
         """Keys of all layers that any concept changes."""
         return tuple(dict.fromkeys(key for concept in self.concepts for key in concept.layers))
@@ -161,9 +172,8 @@ class Adapter:
         Raises:
             AdapterError: it has no such token.
         """
-        unknown = next((token for token in factors if token not in self.tokens), None)
-        if unknown is not None:
-            raise AdapterError(f"The adapter has no concept '{unknown}'; its tokens are {', '.join(self.tokens)}.")
+        for token in factors:
+            self.concept(token)
         strengths = zip(self.tokens, self.weights, strict=True)
         return replace(self, weights=tuple(weight * factors.get(token, 1.0) for token, weight in strengths))
 

@@ -76,6 +76,16 @@ def test_several_concepts_are_trained_in_one_go(run: Commands, photo_folder: Pat
     assert "Two concepts have the same --out" in run.error
 
 
+def test_training_goes_on_from_an_adapter(run: Commands, adapters: tuple[Path, Path], photo_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "longer.safetensors"
+    run.train(photo_folder, out, "--token", "<V2>", "--start", adapters[1], "--avoid", adapters[1].parent)
+    was, now = (load_adapter(path).concepts[0] for path in (adapters[1], out))
+    assert now.band == was.band != load_adapter(adapters[0]).concepts[0].band
+    assert (was.settings["steps_done"], now.settings["steps_done"], now.settings["among"]) == (2, 4, ["<V1>"])
+    run.train(photo_folder, out, "--token", "<V3>", "--start", adapters[1], "--force", expect=1)
+    assert "has no concept '<V3>'; its tokens are <V2>" in run.error
+
+
 def test_progress_and_text_do_not_mix_with_data(run: Commands, photo_folder: Path, tmp_path: Path) -> None:
     adapter = tmp_path / "one.safetensors"
     trained = json.loads(run.train(photo_folder, adapter, "--token", "<V1>", "--json", "-"))

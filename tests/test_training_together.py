@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from short_trainings import SHORT, assert_bit_equal, assert_near
+from short_trainings import SHORT, assert_bit_equal, assert_near, trained_tensors
 from test_parametrisations import FORMS, random_adapter
 
 from spectral_diffusion.band_plan import neighbours
@@ -127,6 +127,62 @@ def test_what_was_trained_before_is_the_start_and_stays(base: Base, concepts: li
     assert_bit_equal(apart, train(base, concept, band, replace(SHORT, presence=0.0)).adapter)
     with pytest.raises(AssertionError):
         assert_near(apart, result.adapter)
+
+
+def test_a_training_goes_on_from_what_was_trained(base: Base, concepts: list[tuple[Concept, Band]]) -> None:
+    before = [result.adapter for result in train_together(base, concepts[:2], SHORT)]
+    still = replace(SHORT, steps=1, unet_rate=0.0, text_encoder_rate=0.0, token_rate=0.0)
+    for result, adapter in zip(train_together(base, concepts[:2], still, start=before), before, strict=True):
+        own, was = (trained_tensors(one) for one in (result.adapter, adapter))
+        for name in adapter.concepts[0].embeddings | {f"{key}/A": None for key in adapter.layer_keys()}:
+            torch.testing.assert_close(own[name], was[name], rtol=0, atol=1e-6)  # confined once more, which rounds
+        assert result.adapter.concepts[0].settings["steps_done"] == SHORT.steps + 1
+    fused = fuse(before, method="sum")
+    one, other = (train(base, *concepts[0], SHORT, start=start).adapter for start in (fused, before[0]))
+    assert_bit_equal(one, other)
+    with pytest.raises(AssertionError):
+        assert_near(one, before[0])
+
+
+def test_going_on_is_resumed_where_it_was(base: Base, concepts: list[tuple[Concept, Band]], tmp_path: Path) -> None:
+    start = train(base, *concepts[0], SHORT).adapter
+    undisturbed = train(base, *concepts[0], SHORT, start=start).adapter
+    checkpoint, seen = tmp_path / "checkpoint", []
+    stopped = {"on_progress": seen.append, "should_stop": lambda: len(seen) > 2}
+    train(base, *concepts[0], SHORT, start=start, checkpoint=checkpoint, **stopped)
+    resumed = train(base, *concepts[0], SHORT, start=start, checkpoint=checkpoint)
+    assert seen[-1].step == 3 and resumed.finished
+    assert_bit_equal(resumed.adapter, undisturbed)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"fingerprint": "other"}, "'<V0>' was trained on another base"),
+        ({"family": "sd1"}, "belongs to a base of family 'sd1'"),
+        ({"token": "<V7>"}, r"has no concept '<V0>'; its tokens are <V7>\."),
+        ({"form": "rotational"}, "'<V0>' was trained with parametrisation rotational, not additive"),
+        ({"start": 4}, "'<V0>' was trained with directions 4-5, not 0-1"),
+        ({"vectors": 2}, "'<V0>' was trained with token_vectors 2, not 1"),
+    ],
+)
+def test_what_does_not_fit_is_not_gone_on_from(
+    changes: dict[str, object], message: str, base: Base, concepts: list[tuple[Concept, Band]]
+) -> None:
+    of_adapter = {name: changes[name] for name in changes if name in ("fingerprint", "family")}
+    drawn = {"token": "<V0>"} | {name: changes[name] for name in changes if name not in of_adapter}
+    start = replace(random_adapter(base, **drawn), **of_adapter)
+    with pytest.raises(AdapterError, match=message):
+        train(base, *concepts[0], SHORT, start=start)
+
+
+def test_a_rival_and_other_layers_are_not_gone_on_from(base: Base, concepts: list[tuple[Concept, Band]]) -> None:
+    lora = replace(SHORT, parametrisation="lora", steps=1)
+    with pytest.raises(InputError, match="Only what was trained as additive or rotational can be trained on"):
+        train(base, *concepts[0], lora, start=train(base, *concepts[0], lora).adapter)
+    fewer = replace(SHORT, layers=("to_v",))
+    with pytest.raises(AdapterError, match="'<V0>' was trained on other layers"):
+        train(base, *concepts[0], fewer, start=random_adapter(base, token="<V0>"))
 
 
 def test_those_before_must_fit_by_token_and_base(base: Base, concepts: list[tuple[Concept, Band]]) -> None:

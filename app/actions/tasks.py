@@ -97,9 +97,13 @@ def train_task(arguments: dict[str, Any], context: TaskContext) -> dict[str, Any
     outs = [studio.folder("adapters") / f"{name}.safetensors" for name in names]
     checkpoint = outs[0].with_name(f"{outs[0].name}.checkpoint")
     known = known_adapters([studio.folder("adapters")], base, except_for=outs)
-    bands = [
-        _reserved_band(studio, base, settings, concept.token, out, known) for concept, out in zip(concepts, outs, strict=True)
-    ]
+    start = [load_adapter(out) for out in outs] if arguments["longer"] else []
+    if start:
+        bands = [adapter.concept(concept.token).band for adapter, concept in zip(start, concepts, strict=True)]
+    else:
+        bands = [
+            _reserved_band(studio, base, settings, concept.token, out, known) for concept, out in zip(concepts, outs, strict=True)
+        ]
     folders = [studio.folder("thumbnails") / name / "samples" for name in names]
 
     def report(progress: TrainingProgress) -> None:
@@ -121,6 +125,7 @@ def train_task(arguments: dict[str, Any], context: TaskContext) -> dict[str, Any
         list(zip(concepts, bands, strict=True)),
         settings,
         among=neighbours(known, [concept.token for concept in concepts]),
+        start=start,
         checkpoint=checkpoint,
         on_progress=report,
         should_stop=context.should_stop,

@@ -67,13 +67,20 @@ def expectations(studio: Studio) -> dict[str, Expectation]:
 
 
 def train(
-    studio: Studio, name: str, preset: str = "fast", changes: dict[str, Any] | None = None, *, beside: Sequence[str] = ()
+    studio: Studio,
+    name: str,
+    preset: str = "fast",
+    changes: dict[str, Any] | None = None,
+    *,
+    beside: Sequence[str] = (),
+    longer: bool = False,
 ) -> str:
     """Queue the training of the concept called `name` and return the job's name.
 
     Args:
         changes: settings that go before the preset's.
         beside: concepts to be trained in one go with it, and among one another.
+        longer: go on from what they were trained to, on the bands that they have.
 
     Raises:
         InputError: one has no photos or is being trained, or there is no such preset.
@@ -86,16 +93,22 @@ def train(
             raise InputError(f"{card.token} has no photos; add five or six.")
         if card.job is not None and not card.job.state.ended:
             raise InputError(f"{card.token} is {card.job.state} already.")
-    names = [card.name for card in cards]
-    arguments = {"concepts": names, "preset": preset, "changes": changes or {}, "settings": asdict(studio.settings)}
+    arguments = {
+        "concepts": [card.name for card in cards],
+        "preset": preset,
+        "changes": changes or {},
+        "longer": longer,
+        "settings": asdict(studio.settings),
+    }
     return studio.jobs.submit("train", f"Train {' and '.join(card.token for card in cards)}", arguments)
 
 
 def train_again(studio: Studio, name: str, *, longer: bool = False) -> str:
-    """Queue the training of a concept once more, as it was trained last and on a band that is free, and return the job's name.
+    """Queue the training of a concept once more with the settings of the last, and return the job's name.
 
     Args:
-        longer: for twice as many steps, and with those that it was trained in one go with; else by itself.
+        longer: go on from what it was trained to, for as many more steps, with those that it was trained in one go with; else
+            anew, by itself, on a band that is free.
 
     Raises:
         InputError: it was never trained here, or is being trained.
@@ -103,16 +116,8 @@ def train_again(studio: Studio, name: str, *, longer: bool = False) -> str:
     last = concept_card(studio, name).job
     if last is None:
         raise InputError("It was not trained here yet; choose how long, then Train.")
-    changes, beside = dict(last.arguments["changes"]), []
-    if longer:
-        changes["steps"] = longer_steps(last)
-        beside = [one for one in trained_by(last) if one in concept_names(studio)]
-    return train(studio, name, last.arguments["preset"], changes, beside=beside)
-
-
-def longer_steps(job: Job) -> int:
-    """Return for how many steps a finished training goes when it is asked to go longer."""
-    return 2 * job.result["steps"]
+    beside = [one for one in trained_by(last) if one in concept_names(studio)] if longer else []
+    return train(studio, name, last.arguments["preset"], last.arguments["changes"], beside=beside, longer=longer)
 
 
 def training_view(studio: Studio, job: Job, name: str) -> TrainingView:

@@ -12,7 +12,7 @@ from app.actions import concepts as library
 from app.actions.pictures import likeness_of
 from app.actions.studio import Studio
 from app.actions.tour import queue_tour
-from app.actions.trainings import expectations, longer_steps, train, train_again, training_view
+from app.actions.trainings import expectations, train, train_again, training_view
 from app.jobs import State
 from app.ui import markup
 from app.ui.activity import wire_jobs
@@ -128,9 +128,7 @@ def _build_training(studio: Studio, live: Live, chosen: gr.State) -> None:
     def go_longer(event: gr.EventData) -> None:
         do, name, _ = said(event)
         if do == "longer":
-            attempt(
-                train_again, studio, name, longer=True, done="A longer training is queued; the adapter stays until it is done."
-            )
+            attempt(train_again, studio, name, longer=True, done="It will be trained on; the adapter stays until that is done.")
 
     start.click(begin, [chosen, preset, beside, steps, sample_every], **EVENT)
     training.click(go_longer, **EVENT)
@@ -317,8 +315,9 @@ def _training(studio: Studio, name: str | None) -> str:
         parts.append(markup.muted(speed))
     elif job.state is State.DONE:
         steps, seconds, bands = (job.result[key] for key in ("steps", "seconds", "bands"))
-        longer = markup.button("longer", card.name, f"Train longer ({longer_steps(job)} steps)")
-        parts.append(markup.muted(f"{steps} steps in {markup.duration(seconds)}, directions {bands[card.name]}."))
+        longer = markup.button("longer", card.name, f"Train longer ({steps} more steps)")
+        made = f"{steps} more steps" if job.arguments["longer"] else f"{steps} steps"
+        parts.append(markup.muted(f"{made} in {markup.duration(seconds)}, directions {bands[card.name]}."))
         parts.append(f'<div class="sd-row">{longer}</div>')
     elif view.step and job.state in (State.CANCELLED, State.INTERRUPTED):
         parts.append(markup.muted(f"Stopped after step {view.step} of {view.steps}; what was learnt is kept."))

@@ -55,6 +55,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", nargs="+", type=safetensors_file, required=True, metavar="FILE", help="each adapter, a .safetensors file"
     )
+    parser.add_argument(
+        "--start",
+        nargs="+",
+        type=safetensors_file,
+        metavar="FILE",
+        help="train longer: an adapter of each concept to go on from, on the band that it has, for as many more steps",
+    )
     parser.add_argument("--force", action="store_true", help="overwrite --out if it exists")
     parser.add_argument(
         "--avoid",
@@ -97,13 +104,13 @@ def _setting_options(field: Field[Any]) -> dict[str, Any]:
 def run(arguments: argparse.Namespace, console: Console) -> int:
     """Train, save, and say what was made; a stopped training keeps its checkpoint and returns 1."""
     outs: list[Path] = arguments.out
-    tokens, class_words = (_one_each(arguments, name) for name in ("token", "class_word"))
+    tokens, class_words, starts = (_one_each(arguments, name) for name in ("token", "class_word", "start"))
     if len(_one_each(arguments, "out")) > len({out.resolve() for out in outs}):
         raise InputError("Two concepts have the same --out; give each a file of its own.")
     for out in outs:
         check_output(out, force=arguments.force)
     quiet_libraries()
-    from spectral_diffusion.adapter_file import save_adapter
+    from spectral_diffusion.adapter_file import load_adapter, save_adapter
     from spectral_diffusion.band_plan import known_adapters, neighbours
     from spectral_diffusion.concept import load_concept
 
@@ -112,11 +119,15 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
     base = load_chosen_base(arguments)
     settings = _chosen_settings(arguments, base)
     words = [concept.token for concept in concepts]
-    known = known_adapters(arguments.avoid, base, except_for=outs)
-    bands = _chosen_bands(arguments, base, settings, words, known, console)
+    known = known_adapters(arguments.avoid, base, except_for=[*outs, *(arguments.start or ())])
+    start = [load_adapter(path) for path in starts if path]
+    if start:
+        bands = [adapter.concept(word).band for adapter, word in zip(start, words, strict=True)]
+    else:
+        bands = _chosen_bands(arguments, base, settings, words, known, console)
     among = neighbours(known, words)
     checkpoint = outs[0].with_name(f"{outs[0].name}.checkpoint")
-    results = _train(base, list(zip(concepts, bands, strict=True)), settings, among, checkpoint, outs)
+    results = _train(base, list(zip(concepts, bands, strict=True)), settings, among, start, checkpoint, outs)
     if not results[0].finished:
         return _say_how_to_resume(results[0], settings, checkpoint)
     for result, out in zip(results, outs, strict=True):
@@ -188,6 +199,7 @@ def _train(
     concepts: Sequence[tuple[Concept, Band]],
     settings: TrainingSettings,
     among: Adapter | None,
+    start: Sequence[Adapter],
     checkpoint: Path,
     outs: Sequence[Path],
 ) -> list[TrainingResult]:
@@ -205,6 +217,7 @@ def _train(
             concepts,
             settings,
             among=among,
+            start=start,
             checkpoint=checkpoint,
             on_progress=display.show,
             should_stop=should_stop,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -50,6 +50,13 @@ class Adaptation(Protocol):
 
     def gradients(self, concept: int) -> list[torch.Tensor]:
         """Return the gradients of concept number `concept`, to be changed in place."""
+
+    def start(self, concept: int, parts: Mapping[str, LayerPart]) -> None:
+        """Let concept number `concept` begin with what `parts` hold, of the same layers and band.
+
+        Raises:
+            InputError: the parametrisation does not keep what it would go on from.
+        """
 
     def after_step(self, step: int) -> None:
         """Do what the parametrisation asks for after step number `step`, counted from 1, while the gradients are there."""
@@ -143,6 +150,10 @@ class Rival:
     def gradients(self, concept: int) -> list[torch.Tensor]:
         """Return the gradients, to be changed in place."""
         return [tensor.grad for tensor in self.named().values() if tensor.grad is not None]
+
+    def start(self, concept: int, parts: Mapping[str, LayerPart]) -> None:
+        """Refuse: what is kept is the change, not the tensors that were trained."""
+        raise InputError(f"Only what was trained as {' or '.join(SPECTRAL)} can be trained on; start this one anew.")
 
     def result(self, concept: int) -> TrainedLayers:
         """Return the changes as a LoRA, or densely where its factors would be larger than the layers."""

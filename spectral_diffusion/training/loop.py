@@ -7,12 +7,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from spectral_diffusion.adapter import Adapter, ConceptPart, token_words
-from spectral_diffusion.attach import Switch, beside, check_new_token, with_tokens
+from spectral_diffusion.attach import Switch, beside, check_fits_base, check_new_token, with_tokens
 from spectral_diffusion.bands import Band
-from spectral_diffusion.base import Base
+from spectral_diffusion.base import Base, linear_layers
 from spectral_diffusion.concept import Concept
 from spectral_diffusion.conditioning import tokenize
-from spectral_diffusion.errors import InputError
+from spectral_diffusion.errors import AdapterError, InputError
 from spectral_diffusion.parametrisations import BANDED
 from spectral_diffusion.training.batches import Shown
 from spectral_diffusion.training.examples import EncodedExamples, encode_examples
@@ -42,13 +42,21 @@ def train(
     settings: TrainingSettings,
     *,
     among: Adapter | None = None,
+    start: Adapter | None = None,
     checkpoint: Path | None = None,
     on_progress: Callable[[TrainingProgress], None] = lambda progress: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> TrainingResult:
     """Train one concept on its band of the base's singular directions: `train_together` with a single one."""
     return train_together(
-        base, [(concept, band)], settings, among=among, checkpoint=checkpoint, on_progress=on_progress, should_stop=should_stop
+        base,
+        [(concept, band)],
+        settings,
+        among=among,
+        start=[start] if start else (),
+        checkpoint=checkpoint,
+        on_progress=on_progress,
+        should_stop=should_stop,
     )[0]
 
 
@@ -58,6 +66,7 @@ def train_together(
     settings: TrainingSettings,
     *,
     among: Adapter | None = None,
+    start: Sequence[Adapter] = (),
     checkpoint: Path | None = None,
     on_progress: Callable[[TrainingProgress], None] = lambda progress: None,
     should_stop: Callable[[], bool] = lambda: False,
@@ -72,6 +81,9 @@ def train_together(
     Args:
         among: concepts trained before that these will be drawn together with; they stay as they are. In the steps made among
             the others they are attached, and what they give on prompts with their own tokens must stay.
+        start: one per concept, an adapter that holds it as it was trained before: `settings.steps` more steps are made from
+            there, the rates falling from their full height once more (a warm restart, Loshchilov & Hutter 2017). None: from
+            the class word and no change.
         checkpoint: where the state is kept every `settings.checkpoint_every` steps; a run of the same photos, base and
             settings goes on from it and ends as an undisturbed run does. It stays; remove it once the adapters are saved.
         on_progress: called after every step, on a GPU after every tenth.
@@ -79,13 +91,17 @@ def train_together(
 
     Raises:
         InputError: a token is a word of the base or stands for two concepts, or the settings do not fit the base.
-        AdapterError: `among` does not fit the base.
+        AdapterError: `among` or `start` does not fit the base, or a concept is not in `start` or was trained otherwise there.
         TrainingError: the loss is not a number (the last good state is in `checkpoint`), or memory does not suffice.
     """
     among = among or Adapter(family=base.family, fingerprint=base.fingerprint, concepts=(), weights=())
     _check_tokens(base, [concept.token for concept, _ in concepts], among.tokens)
     class_vectors = [class_word_vectors(base, concept.class_word) for concept, _ in concepts]
     trainable = build_trainable(base, [band for _, band in concepts], class_vectors, settings)
+    started = [_started(base, *pair, settings, adapter) for pair, adapter in zip(concepts, start, strict=bool(start))]
+    for number, part in enumerate(started):
+        trainable.start(number, part)
+    steps_before = [part.settings.get("steps_done", 0) for part in started] or [0] * len(concepts)
     examples = [encode_examples(base, concept, settings.seed) for concept, _ in concepts]
     strangers = [
         stranger_vectors(base, vectors, settings.seed, first=number * STRANGERS) for number, vectors in enumerate(class_vectors)
@@ -126,7 +142,7 @@ def train_together(
                         activations=activations[number],
                         settings=asdict(settings)
                         | {
-                            "steps_done": run.step,
+                            "steps_done": steps_before[number] + run.step,
                             "parameters": parameters,
                             "among": _others(concepts, among, concept) if settings.presence else [],
                         },
@@ -147,6 +163,24 @@ def _check_tokens(base: Base, tokens: Sequence[str], taken: Sequence[str]) -> No
         check_new_token(base, token)
         if token.lower() in (other.lower() for other in (*taken, *tokens[:number])):
             raise InputError(f"Two concepts use the token '{token}'; give each a token of its own.")
+
+
+def _started(base: Base, concept: Concept, band: Band, settings: TrainingSettings, adapter: Adapter) -> ConceptPart:
+    """Return what `adapter` holds of `concept` if a training with these settings can go on from it."""
+    check_fits_base(base, adapter)
+    part = adapter.concept(concept.token)
+    if adapter.fingerprint != base.fingerprint:
+        raise AdapterError(f"'{concept.token}' was trained on another base, whose directions are others; start it anew.")
+    for what, was, wanted in (
+        ("parametrisation", part.parametrisation, settings.parametrisation),
+        ("directions", part.band, band if part.band else None),
+        ("token_vectors", part.token_vectors, settings.token_vectors),
+    ):
+        if was != wanted:
+            raise AdapterError(f"'{concept.token}' was trained with {what} {was}, not {wanted}; choose that, or start it anew.")
+    if part.layers.keys() != linear_layers(base, settings.layers).keys():
+        raise AdapterError(f"'{concept.token}' was trained on other layers; choose those again, or start it anew.")
+    return part
 
 
 def _others(concepts: Sequence[tuple[Concept, Band]], among: Adapter, own: Concept) -> list[str]:

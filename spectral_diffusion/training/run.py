@@ -97,6 +97,8 @@ class Run:
             digest.update(concept.examples.latents.cpu().numpy().tobytes())
             digest.update(concept.examples.masks.cpu().numpy().tobytes())
         digest.update(self.trainable.adaptation.fixed.cpu().numpy().tobytes())
+        for tensor in self.trainable.named().values():
+            digest.update(tensor.detach().cpu().numpy().tobytes())
         return digest.hexdigest()
 
     def _resume(self) -> None:

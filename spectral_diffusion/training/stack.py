@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from types import ModuleType
@@ -61,6 +61,12 @@ class Stack:
         """Take out of every layer what lies in other concepts' bands."""
         if self.U_kept.shape[-1]:
             self.form.confine(self.tensors, self.U_kept, self.V_kept)
+
+    @torch.no_grad()
+    def start(self, concept: int, parts: Mapping[str, LayerPart]) -> None:
+        """Put the tensors of `parts` in the place of those of concept number `concept`."""
+        for name, tensor in self.tensors.items():
+            tensor[concept].copy_(torch.stack([parts[key].tensors[name] for key in self.keys]))
 
     def parts(self, concept: int) -> dict[str, LayerPart]:
         """Return a copy of the layers of concept number `concept` as an adapter holds them, on the CPU."""
@@ -144,6 +150,11 @@ class Stacks:
     def gradients(self, concept: int) -> list[torch.Tensor]:
         """Return the gradients of concept number `concept`, to be changed in place."""
         return [tensor.grad[concept] for tensor in self.named().values() if tensor.grad is not None]
+
+    def start(self, concept: int, parts: Mapping[str, LayerPart]) -> None:
+        """Let concept number `concept` begin with what `parts` hold, of the same layers and band."""
+        for stack in self.stacks:
+            stack.start(concept, parts)
 
     def after_step(self, step: int) -> None:
         """Take out of every layer what lies in other concepts' bands."""

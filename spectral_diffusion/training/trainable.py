@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from spectral_diffusion.adapter import ConceptPart
 from spectral_diffusion.bands import Band
 from spectral_diffusion.base import Base, linear_layers
 from spectral_diffusion.errors import InputError
@@ -40,25 +41,33 @@ class Trainable:
 
     def parameter_count(self) -> int:
         """Return how many numbers are trained for each concept, token embeddings included."""
-        return sum(tensor.numel() for tensor in self._named().values()) // len(self.embeddings)
+        return sum(tensor.numel() for tensor in self.named().values()) // len(self.embeddings)
 
-    def _named(self) -> dict[str, torch.Tensor]:
+    def named(self) -> dict[str, torch.Tensor]:
+        """Return every trained tensor by a name of its own."""
         return self.adaptation.named() | {
             f"token/{concept}/{part}": vectors for concept, own in enumerate(self.embeddings) for part, vectors in own.items()
         }
 
     def state(self) -> dict[str, Any]:
         """Return a copy of every trained tensor by name, and what the adaptation remembers."""
-        copied = {name: tensor.detach().clone() for name, tensor in self._named().items()}
+        copied = {name: tensor.detach().clone() for name, tensor in self.named().items()}
         memory = self.adaptation.memory()
         return copied | ({"memory": memory} if memory else {})
 
     @torch.no_grad()
     def load(self, state: dict[str, Any]) -> None:
         """Put back what `state` returned."""
-        for name, tensor in self._named().items():
+        for name, tensor in self.named().items():
             tensor.copy_(state[name])
         self.adaptation.recall(state.get("memory", {}))
+
+    @torch.no_grad()
+    def start(self, concept: int, part: ConceptPart) -> None:
+        """Let concept number `concept` begin as `part` was trained, of the same form, layers, band and token vectors."""
+        self.adaptation.start(concept, part.layers)
+        for encoder, vectors in self.embeddings[concept].items():
+            vectors.copy_(part.embeddings[encoder])
 
     def token_vectors(self, concept: int) -> dict[str, torch.Tensor]:
         """Return a copy of the token's vectors of concept number `concept`, on the CPU."""
