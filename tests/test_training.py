@@ -29,7 +29,7 @@ from spectral_diffusion.concept import Concept, Example, load_concept
 from spectral_diffusion.errors import BandError, InputError, TrainingError
 from spectral_diffusion.photos import Photo
 from spectral_diffusion.spectrum import base_spectrum
-from spectral_diffusion.training import PRESETS, TrainingProgress, TrainingSettings, preset, train
+from spectral_diffusion.training import PRESETS, TrainingProgress, TrainingSettings, measure_pace, preset, train
 from spectral_diffusion.training.checkpoint import load_checkpoint, save_checkpoint
 from spectral_diffusion.training.examples import EncodedExamples, encode_examples
 from spectral_diffusion.training.trainable import class_word_vectors
@@ -290,6 +290,16 @@ def test_a_class_word_of_several_pieces_starts_at_their_mean(base: Base) -> None
 def test_a_setting_out_of_range_is_named(wrong: dict[str, object], message: str) -> None:
     with pytest.raises(InputError, match=message):
         TrainingSettings(**wrong)
+
+
+def test_the_pace_is_measured_and_nothing_is_left(base: Base) -> None:
+    before = {name: tensor.clone() for name, tensor in base.pipeline.unet.state_dict().items()}
+    asked: list[None] = []
+    assert (measure_pace(base, SHORT) or 0) > 0
+    assert measure_pace(base, SHORT, lambda: bool(asked.append(None) or len(asked) > 2)) is None and len(asked) == 3
+    after = base.pipeline.unet.state_dict()
+    assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in base.pipeline.unet.modules())
 
 
 def test_presets_are_chosen_by_name_and_take_longer_in_turn(base: Base) -> None:

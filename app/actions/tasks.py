@@ -57,7 +57,7 @@ from spectral_diffusion.generation import Drawing, Picture, generate
 from spectral_diffusion.regions import Region
 from spectral_diffusion.score import ClipScorer, PictureScore, load_scorer, score_pictures
 from spectral_diffusion.toyworld.judge import Judge, load_judge
-from spectral_diffusion.training import PRESETS, TrainingProgress, TrainingSettings, preset, train_together
+from spectral_diffusion.training import PRESETS, TrainingProgress, TrainingSettings, measure_pace, preset, train_together
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ _PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.floa
 
 
 def look_task(arguments: dict[str, Any], context: TaskContext) -> dict[str, Any]:
-    """Load the base and write down what it is."""
+    """Load the base and write down what it is and what a training on it takes here."""
     base = _base(arguments["settings"])
 
     def report(done: int, total: int) -> None:
@@ -75,6 +75,9 @@ def look_task(arguments: dict[str, Any], context: TaskContext) -> dict[str, Any]
             raise Stopped
 
     directions = fewest_directions(base, TrainingSettings().layers, report)
+    pace = measure_pace(base, preset(PRESETS[0], base), context.should_stop)
+    if pace is None:
+        raise Stopped
     facts = {
         "chosen": [arguments["settings"]["base"], arguments["settings"]["device"]],
         "family": base.family,
@@ -83,6 +86,8 @@ def look_task(arguments: dict[str, Any], context: TaskContext) -> dict[str, Any]
         "device": str(base.device),
         "precision": str(base.pipeline.unet.dtype).removeprefix("torch."),
         "presets": {name: preset(name, base).steps for name in PRESETS},
+        "seconds_per_step": pace,
+        "memory": _memory(base),
     }
     _write_json(_studio(context).root / FACTS, facts)
     return facts

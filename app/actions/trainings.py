@@ -20,11 +20,11 @@ FACTS = "base.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Expectation:
-    """What a preset means here: optimiser steps, and seconds and bytes once a training on this base was measured."""
+    """What a preset means here: optimiser steps, and the seconds and bytes that they are expected to take."""
 
     steps: int
-    seconds: float | None
-    memory: int | None
+    seconds: float
+    memory: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,11 +47,12 @@ def look_at_base(studio: Studio) -> str | None:
 
 
 def base_facts(studio: Studio) -> dict[str, Any] | None:
-    """Return what is known of the chosen base: `family`, `resolution`, `directions`, `device`, `presets`, measured figures."""
+    """Return what is known of the chosen base: `family`, `resolution`, `directions`, `device`, `presets`, pace."""
     path = studio.root / FACTS
     facts = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     settings = studio.settings
-    return facts if facts.get("chosen") == [settings.base, settings.device] else None
+    known = facts.get("chosen") == [settings.base, settings.device] and "seconds_per_step" in facts
+    return facts if known else None
 
 
 def expectations(studio: Studio) -> dict[str, Expectation]:
@@ -59,11 +60,8 @@ def expectations(studio: Studio) -> dict[str, Expectation]:
     facts = base_facts(studio)
     if facts is None:
         return {}
-    pace, memory = facts.get("seconds_per_step"), facts.get("memory")
-    return {
-        name: Expectation(steps=steps, seconds=None if pace is None else steps * pace, memory=memory)
-        for name, steps in facts["presets"].items()
-    }
+    pace, memory = facts["seconds_per_step"], facts["memory"]
+    return {name: Expectation(steps=steps, seconds=steps * pace, memory=memory) for name, steps in facts["presets"].items()}
 
 
 def train(

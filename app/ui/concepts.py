@@ -289,9 +289,7 @@ def _expected(studio: Studio) -> str:
     if not expected:
         return markup.muted("Looking at the base …")
     lines = [
-        f"<strong>{name}</strong> {one.steps} steps, "
-        + ("time known after the first training" if one.seconds is None else f"about {markup.duration(one.seconds)}")
-        + (f", {one.memory / 1e9:.1f} GB" if one.memory else "")
+        f"<strong>{name}</strong> {one.steps} steps, about {markup.duration(one.seconds)}, {one.memory / 1e9:.1f} GB"
         for name, one in expected.items()
     ]
     return f'<ul class="sd-expected sd-muted">{"".join(f"<li>{line}</li>" for line in lines)}</ul>'

@@ -13,6 +13,7 @@ _HOME = {
     "TrainingProgress": "run",
     "TrainingResult": "loop",
     "TrainingSettings": "settings",
+    "measure_pace": "pace",
     "preset": "settings",
     "train": "loop",
     "train_together": "loop",
