@@ -43,9 +43,10 @@ QUICK = {
         "pictures": 1,
         "trainings": {
             "spectral": {"parametrisation": "additive", "rank": 2, "steps": 2, "batch": 1},
+            "in one go": {"parametrisation": "additive", "rank": 2, "steps": 2, "batch": 1, "together": True},
             "oft": {"parametrisation": "oft", "rank": 2, "steps": 2, "batch": 1},
         },
-        "methods": {"aligned": ["spectral", "aligned"], "OFT average": ["oft", "average"]},
+        "methods": {"aligned": ["spectral", "aligned"], "in one go": ["in one go", "sum"], "OFT average": ["oft", "average"]},
     },
     "efficiency": {
         "concepts": ["black-cat"],

@@ -1,7 +1,8 @@
 """How much of each concept is left when several are joined: every method trains, joins and draws in the same way.
 
 Identity is the judge's: the share of pictures in which its first answer is the concept. The whole joined adapter is attached, as
-an exported file is. `alone` cases are shared by all methods that train alike.
+an exported file is. `alone` cases are shared by all methods that train alike. A training with `together = true` trains all
+concepts of a case in one go; there each number of concepts has `alone` cases of its own.
 """
 
 from __future__ import annotations
@@ -27,23 +28,31 @@ def cases(config: dict[str, Any]) -> Iterator[Case]:
     for seed in config["seeds"]:
         for before, count in pairwise([0, *config["counts"]]):
             names = config["concepts"][:count]
-            for label, training in config["trainings"].items():
-                for slot, name in list(enumerate(names))[before:]:
-                    case = {"name": f"{name} alone {label} {seed}", "kind": "alone", "training": label, "concept": name}
-                    yield case | {"slot": slot, "settings": training | {"seed": seed}} | shared
+            trained = {label: _trained(training, names, seed) for label, training in config["trainings"].items()}
+            for label, training in trained.items():
+                of = f" of {count}" if training["group"] else ""
+                for slot, name in list(enumerate(names))[0 if training["group"] else before :]:
+                    case = {"name": f"{name}{of} alone {label} {seed}", "kind": "alone", "training": label, "concept": name}
+                    yield case | {"slot": slot} | training | shared
             for method, (label, fuser) in config["methods"].items():
                 case = {"name": f"{count} {method} {seed}", "kind": "fused", "method": method, "training": label, "fuser": fuser}
-                yield case | {"concepts": names, "settings": config["trainings"][label] | {"seed": seed}} | shared
+                yield case | {"concepts": names} | trained[label] | shared
+
+
+def _trained(training: dict[str, Any], names: list[str], seed: int) -> dict[str, Any]:
+    """Return the settings of a training and the `group` that is trained in one go, empty where each is trained by itself."""
+    settings = {name: value for name, value in training.items() if name != "together"}
+    return {"settings": settings | {"seed": seed}, "group": names if training.get("together") else []}
 
 
 def measure(case: Case, workshop: Workshop) -> dict[str, Any]:
     """Draw and judge one concept alone, or all of a fused adapter."""
     if case["kind"] == "alone":
-        adapter = workshop.adapter(case["concept"], case["slot"], case["settings"])
+        adapter = workshop.adapter(case["concept"], case["slot"], case["settings"], case["group"])
         pictures = workshop.draw(adapter, adapter.tokens[0], case["pictures"])
         (part,) = adapter.concepts
         return asdict(workshop.likeness(case["concept"], pictures)) | {"parameters": part.parameters()}
-    adapters = [workshop.adapter(name, slot, case["settings"]) for slot, name in enumerate(case["concepts"])]
+    adapters = [workshop.adapter(name, slot, case["settings"], case["group"]) for slot, name in enumerate(case["concepts"])]
     fused = fuse(adapters, method=case["fuser"])
     concepts, strip = {}, []
     for name, token in zip(case["concepts"], fused.tokens, strict=True):
@@ -95,5 +104,5 @@ def show(records: Sequence[Record]) -> tuple[dict[str, Figure], str]:
     return {"identity": figure} | sheets, markdown(header, rows)
 
 
-def _key(case: Case, name: str) -> tuple[str, str, int]:
-    return case["training"], name, case["settings"]["seed"]
+def _key(case: Case, name: str) -> tuple[str, str, int, int]:
+    return case["training"], name, case["settings"]["seed"], len(case["group"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +18,7 @@ from spectral_diffusion.concept import SAMPLES_FOLDER, Concept, load_concept
 from spectral_diffusion.generation import Drawing, Picture, generate
 from spectral_diffusion.parametrisations import BANDED
 from spectral_diffusion.toyworld.judge import Judge, load_judge
-from spectral_diffusion.training import TrainingSettings, preset, train
+from spectral_diffusion.training import TrainingSettings, preset, train_together
 
 PROMPTS = ("{} near a lake", "a photo of {} in the snow", "{} on the beach", "{} in the city", "a picture of {} in the forest")
 
@@ -65,18 +65,26 @@ class Workshop:
         """Return the shapes of the layers that `settings` adapt."""
         return [tuple(layer.weight.shape) for layer in linear_layers(self.base, settings.layers).values()]
 
-    def adapter(self, name: str, slot: int, changes: Mapping[str, Any]) -> Adapter:
-        """Return the concept `name` trained on band number `slot` with `changes`, from disk where it was trained before."""
+    def adapter(self, name: str, slot: int, changes: Mapping[str, Any], group: Sequence[str] = ()) -> Adapter:
+        """Return the concept `name` trained on band number `slot` with `changes`, from disk where it was trained before.
+
+        Args:
+            group: concepts that are trained in one go, `name` among them, each on the band of its place; none: by itself.
+        """
         settings = self.settings(changes)
-        band = Band(start=slot * settings.rank if settings.parametrisation in BANDED else 0, rank=settings.rank)
-        key = digest([name, asdict(band), asdict(settings), self.base.fingerprint])
-        path = self.adapters / f"{name}-{settings.parametrisation}-{key}.safetensors"
-        if not path.exists():
-            checkpoint = path.with_suffix(".checkpoint")
-            result = train(self.base, self.concept(name), band, settings, checkpoint=checkpoint)
-            save_adapter(result.adapter, path)
+        slots = dict(zip(group, range(len(group)), strict=True)) or {name: slot}
+        rank = settings.rank
+        bands = [Band(start=place * rank if settings.parametrisation in BANDED else 0, rank=rank) for place in slots.values()]
+        key = digest([list(slots), [asdict(band) for band in bands], asdict(settings), self.base.fingerprint])
+        paths = {one: self.adapters / f"{one}-{settings.parametrisation}-{key}.safetensors" for one in slots}
+        if not paths[name].exists():
+            checkpoint = self.adapters / f"{key}.checkpoint"
+            concepts = [(self.concept(one), band) for one, band in zip(slots, bands, strict=True)]
+            results = train_together(self.base, concepts, settings, checkpoint=checkpoint)
+            for path, result in zip(paths.values(), results, strict=True):
+                save_adapter(result.adapter, path)
             checkpoint.unlink(missing_ok=True)
-        return load_adapter(path)
+        return load_adapter(paths[name])
 
     def draw(self, adapter: Adapter, token: str, per_prompt: int) -> list[Picture]:
         """Draw the fixed prompts with the whole adapter attached, the same seeds for every adapter."""
