@@ -12,6 +12,7 @@ from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
@@ -31,7 +32,7 @@ from spectral_diffusion.photos import Photo
 from spectral_diffusion.spectrum import base_spectrum
 from spectral_diffusion.training import PRESETS, TrainingProgress, TrainingSettings, measure_pace, preset, train
 from spectral_diffusion.training.checkpoint import load_checkpoint, save_checkpoint
-from spectral_diffusion.training.examples import EncodedExamples, encode_examples
+from spectral_diffusion.training.examples import EncodedExamples, encode_examples, random_crop
 from spectral_diffusion.training.trainable import class_word_vectors
 
 pytestmark = pytest.mark.usefixtures("less_preparation")
@@ -159,7 +160,7 @@ def encoded_by_pooling(concept: Concept) -> EncodedExamples:
     return encode_examples(base, concept, seed=0)
 
 
-def test_masks_follow_their_photos_through_crops_and_mirrors(concept: Concept) -> None:
+def test_masks_follow_their_photos_through_crops(concept: Concept) -> None:
     mask = Image.new("L", (96, 64))
     ImageDraw.Draw(mask).ellipse([10, 20, 50, 60], fill=255)
     photo = Photo(**{**vars(concept.examples[0].photo), "image": mask.convert("RGB")})
@@ -169,6 +170,37 @@ def test_masks_follow_their_photos_through_crops_and_mirrors(concept: Concept) -
     # both are rounded to 255 levels
     torch.testing.assert_close(encoded.latents / 2 + 0.5, encoded.masks.expand(-1, 3, -1, -1), rtol=0, atol=1.01 / 255)
     assert len({crop.numpy().tobytes() for crop in encoded.masks}) > 1
+
+
+def test_crops_are_taken_around_the_concept_and_never_mirrored() -> None:
+    mask = Image.new("L", (300, 200))
+    ImageDraw.Draw(mask).rectangle([130, 60, 169, 119], fill=255)  # 40 x 60
+    photo = Image.merge("RGB", (mask, Image.linear_gradient("L").rotate(90).resize(mask.size), mask))  # bright to the right
+    rng = np.random.default_rng(0)
+    middles, edges = [], []
+    for _ in range(40):
+        crop, cropped = random_crop(photo, mask, 64, rng)
+        left, top, right, bottom = cropped.point(lambda value: 255 if value > 127 else 0).getbbox() or (0, 0, 0, 0)
+        middles.append(((left + right) / 2 / 64, (top + bottom) / 2 / 64))
+        edges.append(60 * 64 / (bottom - top))
+        shades = np.array(crop)[..., 1].astype(int).mean(0)
+        assert shades[-1] > shades[0] + 10
+    assert np.abs(np.array(middles) - 0.5).max() < 0.05  # the shake, and a pixel
+    assert 70 < min(edges) < 100 and 160 < max(edges) < 210  # from a close-up of 75 to the whole 200
+    assert random_crop(photo, Image.new("L", photo.size), 64, rng)[0].size == (64, 64)
+    corner = Image.new("L", (300, 200))
+    ImageDraw.Draw(corner).rectangle([0, 150, 39, 199], fill=255)
+    for _ in range(10):  # the photo's edges keep it from the middle, but none of it is cut off
+        cropped = random_crop(photo, corner, 64, rng)[1]
+        left, top, right, bottom = cropped.point(lambda value: 255 if value > 127 else 0).getbbox() or (9, 9, 9, 9)
+        assert left == 0 and bottom == 64 and abs((right - left) / (bottom - top) - 0.8) < 0.1
+
+
+def test_without_a_mask_every_part_of_a_photo_is_shown() -> None:
+    photo = Image.linear_gradient("L").rotate(90).resize((300, 100)).convert("RGB")
+    rng = np.random.default_rng(0)
+    crops = [np.array(random_crop(photo, Image.new("L", photo.size, 255), 32, rng)[0]) for _ in range(60)]
+    assert max(crop.max() for crop in crops) > 240 and min(crop.min() for crop in crops) < 15
 
 
 def test_a_photo_without_a_mask_counts_everywhere(concept: Concept) -> None:

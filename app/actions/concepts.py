@@ -239,9 +239,11 @@ def suggest_masks(studio: Studio, name: str) -> str:
 
 def crop_previews(studio: Studio, name: str, photo: str, side: int, count: int = 4) -> list[Image.Image]:
     """Return `count` crops of a photo as the training draws them, `side` pixels wide."""
-    picture = read_photo(_photo(studio, name, photo)).image
+    path = _photo(studio, name, photo)
+    picture, mask = read_photo(path).image, mask_path(path)
+    shown = read_photo(mask, background=BLACK).image.convert("L").resize(picture.size) if mask.is_file() else None
     rng = np.random.default_rng(0)
-    return [random_crop(picture, Image.new("L", picture.size, 255), side, rng)[0] for _ in range(count)]
+    return [random_crop(picture, shown or Image.new("L", picture.size, 255), side, rng)[0] for _ in range(count)]
 
 
 def remove_photo(studio: Studio, name: str, photo: str) -> None:

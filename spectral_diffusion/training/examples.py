@@ -12,9 +12,13 @@ from spectral_diffusion.base import Base
 from spectral_diffusion.concept import PLACEHOLDER, Concept
 
 CROPS_PER_PHOTO = 8
-"""Random crops of each photo that are encoded; half of them mirrored."""
+"""Random crops of each photo that are encoded."""
+CLOSE_UP = 1.25
+"""The closest crop is this many times as wide as what the mask shows."""
 LARGEST_ZOOM = 1.15
-"""A photo's short side is brought to at most this many times the resolution before it is cropped."""
+"""Where that takes in all of the photo, the closest crop is the photo's short side over this."""
+SHAKE = 0.06
+"""How far the middle of a crop strays, in crops."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,13 +50,22 @@ def encode_examples(base: Base, concept: Concept, seed: int) -> EncodedExamples:
 
 
 def random_crop(picture: Image.Image, mask: Image.Image, side: int, rng: np.random.Generator) -> tuple[Image.Image, Image.Image]:
-    """Return the same random square of `picture` and `mask`, `side` pixels wide, mirrored half of the time."""
-    scale = side * rng.uniform(1.0, LARGEST_ZOOM) / min(picture.size)
-    size = tuple(max(side, round(edge * scale)) for edge in picture.size)
-    left, top = (int(rng.integers(edge - side + 1)) for edge in size)
-    mirrored = rng.random() < 0.5
-    results = []
-    for image in (picture, mask):
-        crop = image.resize(size, Image.Resampling.LANCZOS).crop((left, top, left + side, top + side))
-        results.append(crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored else crop)
-    return results[0], results[1]
+    """Return the same random square of `picture` and `mask`, `side` pixels wide, around what is white in `mask`.
+
+    It reaches from a close-up to the whole photo, with the concept near its middle as far as the photo's edges allow; where the
+    concept is larger than the square, any part of it may lie there. Nothing is mirrored: what faces both ways at once is learnt
+    as both halves in one, and few things look the same in a mirror.
+    """
+    box = mask.point(lambda value: 255 if value > 127 else 0).getbbox() or (0, 0, *picture.size)
+    extent = box[2] - box[0], box[3] - box[1]
+    whole = min(picture.size)
+    edge = rng.uniform(min(CLOSE_UP * max(extent), whole / LARGEST_ZOOM), whole)
+    corner = []
+    for start, length, limit in zip(box, extent, picture.size, strict=False):
+        play = max(length - edge, SHAKE * edge)
+        middle = start + length / 2 + rng.uniform(-0.5, 0.5) * play
+        corner.append(min(max(middle - edge / 2, 0.0), limit - edge))
+    left, top = corner
+    square = (left, top, left + edge, top + edge)
+    crops = [image.resize((side, side), Image.Resampling.LANCZOS, box=square) for image in (picture, mask)]
+    return crops[0], crops[1]
