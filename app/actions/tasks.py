@@ -13,33 +13,23 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from PIL import Image
 
 from app.actions.adapters import adapter_path
-from app.actions.concepts import concept_folder, concepts_of_tokens
+from app.actions.concepts import concepts_of_tokens
 from app.actions.pictures import PREVIEW_ENDING, picture_card
 from app.actions.studio import Studio
-from app.actions.trainings import FACTS
+from app.actions.training_tasks import look_task, train_task
+from app.actions.workbench import chosen_base, studio_of, write_json
 from app.jobs import Stopped, TaskContext
 from app.jobs.worker import Task
 from spectral_diffusion.adapter import Adapter
 from spectral_diffusion.adapter_file import load_adapter, save_adapter
-from spectral_diffusion.album import Album, save_samples
+from spectral_diffusion.album import Album
 from spectral_diffusion.attach import check_fits_base
-from spectral_diffusion.band_plan import (
-    TakenBand,
-    choose_band,
-    fewest_directions,
-    known_adapters,
-    neighbours,
-    taken_bands,
-)
-from spectral_diffusion.bands import Band
-from spectral_diffusion.base import Base, load_base
+from spectral_diffusion.base import Base
 from spectral_diffusion.comparison import BARE, Axis, compare, write_comparison
-from spectral_diffusion.concept import load_concept
 from spectral_diffusion.errors import SpectralDiffusionError
 from spectral_diffusion.exactness import export_error
 from spectral_diffusion.export import (
@@ -57,99 +47,15 @@ from spectral_diffusion.generation import Drawing, Picture, generate
 from spectral_diffusion.regions import Region
 from spectral_diffusion.score import ClipScorer, PictureScore, load_scorer, score_pictures
 from spectral_diffusion.toyworld.judge import Judge, load_judge
-from spectral_diffusion.training import PRESETS, TrainingProgress, TrainingSettings, measure_pace, preset, train_together
 
 logger = logging.getLogger(__name__)
 
-_PACE_KNOWN = 20  # steps after which the pace of a training is noted for what is expected of the next ones
 _PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-
-
-def look_task(arguments: dict[str, Any], context: TaskContext) -> dict[str, Any]:
-    """Load the base and write down what it is and what a training on it takes here."""
-    base = _base(arguments["settings"])
-
-    def report(done: int, total: int) -> None:
-        context.report(done=done, total=total)
-        if context.should_stop():
-            raise Stopped
-
-    directions = fewest_directions(base, TrainingSettings().layers, report)
-    pace = measure_pace(base, preset(PRESETS[0], base), context.should_stop)
-    if pace is None:
-        raise Stopped
-    facts = {
-        "chosen": [arguments["settings"]["base"], arguments["settings"]["device"]],
-        "family": base.family,
-        "resolution": base.resolution,
-        "directions": directions,
-        "device": str(base.device),
-        "precision": str(base.pipeline.unet.dtype).removeprefix("torch."),
-        "presets": {name: preset(name, base).steps for name in PRESETS},
-        "seconds_per_step": pace,
-        "memory": _memory(base),
-    }
-    _write_json(_studio(context).root / FACTS, facts)
-    return facts
-
-
-def train_task(arguments: dict[str, Any], context: TaskContext) -> dict[str, Any]:
-    """Train concepts in one go, each on a free band, among those that are trained already, going on from a checkpoint."""
-    studio, names = _studio(context), arguments["concepts"]
-    base = _base(arguments["settings"])
-    concepts = [load_concept(concept_folder(studio, name)) for name in names]
-    settings = replace(preset(arguments["preset"], base), **arguments["changes"])
-    outs = [studio.folder("adapters") / f"{name}.safetensors" for name in names]
-    checkpoint = outs[0].with_name(f"{outs[0].name}.checkpoint")
-    known = known_adapters([studio.folder("adapters")], base, except_for=outs)
-    start = [load_adapter(out) for out in outs] if arguments["longer"] else []
-    if start:
-        bands = [adapter.concept(concept.token).band for adapter, concept in zip(start, concepts, strict=True)]
-    else:
-        bands = [
-            _reserved_band(studio, base, settings, concept.token, out, known) for concept, out in zip(concepts, outs, strict=True)
-        ]
-    folders = [studio.folder("thumbnails") / name / "samples" for name in names]
-
-    def report(progress: TrainingProgress) -> None:
-        paths = save_samples(progress.samples, progress.step, folders)
-        context.report(
-            step=progress.step,
-            steps=progress.steps,
-            concept_loss=progress.concept_loss,
-            inertness_loss=progress.inertness_loss,
-            speed=progress.steps_per_second,
-            remaining=progress.remaining_seconds,
-            samples={name: [path.name for path in own] for name, own in zip(names, paths, strict=True)},
-        )
-        if progress.step == _PACE_KNOWN:
-            _note_pace(studio, arguments["settings"], 1 / progress.steps_per_second / len(names), _memory(base))
-
-    results = train_together(
-        base,
-        list(zip(concepts, bands, strict=True)),
-        settings,
-        among=neighbours(known, [concept.token for concept in concepts]),
-        start=start,
-        checkpoint=checkpoint,
-        on_progress=report,
-        should_stop=context.should_stop,
-    )
-    if not results[0].finished:
-        raise Stopped
-    for result, out in zip(results, outs, strict=True):
-        save_adapter(result.adapter, out)
-        _reservation(out).unlink(missing_ok=True)
-    checkpoint.unlink(missing_ok=True)
-    steps, seconds = results[0].steps_done, results[0].seconds
-    _note_pace(studio, arguments["settings"], seconds / steps / len(names), _memory(base))
-    own_bands = {name: str(band) for name, band in zip(names, bands, strict=True)}
-    return {"bands": own_bands, "steps": steps, "seconds": round(seconds, 1)}
 
 
 def fuse_task(arguments: dict[str, Any], context: TaskContext) -> dict[str, Any]:
     """Fuse adapters."""
-    studio = _studio(context)
+    studio = studio_of(context)
     fused = fuse(
         [load_adapter(adapter_path(studio, name)) for name in arguments["adapters"]],
         strengths=arguments["strengths"],
@@ -162,10 +68,10 @@ def fuse_task(arguments: dict[str, Any], context: TaskContext) -> dict[str, Any]
 
 def generate_task(arguments: dict[str, Any], context: TaskContext) -> dict[str, Any]:
     """Draw pictures one by one, then score those of this job; resumed, the remaining ones are drawn."""
-    studio, settings = _studio(context), arguments["settings"]
+    studio, settings = studio_of(context), arguments["settings"]
     name, drawing = arguments["adapter"], _drawing(arguments)
     adapter = load_adapter(adapter_path(studio, name)) if name else None
-    base = _base(settings)
+    base = chosen_base(settings)
     if adapter is not None:
         check_fits_base(base, adapter)
     album = Album(studio.folder("pictures"), Path(base.source).name)
@@ -174,7 +80,7 @@ def generate_task(arguments: dict[str, Any], context: TaskContext) -> dict[str, 
     def keep(picture: Picture) -> None:
         path = album.add(picture)
         record = {"prompt": picture.drawing.prompt, "seed": picture.seed, "adapter": name, "tokens": list(picture.tokens)}
-        _write_json(path.with_suffix(".json"), record)
+        write_json(path.with_suffix(".json"), record)
         context.report(picture=path.name, done=len(paths) + 1, total=drawing.count)
         paths.append(path)
         if context.should_stop():
@@ -202,8 +108,8 @@ def generate_task(arguments: dict[str, Any], context: TaskContext) -> dict[str, 
 
 def compare_task(arguments: dict[str, Any], context: TaskContext) -> dict[str, Any]:
     """Draw and score a grid; leave it as one picture and as a table."""
-    studio, settings = _studio(context), arguments["settings"]
-    base = _base(settings)
+    studio, settings = studio_of(context), arguments["settings"]
+    base = chosen_base(settings)
     adapters = {Path(name).stem: load_adapter(adapter_path(studio, name)) for name in arguments["adapters"]} | {BARE: None}
     x, y = (Axis(name=axis["name"], values=tuple(axis["values"])) for axis in (arguments["x"], arguments["y"]))
     total, paths = len(x.values) * len(y.values), []
@@ -235,7 +141,7 @@ def compare_task(arguments: dict[str, Any], context: TaskContext) -> dict[str, A
 
 def export_task(arguments: dict[str, Any], context: TaskContext) -> dict[str, Any]:
     """Export an adapter and pack the files, notes and a picture into one zip."""
-    studio = _studio(context)
+    studio = studio_of(context)
     adapter = load_adapter(adapter_path(studio, arguments["adapter"]))
     with tempfile.TemporaryDirectory(dir=context.folder) as folder:
         files = Path(folder)
@@ -268,7 +174,7 @@ def _export(adapter: Adapter, arguments: dict[str, Any], files: Path, preview: P
         case "embedding":
             return export_embeddings(adapter, files, dtype=dtype)
         case _:
-            base = _base(arguments["settings"])
+            base = chosen_base(arguments["settings"])
             return export_checkpoint(
                 adapter, base, files / (stem if base.family == "mini" else f"{stem}.safetensors"), dtype=dtype
             )
@@ -283,19 +189,6 @@ TASKS: dict[str, Task] = {
     "export": export_task,
 }
 """Kind of a job to the task that does it."""
-
-
-def _studio(context: TaskContext) -> Studio:
-    return Studio(root=context.folder.parents[1])
-
-
-def _base(settings: dict[str, Any]) -> Base:
-    return _loaded_base(settings["base"], settings["device"])
-
-
-@lru_cache(maxsize=1)
-def _loaded_base(source: str | None, device: str | None) -> Base:
-    return load_base(source, device=device)
 
 
 @lru_cache(maxsize=1)
@@ -319,42 +212,6 @@ def _drawing(arguments: dict[str, Any]) -> Drawing:
     return Drawing(**values | {"size": tuple(values["size"]) if values["size"] else None, "regions": regions})
 
 
-def _reservation(out: Path) -> Path:
-    return out.with_name(f"{out.stem}.band.json")
-
-
-def _reserved_band(
-    studio: Studio, base: Base, settings: TrainingSettings, token: str, out: Path, known: dict[Path, Adapter]
-) -> Band:
-    """Return the band that an earlier start of this training took, or a free one, which is then taken."""
-    mine = _reservation(out)
-    if mine.exists():
-        record = json.loads(mine.read_text(encoding="utf-8"))
-        if record["rank"] == settings.rank and record["fingerprint"] == base.fingerprint:
-            return Band(start=record["start"], rank=record["rank"])
-    taken = taken_bands(known)
-    for path in studio.folder("adapters").glob("*.band.json"):
-        record = json.loads(path.read_text(encoding="utf-8"))
-        if path != mine:
-            taken.append(TakenBand(token=record["token"], band=Band(start=record["start"], rank=record["rank"]), path=path))
-    band = choose_band(None, settings.rank, fewest_directions(base, settings.layers), taken, allow_overlap=False)
-    record = {"token": token, "start": band.start, "rank": band.rank, "fingerprint": base.fingerprint}
-    _write_json(mine, record)
-    return band
-
-
-def _note_pace(studio: Studio, settings: dict[str, Any], seconds_per_step: float, memory: int) -> None:
-    path = studio.root / FACTS
-    facts = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    if facts.get("chosen") == [settings["base"], settings["device"]]:
-        _write_json(path, facts | {"seconds_per_step": seconds_per_step, "memory": memory})
-
-
-def _memory(base: Base) -> int:
-    """Return the bytes that the work took: on the GPU where there is one, else of this process."""
-    return torch.cuda.max_memory_allocated(base.device) if base.device.type == "cuda" else psutil.Process().memory_info().rss
-
-
 def _score(studio: Studio, base: Base, settings: dict[str, Any], paths: Sequence[Path], tokens: Sequence[str]) -> None:
     references = concepts_of_tokens(studio, tokens)
     scorer = _scorer(settings["clip"], str(base.device))
@@ -362,7 +219,7 @@ def _score(studio: Studio, base: Base, settings: dict[str, Any], paths: Sequence
     report = score_pictures(present, references, scorer, _judge(base))
     for path, score in zip(present, report.pictures, strict=True):
         record = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-        _write_json(path.with_suffix(".json"), record | _score_record(score))
+        write_json(path.with_suffix(".json"), record | _score_record(score))
 
 
 def _score_record(score: PictureScore) -> dict[str, Any]:
@@ -375,7 +232,7 @@ def _export_error(settings: dict[str, Any], adapter: Adapter, made: Export) -> f
     if made.rank is None:
         return None
     with suppress(SpectralDiffusionError):
-        base = _base(settings)
+        base = chosen_base(settings)
         check_fits_base(base, adapter)
         return export_error(base, adapter, made.path)
     return None
@@ -393,8 +250,3 @@ def _zip(folder: Path, path: Path) -> None:
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
         for file in sorted(path for path in folder.rglob("*") if path.is_file()):
             archive.write(file, file.relative_to(folder))
-
-
-def _write_json(path: Path, value: Any) -> None:
-    text = json.dumps(value, ensure_ascii=False)
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))

@@ -1,0 +1,152 @@
+"""What the worker does to train: look at a base, and train concepts on it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from app.actions.concepts import concept_folder
+from app.actions.studio import Studio
+from app.actions.trainings import FACTS
+from app.actions.workbench import chosen_base, studio_of, write_json
+from app.jobs import Stopped, TaskContext
+from spectral_diffusion.adapter import Adapter
+from spectral_diffusion.adapter_file import load_adapter, save_adapter
+from spectral_diffusion.album import save_samples
+from spectral_diffusion.band_plan import (
+    TakenBand,
+    choose_band,
+    fewest_directions,
+    known_adapters,
+    neighbours,
+    taken_bands,
+)
+from spectral_diffusion.bands import Band
+from spectral_diffusion.base import Base
+from spectral_diffusion.concept import load_concept
+from spectral_diffusion.training import PRESETS, TrainingProgress, TrainingSettings, measure_pace, preset, train_together
+
+_PACE_KNOWN = 20  # steps after which the pace of a training is noted for what is expected of the next ones
+
+
+def look_task(arguments: dict[str, Any], context: TaskContext) -> dict[str, Any]:
+    """Load the base and write down what it is and what a training on it takes here."""
+    base = chosen_base(arguments["settings"])
+
+    def report(done: int, total: int) -> None:
+        context.report(done=done, total=total)
+        if context.should_stop():
+            raise Stopped
+
+    directions = fewest_directions(base, TrainingSettings().layers, report)
+    pace = measure_pace(base, preset(PRESETS[0], base), context.should_stop)
+    if pace is None:
+        raise Stopped
+    facts = {
+        "chosen": [arguments["settings"]["base"], arguments["settings"]["device"]],
+        "family": base.family,
+        "resolution": base.resolution,
+        "directions": directions,
+        "device": str(base.device),
+        "precision": str(base.pipeline.unet.dtype).removeprefix("torch."),
+        "presets": {name: preset(name, base).steps for name in PRESETS},
+        "seconds_per_step": pace,
+        "memory": _memory(base),
+    }
+    write_json(studio_of(context).root / FACTS, facts)
+    return facts
+
+
+def train_task(arguments: dict[str, Any], context: TaskContext) -> dict[str, Any]:
+    """Train concepts in one go, each on a free band, among those that are trained already, going on from a checkpoint."""
+    studio, names = studio_of(context), arguments["concepts"]
+    base = chosen_base(arguments["settings"])
+    concepts = [load_concept(concept_folder(studio, name)) for name in names]
+    settings = replace(preset(arguments["preset"], base), **arguments["changes"])
+    outs = [studio.folder("adapters") / f"{name}.safetensors" for name in names]
+    checkpoint = outs[0].with_name(f"{outs[0].name}.checkpoint")
+    known = known_adapters([studio.folder("adapters")], base, except_for=outs)
+    start = [load_adapter(out) for out in outs] if arguments["longer"] else []
+    if start:
+        bands = [adapter.concept(concept.token).band for adapter, concept in zip(start, concepts, strict=True)]
+    else:
+        bands = [
+            _reserved_band(studio, base, settings, concept.token, out, known) for concept, out in zip(concepts, outs, strict=True)
+        ]
+    folders = [studio.folder("thumbnails") / name / "samples" for name in names]
+
+    def report(progress: TrainingProgress) -> None:
+        paths = save_samples(progress.samples, progress.step, folders)
+        context.report(
+            step=progress.step,
+            steps=progress.steps,
+            concept_loss=progress.concept_loss,
+            inertness_loss=progress.inertness_loss,
+            speed=progress.steps_per_second,
+            remaining=progress.remaining_seconds,
+            samples={name: [path.name for path in own] for name, own in zip(names, paths, strict=True)},
+        )
+        if progress.step == _PACE_KNOWN:
+            _note_pace(studio, arguments["settings"], 1 / progress.steps_per_second / len(names), _memory(base))
+
+    results = train_together(
+        base,
+        list(zip(concepts, bands, strict=True)),
+        settings,
+        among=neighbours(known, [concept.token for concept in concepts]),
+        start=start,
+        checkpoint=checkpoint,
+        on_progress=report,
+        should_stop=context.should_stop,
+    )
+    if not results[0].finished:
+        raise Stopped
+    for result, out in zip(results, outs, strict=True):
+        save_adapter(result.adapter, out)
+        _reservation(out).unlink(missing_ok=True)
+    checkpoint.unlink(missing_ok=True)
+    steps, seconds = results[0].steps_done, results[0].seconds
+    _note_pace(studio, arguments["settings"], seconds / steps / len(names), _memory(base))
+    own_bands = {name: str(band) for name, band in zip(names, bands, strict=True)}
+    return {"bands": own_bands, "steps": steps, "seconds": round(seconds, 1)}
+
+
+def _reservation(out: Path) -> Path:
+    return out.with_name(f"{out.stem}.band.json")
+
+
+def _reserved_band(
+    studio: Studio, base: Base, settings: TrainingSettings, token: str, out: Path, known: dict[Path, Adapter]
+) -> Band:
+    """Return the band that an earlier start of this training took, or a free one, which is then taken."""
+    mine = _reservation(out)
+    if mine.exists():
+        record = json.loads(mine.read_text(encoding="utf-8"))
+        if record["rank"] == settings.rank and record["fingerprint"] == base.fingerprint:
+            return Band(start=record["start"], rank=record["rank"])
+    taken = taken_bands(known)
+    for path in studio.folder("adapters").glob("*.band.json"):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if path != mine:
+            taken.append(TakenBand(token=record["token"], band=Band(start=record["start"], rank=record["rank"]), path=path))
+    band = choose_band(None, settings.rank, fewest_directions(base, settings.layers), taken, allow_overlap=False)
+    record = {"token": token, "start": band.start, "rank": band.rank, "fingerprint": base.fingerprint}
+    write_json(mine, record)
+    return band
+
+
+def _note_pace(studio: Studio, settings: dict[str, Any], seconds_per_step: float, memory: int) -> None:
+    path = studio.root / FACTS
+    facts = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if facts.get("chosen") == [settings["base"], settings["device"]]:
+        write_json(path, facts | {"seconds_per_step": seconds_per_step, "memory": memory})
+
+
+def _memory(base: Base) -> int:
+    """Return the bytes that the work took: on the GPU where there is one, else of this process."""
+    return torch.cuda.max_memory_allocated(base.device) if base.device.type == "cuda" else psutil.Process().memory_info().rss

@@ -1,0 +1,34 @@
+"""What all of the worker's tasks share: the studio that a job belongs to, the base that is loaded once, records on disk."""
+
+from __future__ import annotations
+
+import json
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from app.actions.studio import Studio
+from app.jobs import TaskContext
+from spectral_diffusion.base import Base, load_base
+from spectral_diffusion.files import write_atomically
+
+
+def studio_of(context: TaskContext) -> Studio:
+    """Return the studio in whose folder the job lies."""
+    return Studio(root=context.folder.parents[1])
+
+
+def chosen_base(settings: dict[str, Any]) -> Base:
+    """Return the base that the studio's `settings` name, on their device."""
+    return _loaded_base(settings["base"], settings["device"])
+
+
+@lru_cache(maxsize=1)
+def _loaded_base(source: str | None, device: str | None) -> Base:
+    return load_base(source, device=device)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` to `path` in one step."""
+    text = json.dumps(value, ensure_ascii=False)
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
