@@ -16,6 +16,7 @@ from torch import nn
 
 from spectral_diffusion.adapter import Adapter, token_words
 from spectral_diffusion.base import Base, linear_layers, tokenizer_name
+from spectral_diffusion.concept import check_new_word
 from spectral_diffusion.errors import AdapterError, InputError
 from spectral_diffusion.joining import LowRank
 
@@ -133,9 +134,7 @@ def _any_of(tokens: Collection[str]) -> re.Pattern[str]:
 def check_new_token(base: Base, token: str) -> None:
     """Raise `InputError` when `token` is a word that a tokenizer of the base already has."""
     for tokenizer in base.tokenizers.values():
-        vocabulary = tokenizer.get_vocab()
-        if any(form in vocabulary for form in (token, token.lower(), f"{token.lower()}</w>")):
-            raise InputError(f"The token '{token}' is already a word of the base; choose another, such as '<{token}-1>'.")
+        check_new_word(token, tokenizer.get_vocab())
 
 
 @contextmanager

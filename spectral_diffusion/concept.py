@@ -6,6 +6,7 @@ import logging
 import re
 import tomllib
 import unicodedata
+from collections.abc import Container
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -128,7 +129,7 @@ def read_words(folder: Path) -> tuple[str, str]:
 
 
 def check_token(token: str) -> str:
-    """Return `token` when it can be a concept's token; whether a tokenizer already knows it is checked elsewhere.
+    """Return `token` when it can be a concept's token; whether a base already has it is told by `check_new_word`.
 
     Raises:
         InputError: it is empty, too long, the placeholder, or holds spaces or invisible characters.
@@ -148,6 +149,12 @@ def check_token(token: str) -> str:
             "choose another word such as '<V1>'."
         )
     return token
+
+
+def check_new_word(token: str, vocabulary: Container[str]) -> None:
+    """Raise `InputError` when `token` stands in the `vocabulary` of a base's tokenizer."""
+    if any(form in vocabulary for form in (token, token.lower(), f"{token.lower()}</w>")):
+        raise InputError(f"The token '{token}' is already a word of the base; choose another, such as '<{token}-1>'.")
 
 
 def check_class_word(class_word: str) -> str:

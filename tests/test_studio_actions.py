@@ -80,6 +80,8 @@ def test_from_photos_to_a_file_that_diffusers_loads(tiny_studio: Studio, photo_f
         train(studio, names[0])
     assert work(studio) == [State.DONE] * 3, [job.reason for job in studio.jobs.jobs()]
     assert (base_facts(studio) or {})["resolution"] == 32 and expectations(studio)["fast"].seconds > 0
+    with pytest.raises(InputError, match="The token 'Dog' is already a word of the base"):
+        create_concept(studio, "Dog", "dog")
     view = training_view(studio, concept_card(studio, names[0]).job, names[0])
     assert (view.step, view.steps, len(view.losses), len(view.samples)) == (2, 2, 2, 2)
     cards = adapter_cards(studio)

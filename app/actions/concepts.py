@@ -20,6 +20,7 @@ from spectral_diffusion.concept import (
     SAMPLES_FOLDER,
     SETTINGS_FILE,
     check_class_word,
+    check_new_word,
     check_token,
     read_words,
 )
@@ -35,6 +36,8 @@ MAX_UPLOAD = 64_000_000
 """Bytes that one uploaded file may have."""
 MASK_SIDE = 768
 """Longest side in pixels of what a mask is painted on."""
+WORDS = "words.json"
+"""The base's own words, which the worker writes down, in the studio's folder."""
 _THUMBNAIL, _MASK_THUMBNAIL = 384, 128
 
 
@@ -136,9 +139,10 @@ def create_concept(studio: Studio, token: str, class_word: str) -> str:
     """Make an empty concept and return its name.
 
     Raises:
-        InputError: the token or the class word cannot be used, or another concept has the token.
+        InputError: the token or the class word cannot be used, or the base or another concept has the token.
     """
     token, class_word = check_token(token.strip()), check_class_word(class_word)
+    check_new_word(token, _words_of_base(studio))
     for other in _tokens(studio).values():
         if other.lower() == token.lower():
             raise InputError(
@@ -273,6 +277,13 @@ def concepts_of_tokens(studio: Studio, tokens: Sequence[str]) -> dict[str, Path]
     """Return the photo folders of those of `tokens` that are concepts here, by token."""
     folders = {token: studio.folder("concepts") / name for name, token in _tokens(studio).items()}
     return {token: folders[token] for token in tokens if token in folders and list_pictures(folders[token])}
+
+
+def _words_of_base(studio: Studio) -> frozenset[str]:
+    """Return the words of the chosen base; none while it was not looked at, when a training tells."""
+    path, settings = studio.root / WORDS, studio.settings
+    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return frozenset(known["words"] if known.get("chosen") == [settings.base, settings.device] else ())
 
 
 def _tokens(studio: Studio) -> dict[str, str]:

@@ -10,7 +10,7 @@ from typing import Any
 import psutil
 import torch
 
-from app.actions.concepts import concept_folder
+from app.actions.concepts import WORDS, concept_folder
 from app.actions.studio import Studio
 from app.actions.trainings import FACTS
 from app.actions.workbench import chosen_base, studio_of, write_json
@@ -47,8 +47,10 @@ def look_task(arguments: dict[str, Any], context: TaskContext) -> dict[str, Any]
     pace = measure_pace(base, preset(PRESETS[0], base), context.should_stop)
     if pace is None:
         raise Stopped
+    chosen = [arguments["settings"]["base"], arguments["settings"]["device"]]
+    words = sorted({word for tokenizer in base.tokenizers.values() for word in tokenizer.get_vocab()})
     facts = {
-        "chosen": [arguments["settings"]["base"], arguments["settings"]["device"]],
+        "chosen": chosen,
         "family": base.family,
         "resolution": base.resolution,
         "directions": directions,
@@ -58,6 +60,7 @@ def look_task(arguments: dict[str, Any], context: TaskContext) -> dict[str, Any]
         "seconds_per_step": pace,
         "memory": _memory(base),
     }
+    write_json(studio_of(context).root / WORDS, {"chosen": chosen, "words": words})
     write_json(studio_of(context).root / FACTS, facts)
     return facts
 
