@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 from studios import concept_of
@@ -78,7 +79,10 @@ def test_captions_and_masks_reach_the_training(studio: Studio, photo_folder: Pat
     set_caption(studio, name, first, "  <TOK> on\na sofa ")
     mask = Image.new("L", (48, 40))
     mask.paste(255, (0, 0, 24, 40))
+    whole = [np.array(crop) for crop in crop_previews(studio, name, second, 32)]
     set_mask(studio, name, second, mask)
+    around = [np.array(crop) for crop in crop_previews(studio, name, second, 32)]
+    assert not all(np.array_equal(one, other) for one, other in zip(whole, around, strict=True))
     examples = load_concept(studio.folder("concepts") / name).examples
     assert examples[0].caption == "<TOK> on a sofa" and examples[0].mask is None
     assert examples[1].mask is not None and examples[1].mask.size == examples[1].photo.image.size

@@ -213,9 +213,7 @@ def mask_of(studio: Studio, name: str, photo: str) -> tuple[Image.Image, Image.I
     path = _photo(studio, name, photo)
     picture = read_photo(path).image.copy()
     picture.thumbnail((MASK_SIDE, MASK_SIDE), Image.Resampling.LANCZOS)
-    if not mask_path(path).is_file():
-        return picture, None
-    return picture, read_photo(mask_path(path), background=BLACK).image.convert("L").resize(picture.size)
+    return picture, _mask_at(path, picture.size)
 
 
 def suggested_mask_of(studio: Studio, name: str, photo: str) -> tuple[Image.Image, Image.Image]:
@@ -244,10 +242,10 @@ def suggest_masks(studio: Studio, name: str) -> str:
 def crop_previews(studio: Studio, name: str, photo: str, side: int, count: int = 4) -> list[Image.Image]:
     """Return `count` crops of a photo as the training draws them, `side` pixels wide."""
     path = _photo(studio, name, photo)
-    picture, mask = read_photo(path).image, mask_path(path)
-    shown = read_photo(mask, background=BLACK).image.convert("L").resize(picture.size) if mask.is_file() else None
+    picture = read_photo(path).image
+    mask = _mask_at(path, picture.size) or Image.new("L", picture.size, 255)
     rng = np.random.default_rng(0)
-    return [random_crop(picture, shown or Image.new("L", picture.size, 255), side, rng)[0] for _ in range(count)]
+    return [random_crop(picture, mask, side, rng)[0] for _ in range(count)]
 
 
 def remove_photo(studio: Studio, name: str, photo: str) -> None:
@@ -277,6 +275,12 @@ def concepts_of_tokens(studio: Studio, tokens: Sequence[str]) -> dict[str, Path]
     """Return the photo folders of those of `tokens` that are concepts here, by token."""
     folders = {token: studio.folder("concepts") / name for name, token in _tokens(studio).items()}
     return {token: folders[token] for token in tokens if token in folders and list_pictures(folders[token])}
+
+
+def _mask_at(path: Path, size: tuple[int, int]) -> Image.Image | None:
+    """Return the mask of the photo at `path` in `size`, if it has one."""
+    mask = mask_path(path)
+    return read_photo(mask, background=BLACK).image.convert("L").resize(size) if mask.is_file() else None
 
 
 def _words_of_base(studio: Studio) -> frozenset[str]:

@@ -16,7 +16,7 @@ from spectral_diffusion.errors import SpectralDiffusionError
 from spectral_diffusion.joining import FUSERS
 
 _MOST = 8
-_AS_SUITS = "as suits them: sum for concepts trained among one another, aligned for others"
+_AS_SUITS = "as suits them (sum or aligned)"
 
 
 def build_fuse(studio: Studio, live: Live) -> None:

@@ -82,8 +82,8 @@ def train_together(
         among: concepts trained before that these will be drawn together with; they stay as they are. In the steps made among
             the others they are attached, and what they give on prompts with their own tokens must stay.
         start: one per concept, an adapter that holds it as it was trained before: `settings.steps` more steps are made from
-            there, the rates falling from their full height once more (a warm restart, Loshchilov & Hutter 2017). None: from
-            the class word and no change.
+            there, the rates falling from their full height once more (a warm restart, Loshchilov & Hutter 2017). Where
+            there is none, from the class word and no change.
         checkpoint: where the state is kept every `settings.checkpoint_every` steps; a run of the same photos, base and
             settings goes on from it and ends as an undisturbed run does. It stays; remove it once the adapters are saved.
         on_progress: called after every step, on a GPU after every tenth.
