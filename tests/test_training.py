@@ -316,6 +316,8 @@ def test_a_class_word_of_several_pieces_starts_at_their_mean(base: Base) -> None
         ({"checkpoint_every": 0}, "checkpoint_every must be at least 1"),
         ({"unet_rate": -1e-4}, "unet_rate must not be negative"),
         ({"token_rate": math.nan}, "token_rate must not be negative, got nan"),
+        ({"token_norm": -1.0}, "token_norm must not be negative"),
+        ({"caption_dropout": 1.5}, "caption_dropout must be from 0 to 1, got 1.5"),
         ({"background": -0.1}, "background must not be negative"),
     ],
 )

@@ -10,6 +10,7 @@ from PIL import Image
 
 from spectral_diffusion.base import Base
 from spectral_diffusion.concept import PLACEHOLDER, Concept
+from spectral_diffusion.training.captions import vary_caption
 
 CROPS_PER_PHOTO = 8
 """Random crops of each photo that are encoded."""
@@ -31,9 +32,9 @@ class EncodedExamples:
 
 
 @torch.no_grad()
-def encode_examples(base: Base, concept: Concept, seed: int) -> EncodedExamples:
-    """Crop and encode every photo of `concept` `CROPS_PER_PHOTO` times, at the base's resolution."""
-    rng = np.random.default_rng(seed)
+def encode_examples(base: Base, concept: Concept, seed: int, caption_dropout: float = 0.0) -> EncodedExamples:
+    """Crop and encode every photo of `concept` `CROPS_PER_PHOTO` times, at the base's resolution, each with its caption's variant."""
+    rng, words = np.random.default_rng(seed), np.random.default_rng([seed, 1])
     vae, side = base.pipeline.vae, base.resolution
     latents, masks, captions = [], [], []
     for example in concept.examples:
@@ -45,7 +46,8 @@ def encode_examples(base: Base, concept: Concept, seed: int) -> EncodedExamples:
             latents.append(encoded.float())
             small = cropped_mask.resize(encoded.shape[-2:][::-1], Image.Resampling.BOX)
             masks.append(torch.from_numpy(np.array(small))[None, None].float().to(encoded.device) / 255)
-            captions.append(example.caption.replace(PLACEHOLDER, concept.token))
+            caption = vary_caption(example.caption, caption_dropout, words)
+            captions.append(caption.replace(PLACEHOLDER, concept.token))
     return EncodedExamples(latents=torch.cat(latents), masks=torch.cat(masks), captions=tuple(captions))
 
 

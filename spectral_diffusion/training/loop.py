@@ -102,7 +102,7 @@ def train_together(
     for number, part in enumerate(started):
         trainable.start(number, part)
     steps_before = [part.settings.get("steps_done", 0) for part in started] or [0] * len(concepts)
-    examples = [encode_examples(base, concept, settings.seed) for concept, _ in concepts]
+    examples = [encode_examples(base, concept, settings.seed, settings.caption_dropout) for concept, _ in concepts]
     strangers = [
         stranger_vectors(base, vectors, settings.seed, first=number * STRANGERS) for number, vectors in enumerate(class_vectors)
     ]

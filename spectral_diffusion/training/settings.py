@@ -39,6 +39,8 @@ class TrainingSettings:
     text_encoder_rate: float = _setting(1e-5, "learning rate of the text encoder's layers")
     token_rate: float = _setting(1e-3, "learning rate of the token embedding")
     token_vectors: int = _setting(1, "vectors that the token stands for")
+    token_norm: float = _setting(0.0, "the token stays as it is once its vectors' mean norm reaches this; 0: it never does")
+    caption_dropout: float = _setting(0.0, "share of the crops that are called by the token alone, whatever their caption says")
     weight_decay: float = _setting(0.01, "AdamW's weight decay of the layers")
     gradient_norm: float = _setting(1.0, "gradients are clipped to this norm")
     inertness: float = _setting(1.0, "weight of the loss that keeps prompts without the token as the base draws them")
@@ -62,6 +64,7 @@ class TrainingSettings:
             "unet_rate",
             "text_encoder_rate",
             "token_rate",
+            "token_norm",
             "weight_decay",
             "inertness",
             "isolation",
@@ -70,6 +73,8 @@ class TrainingSettings:
         ):
             if not getattr(self, name) >= 0:
                 raise InputError(f"{name} must not be negative, got {getattr(self, name)}.")
+        if not 0 <= self.caption_dropout <= 1:
+            raise InputError(f"caption_dropout must be from 0 to 1, got {self.caption_dropout}.")
         if not 0 <= self.presence < 1:
             raise InputError(f"presence must be at least 0 and below 1, got {self.presence}; at 1 none learns to stand alone.")
 

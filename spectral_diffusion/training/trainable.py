@@ -39,6 +39,14 @@ class Trainable:
         tokens = [vectors.grad for vectors in self.embeddings[concept].values()]
         return [*self.adaptation.gradients(concept), *(own for own in tokens if own is not None)]
 
+    @torch.no_grad()
+    def settle_tokens(self, norm: float) -> None:
+        """Take the gradients from every token whose vectors' mean norm has come to `norm`, so that it moves no more."""
+        for own in self.embeddings:
+            for vectors in own.values():
+                if vectors.norm(dim=1).mean() >= norm:
+                    vectors.grad = None
+
     def parameter_count(self) -> int:
         """Return how many numbers are trained for each concept, token embeddings included."""
         return sum(tensor.numel() for tensor in self.named().values()) // len(self.embeddings)
