@@ -13,7 +13,7 @@ import torch
 
 from spectral_diffusion.bands import Band
 from spectral_diffusion.errors import AdapterError
-from spectral_diffusion.joining import FUSERS, LowRank, weighted_sum
+from spectral_diffusion.joining import FUSERS, Inputs, LowRank, weighted_sum
 from spectral_diffusion.parametrisations import FORMS
 from spectral_diffusion.spectrum import Spectrum
 
@@ -183,18 +183,34 @@ class Adapter:
         Raises:
             AdapterError: the method fails on this layer; the message says why.
         """
-        having = [index for index, concept in enumerate(self.concepts) if key in concept.layers]
-        deltas = [self.concepts[index].delta(key) for index in having]
-        weights = [self.weights[index] for index in having]
+        having = self._having(key)
         if self.method == "sum" or len(having) == 1:
-            return weighted_sum(deltas, weights)
+            return weighted_sum(*self._parts(key, having))
         if key not in self._joined:
-            activations = [self.concepts[index].activations.get(input_group(key)) for index in having]
+            self._joined.update(self._join_readers_of(input_group(key)))
+        return self._joined[key]
+
+    def _having(self, key: str) -> tuple[int, ...]:
+        return tuple(index for index, concept in enumerate(self.concepts) if key in concept.layers)
+
+    def _parts(self, key: str, having: tuple[int, ...]) -> tuple[list[LowRank], list[float]]:
+        return [self.concepts[index].delta(key) for index in having], [self.weights[index] for index in having]
+
+    def _join_readers_of(self, group: str) -> dict[str, LowRank]:
+        """Return the joined changes of all layers that read the input `group`: what was measured of it is worked up once."""
+        joined: dict[str, LowRank] = {}
+        inputs: dict[tuple[int, ...], Inputs] = {}
+        for key in self.layer_keys():
+            if input_group(key) != group:
+                continue
+            having = self._having(key)
+            if having not in inputs:
+                inputs[having] = Inputs([self.concepts[index].activations.get(group) for index in having])
             try:
-                self._joined[key] = FUSERS[self.method].join(deltas, weights, activations)
+                joined[key] = FUSERS[self.method].join(*self._parts(key, having), inputs[having])
             except ArithmeticError as error:
                 raise AdapterError(f"Layer '{key}' cannot be joined by '{self.method}': {error}; fuse with 'sum'.") from error
-        return self._joined[key]
+        return joined
 
     @cached_property
     def _joined(self) -> dict[str, LowRank]:

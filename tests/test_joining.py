@@ -6,7 +6,7 @@ import pytest
 import torch
 from peft.utils import merge_utils
 
-from spectral_diffusion.joining import FUSERS, RHO, LowRank, aligned_sum, weighted_sum
+from spectral_diffusion.joining import FUSERS, RHO, Inputs, LowRank, aligned_sum, weighted_sum
 from spectral_diffusion.joining.aligned import SHRINKAGE, regression_mean
 from spectral_diffusion.joining.gradient import ITERATIONS, gradient_fusion
 from spectral_diffusion.joining.merges import DENSITY, SEED, dare, svd, ties
@@ -48,7 +48,7 @@ def test_as_many_weights_as_deltas_are_needed(deltas: list[LowRank]) -> None:
 
 @pytest.mark.parametrize("rho", [RHO, 0.5])
 def test_the_aligned_sum_minimises_what_it_says(deltas: list[LowRank], activations: list[torch.Tensor], rho: float) -> None:
-    D = aligned_sum(deltas, WEIGHTS, activations, rho).dense().requires_grad_()
+    D = aligned_sum(deltas, WEIGHTS, Inputs(activations), rho).dense().requires_grad_()
     objective = rho * (D - dense_sum(deltas)).square().sum()
     for delta, weight, F in zip(deltas, WEIGHTS, activations, strict=True):
         objective = objective + ((D - weight * delta.dense()) @ F).square().sum()
@@ -63,13 +63,13 @@ def test_the_aligned_sum_is_the_dense_solution(deltas: list[LowRank], activation
     terms = zip(deltas, WEIGHTS, grams, strict=True)
     dense = torch.linalg.solve(Q, sum(weight * delta.dense() @ gram for delta, weight, gram in terms), left=False)
     # float64 round-off times the condition of Q, about 1e4
-    torch.testing.assert_close(aligned_sum(deltas, WEIGHTS, activations).dense(), dense, rtol=0, atol=1e-11)
+    torch.testing.assert_close(aligned_sum(deltas, WEIGHTS, Inputs(activations)).dense(), dense, rtol=0, atol=1e-11)
 
 
 def test_on_inputs_that_no_other_concept_has_a_concept_acts_as_alone(deltas: list[LowRank]) -> None:
     directions = torch.linalg.qr(normal(IN, IN, seed=3)).Q
     own = directions[:, :5], directions[:, 5:9]
-    joined = aligned_sum(deltas, WEIGHTS, own, rho=1e-9).dense()
+    joined = aligned_sum(deltas, WEIGHTS, Inputs(own), rho=1e-9).dense()
     for delta, weight, inputs in zip(deltas, WEIGHTS, own, strict=True):
         # what the other delta writes there is damped by rho
         torch.testing.assert_close(joined @ inputs, weight * delta.dense() @ inputs, rtol=0, atol=1e-7)
@@ -78,24 +78,24 @@ def test_on_inputs_that_no_other_concept_has_a_concept_acts_as_alone(deltas: lis
 def test_on_inputs_that_no_concept_has_it_is_the_plain_sum(deltas: list[LowRank]) -> None:
     directions = torch.linalg.qr(normal(IN, IN, seed=3)).Q
     inputs = directions[:, 9:]
-    joined = aligned_sum(deltas, WEIGHTS, (directions[:, :5], directions[:, 5:9])).dense()
+    joined = aligned_sum(deltas, WEIGHTS, Inputs((directions[:, :5], directions[:, 5:9]))).dense()
     torch.testing.assert_close(joined @ inputs, dense_sum(deltas) @ inputs, rtol=0, atol=1e-12)
 
 
 def test_alignment_keeps_the_rank_the_ups_and_the_precision(deltas: list[LowRank], activations: list[torch.Tensor]) -> None:
     halves = [LowRank(up=delta.up.float(), down=delta.down.float()) for delta in deltas]
-    plain, aligned = weighted_sum(halves, WEIGHTS), aligned_sum(halves, WEIGHTS, activations)
+    plain, aligned = weighted_sum(halves, WEIGHTS), aligned_sum(halves, WEIGHTS, Inputs(activations))
     assert aligned.rank == plain.rank and torch.equal(aligned.up, plain.up)
     assert aligned.down.dtype == torch.float32 and not torch.allclose(aligned.down, plain.down, atol=1e-2)
 
 
 def test_one_concept_is_left_as_it_is(deltas: list[LowRank], activations: list[torch.Tensor]) -> None:
-    aligned = aligned_sum(deltas[:1], WEIGHTS[:1], activations[:1])
+    aligned = aligned_sum(deltas[:1], WEIGHTS[:1], Inputs(activations[:1]))
     torch.testing.assert_close(aligned.dense(), deltas[0].dense(), rtol=0, atol=1e-11)
 
 
 def test_regmean_minimises_what_it_says(deltas: list[LowRank], activations: list[torch.Tensor]) -> None:
-    D = regression_mean(deltas, WEIGHTS, activations).dense().requires_grad_()
+    D = regression_mean(deltas, WEIGHTS, Inputs(activations)).dense().requires_grad_()
     objective = torch.zeros(())
     for delta, weight, F in zip(deltas, WEIGHTS, activations, strict=True):
         G = F @ F.T
@@ -109,9 +109,9 @@ def test_regmean_minimises_what_it_says(deltas: list[LowRank], activations: list
 def test_singular_normal_equations_are_said(deltas: list[LowRank], activations: list[torch.Tensor]) -> None:
     dead = [factor.index_fill(0, torch.tensor([3]), 0) for factor in activations]
     with pytest.raises(ArithmeticError, match="normal equations are singular"):
-        regression_mean(deltas, WEIGHTS, dead)
+        regression_mean(deltas, WEIGHTS, Inputs(dead))
     with pytest.raises(ArithmeticError, match="normal equations are singular"):
-        aligned_sum(deltas, WEIGHTS, [1e200 * factor for factor in activations])
+        aligned_sum(deltas, WEIGHTS, Inputs([1e200 * factor for factor in activations]))
 
 
 def test_gradient_fusion_takes_the_steps_that_it_takes_on_dense_weights(
@@ -131,7 +131,7 @@ def test_gradient_fusion_takes_the_steps_that_it_takes_on_dense_weights(
         return value
 
     optimizer.step(loss)
-    fused = gradient_fusion(deltas, WEIGHTS, activations)
+    fused = gradient_fusion(deltas, WEIGHTS, Inputs(activations))
     assert fused.rank == sum(RANKS)
     torch.testing.assert_close(fused.dense(), D.detach(), rtol=0, atol=1e-6)  # 50 steps let rounding grow
     for own, F in pairs:  # nine measured directions leave room to fit both
@@ -140,8 +140,8 @@ def test_gradient_fusion_takes_the_steps_that_it_takes_on_dense_weights(
 
 def test_gradient_fusion_that_diverges_is_said(deltas: list[LowRank], activations: list[torch.Tensor]) -> None:
     with pytest.raises(ArithmeticError, match="L-BFGS diverged"):
-        gradient_fusion(deltas, WEIGHTS, [activations[0], activations[1] * float("inf")])
-    zero = gradient_fusion(deltas, (0.0, 0.0), activations)
+        gradient_fusion(deltas, WEIGHTS, Inputs([activations[0], activations[1] * float("inf")]))
+    zero = gradient_fusion(deltas, (0.0, 0.0), Inputs(activations))
     assert torch.count_nonzero(zero.dense()) == 0
 
 
@@ -169,7 +169,7 @@ def test_cut_merges_keep_the_rank_they_promise(deltas: list[LowRank]) -> None:
 def test_negative_and_zero_weights_are_joined(
     method: str, weights: tuple[float, float], deltas: list[LowRank], activations: list[torch.Tensor]
 ) -> None:
-    joined = FUSERS[method].join(deltas, weights, activations).dense()
+    joined = FUSERS[method].join(deltas, weights, Inputs(activations)).dense()
     assert torch.isfinite(joined).all()
     assert any(weights) == bool(joined.norm() > 1e-9)
 
@@ -177,5 +177,5 @@ def test_negative_and_zero_weights_are_joined(
 def test_a_hundred_concepts_are_joined(activations: list[torch.Tensor]) -> None:
     many = [LowRank(up=normal(OUT, 1, seed=seed), down=normal(IN, 1, seed=100 + seed)) for seed in range(100)]
     for method, fuser in FUSERS.items():
-        joined = fuser.join(many, [0.1] * 100, activations * 50)
+        joined = fuser.join(many, [0.1] * 100, Inputs(activations * 50))
         assert torch.isfinite(joined.dense()).all() and joined.dense().norm() > 0, method

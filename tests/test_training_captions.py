@@ -32,7 +32,9 @@ def test_tags_change_places_behind_the_token() -> None:
     assert {tuple(sorted(caption.split(", ")[1:])) for caption in shuffled} == {("red collar", "sitting", "white background")}
 
 
-@pytest.mark.parametrize("caption", ["<TOK> near a lake", "In the snow, <TOK>, asleep", "a photo of <TOK>, which sits, and waits", "<TOK>"])
+@pytest.mark.parametrize(
+    "caption", ["<TOK> near a lake", "In the snow, <TOK>, asleep", "a photo of <TOK>, which sits, and waits", "<TOK>"]
+)
 def test_sentences_stay_as_they_were_written(caption: str) -> None:
     assert set(variants(caption)) == {caption}
 

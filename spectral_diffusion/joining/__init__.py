@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import torch
-
 from spectral_diffusion.joining.aligned import RHO, aligned_sum, regression_mean
 from spectral_diffusion.joining.gradient import gradient_fusion
+from spectral_diffusion.joining.inputs import Inputs
 from spectral_diffusion.joining.low_rank import LowRank
 from spectral_diffusion.joining.merges import dare, svd, ties
 from spectral_diffusion.joining.sums import average, weighted_sum
 
-__all__ = ["FUSERS", "RHO", "Fuser", "LowRank", "aligned_sum", "weighted_sum"]
+__all__ = ["FUSERS", "RHO", "Fuser", "Inputs", "LowRank", "aligned_sum", "weighted_sum"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,19 +20,18 @@ class Fuser:
     """A way to join concepts.
 
     Attributes:
-        join: `(deltas, weights, activations) -> LowRank`, one delta, weight and thin factor `(in, k)` of the Gram matrix of
-            the layer's inputs per concept.
-        measured: whether it needs those factors; where it does not, they may be None.
+        join: `(deltas, weights, inputs) -> LowRank`, one delta and weight per concept.
+        measured: whether it looks at the inputs.
         help: what it does, in a few words for the command line and the studio.
     """
 
-    join: Callable[[Sequence[LowRank], Sequence[float], Sequence[torch.Tensor | None]], LowRank]
+    join: Callable[[Sequence[LowRank], Sequence[float], Inputs], LowRank]
     measured: bool
     help: str
 
 
 def _unmeasured(join: Callable[[Sequence[LowRank], Sequence[float]], LowRank], help: str) -> Fuser:
-    return Fuser(join=lambda deltas, weights, activations: join(deltas, weights), measured=False, help=help)
+    return Fuser(join=lambda deltas, weights, inputs: join(deltas, weights), measured=False, help=help)
 
 
 FUSERS = {

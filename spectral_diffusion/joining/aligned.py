@@ -7,6 +7,7 @@ from itertools import accumulate
 
 import torch
 
+from spectral_diffusion.joining.inputs import Inputs
 from spectral_diffusion.joining.low_rank import LowRank
 from spectral_diffusion.joining.sums import weighted_sum
 
@@ -16,9 +17,7 @@ SHRINKAGE = 0.9
 """RegMean's factor on the entries of a Gram matrix beside its diagonal."""
 
 
-def aligned_sum(
-    deltas: Sequence[LowRank], weights: Sequence[float], activations: Sequence[torch.Tensor], rho: float = RHO
-) -> LowRank:
+def aligned_sum(deltas: Sequence[LowRank], weights: Sequence[float], inputs: Inputs, rho: float = RHO) -> LowRank:
     """Return the delta that acts on each concept's inputs as that concept's own delta does.
 
     It minimises `sum_i |(D - w_i delta_i) G_i^(1/2)|^2 + rho |D - sum_i w_i delta_i|^2`, which gives
@@ -29,23 +28,20 @@ def aligned_sum(
     Args:
         deltas: one per concept.
         weights: one per concept.
-        activations: per concept a factor `F (in, k)` of the Gram matrix `G = F F^T` of the layer's inputs while that
-            concept's model draws its own prompts, scaled to trace `in`.
+        inputs: what was measured of each concept's inputs.
         rho: how strongly directions that no concept uses stay as in the plain sum.
 
     Raises:
         ArithmeticError: the measurements are too large to compute with.
     """
-    F = torch.cat([factor.double() for factor in activations], dim=1)
-    inner = F.T @ F
-    inner.diagonal().add_(rho)
-    cholesky, failed = torch.linalg.cholesky_ex(inner)
+    F = inputs.side_by_side
+    cholesky, failed = torch.linalg.cholesky_ex(inputs.inner + rho * torch.eye(F.shape[1], dtype=F.dtype, device=F.device))
     if failed.any():
         raise ArithmeticError("its normal equations are singular")
     plain = weighted_sum(deltas, weights)
     down = plain.down.double()
     read = F.T @ down
-    for rows, columns in zip(_blocks(activations), _blocks([delta.down for delta in deltas]), strict=True):
+    for rows, columns in zip(_blocks(inputs.factors), _blocks([delta.down for delta in deltas]), strict=True):
         read[rows, columns] = 0
     aligned = down - F @ torch.cholesky_solve(read, cholesky)
     return LowRank(up=plain.up, down=aligned.to(plain.down.dtype))
@@ -57,7 +53,7 @@ def _blocks(matrices: Sequence[torch.Tensor]) -> list[slice]:
     return [slice(end - matrix.shape[1], end) for end, matrix in zip(ends, matrices, strict=True)]
 
 
-def regression_mean(deltas: Sequence[LowRank], weights: Sequence[float], activations: Sequence[torch.Tensor]) -> LowRank:
+def regression_mean(deltas: Sequence[LowRank], weights: Sequence[float], inputs: Inputs) -> LowRank:
     """Return RegMean's joined delta (Jin et al. 2023, arXiv 2212.09849, equation 2): low rank as the sum.
 
     It minimises `sum_i |(D - w_i delta_i) G_i^(1/2)|^2` with the entries of every `G_i` beside its diagonal shrunk by
@@ -66,7 +62,7 @@ def regression_mean(deltas: Sequence[LowRank], weights: Sequence[float], activat
     Raises:
         ArithmeticError: an input is zero for every concept, so the equations are singular.
     """
-    grams = [_shrunk(factor.double()) for factor in activations]
+    grams = [_shrunk(factor.double()) for factor in inputs.factors]
     cholesky, failed = torch.linalg.cholesky_ex(sum(grams))
     if failed.any():
         raise ArithmeticError("its normal equations are singular")

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 
 import torch
 
+from spectral_diffusion.joining.inputs import Inputs
 from spectral_diffusion.joining.low_rank import LowRank
 
 ITERATIONS = 50
 
 
-def gradient_fusion(deltas: Sequence[LowRank], weights: Sequence[float], activations: Sequence[torch.Tensor]) -> LowRank:
+def gradient_fusion(deltas: Sequence[LowRank], weights: Sequence[float], inputs: Inputs) -> LowRank:
     """Return the delta that L-BFGS finds for `sum_i |(D - w_i delta_i) F_i|^2`, started from no change.
 
     Every gradient `2 sum_i (D - w_i delta_i) F_i F_i^T` has its columns in the span of the `up` factors. So with an
@@ -20,18 +21,17 @@ def gradient_fusion(deltas: Sequence[LowRank], weights: Sequence[float], activat
     `D` of the paper, and the low rank is kept. The inputs are those measured at the end of each training: no photos are needed.
 
     Args:
-        activations: per concept a factor `F (in, k)` of the Gram matrix of the layer's inputs.
+        inputs: what was measured of each concept's inputs.
 
     Raises:
         ArithmeticError: it diverged.
     """
     Q, R = torch.linalg.qr(torch.cat([delta.up for delta in deltas], dim=1).double())
-    inputs, targets = [], []
+    targets = []
     parts = R.split([delta.rank for delta in deltas], dim=1)
-    for delta, weight, part, factor in zip(deltas, weights, parts, activations, strict=True):
-        inputs.append(factor.double())
-        targets.append(weight * part @ (delta.down.double().T @ inputs[-1]))
-    F, target = torch.cat(inputs, dim=1), torch.cat(targets, dim=1)
+    for delta, weight, part, factor in zip(deltas, weights, parts, inputs.factors, strict=True):
+        targets.append(weight * part @ (delta.down.double().T @ factor.double()))
+    F, target = inputs.side_by_side, torch.cat(targets, dim=1)
     X = torch.zeros(len(F), Q.shape[1], dtype=F.dtype, device=F.device)
     if target.any():
         X = _least_squares(F, target, X)

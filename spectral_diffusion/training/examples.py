@@ -33,7 +33,7 @@ class EncodedExamples:
 
 @torch.no_grad()
 def encode_examples(base: Base, concept: Concept, seed: int, caption_dropout: float = 0.0) -> EncodedExamples:
-    """Crop and encode every photo of `concept` `CROPS_PER_PHOTO` times, at the base's resolution, each with its caption's variant."""
+    """Crop and encode every photo of `concept` `CROPS_PER_PHOTO` times, each with a variant of its caption."""
     rng, words = np.random.default_rng(seed), np.random.default_rng([seed, 1])
     vae, side = base.pipeline.vae, base.resolution
     latents, masks, captions = [], [], []
