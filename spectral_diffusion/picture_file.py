@@ -12,7 +12,7 @@ from PIL import Image, PngImagePlugin
 from spectral_diffusion.errors import InputError
 from spectral_diffusion.files import write_atomically
 from spectral_diffusion.generation import Drawing, Picture
-from spectral_diffusion.regions import Region
+from spectral_diffusion.regions import region_from_record, region_record
 
 OWN_CHUNK = "spectral_diffusion"
 _PAIR = re.compile(r'([\w ]+): ("(?:\\.|[^"\\])*"|[^,]*)(?:, |$)')
@@ -43,11 +43,8 @@ def _quoted(value: str) -> str:
 
 
 def _own_settings(picture: Picture) -> dict[str, Any]:
-    """Return what the infotext has no room for; painted masks and condition pictures are not kept."""
-    regions = [
-        {"prompt": region.prompt, "box": list(region.box), "negative_prompt": region.negative_prompt}
-        for region in picture.drawing.regions
-    ]
+    """Return what the infotext has no room for; condition pictures are not kept."""
+    regions = [region_record(region) for region in picture.drawing.regions]
     own: dict[str, Any] = {"class_words": picture.class_words}
     if regions:
         own |= {"regions": regions, "confined": picture.drawing.confined}
@@ -99,11 +96,11 @@ def read_drawing(path: Path) -> Drawing:
             size=(int(width), int(height)) if height else None,
             **_regions(json.loads(chunks.get(OWN_CHUNK, "{}"))),
         )
-    except (ValueError, TypeError, AttributeError) as error:
+    except (LookupError, OSError, ValueError, TypeError, AttributeError) as error:
         raise InputError(f"The settings in '{path.name}' are damaged ({error}); draw the picture again.") from error
 
 
 def _regions(own: dict[str, Any]) -> dict[str, Any]:
     """Return the fields of a drawing that `_own_settings` wrote; nothing for a picture without regions."""
-    regions = tuple(Region(**region | {"box": tuple(region["box"])}) for region in own.get("regions", ()))
+    regions = tuple(region_from_record(region) for region in own.get("regions", ()))
     return {"regions": regions, "confined": bool(own.get("confined"))} if regions else {}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import re
 from collections.abc import Sequence
@@ -23,6 +25,10 @@ LEAST_SHARE = 0.1
 """A region with a painted mask must belong to itself at least this much somewhere."""
 MOST_REGIONS = 16
 """More would be too small to draw in."""
+
+LARGEST_MASK = 4096
+"""Longest side of a painted mask that is read, in pixels."""
+_PNG = "data:image/png;base64,"
 
 Box = tuple[float, float, float, float]
 
@@ -90,7 +96,7 @@ def parse_box(text: str) -> Box:
 def read_regions(file: Path) -> tuple[Region, ...]:
     """Return the regions in a JSON file: a list of `{"prompt": ..., "box": [left, top, right, bottom]}`, lowest first.
 
-    `negative_prompt` and `mask`, the path of a painted form beside the file, may stand there too.
+    `negative_prompt` and `mask` may stand there too, the latter a path beside the file or the form itself, see `region_record`.
 
     Raises:
         InputError: the file cannot be read, or an entry is not a region; it is named by its number.
@@ -101,25 +107,60 @@ def read_regions(file: Path) -> tuple[Region, ...]:
         raise InputError(f"The regions in '{file}' cannot be read ({error}); give a JSON file with a list of regions.") from error
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise InputError(f'\'{file}\' holds no list of regions; write [{{"prompt": "<V1>", "box": [0, 0, 0.5, 1]}}].')
-    return tuple(_region_from(entry, number, file) for number, entry in enumerate(entries, start=1))
+    return tuple(_entry(entry, number, file) for number, entry in enumerate(entries, start=1))
 
 
-def _region_from(entry: dict[str, Any], number: int, file: Path) -> Region:
+def _entry(entry: dict[str, Any], number: int, file: Path) -> Region:
     unknown = entry.keys() - {"prompt", "box", "negative_prompt", "mask"}
     if unknown:
         raise InputError(f"Region {number} of '{file}' has a field '{min(unknown)}', which no region has; remove it.")
     try:
-        mask = Image.open(file.parent / entry["mask"]).convert("L") if "mask" in entry else None
-        box = tuple(float(edge) for edge in entry.get("box", (0, 0, 1, 1)))
-        left, top, right, bottom = box
-        return Region(
-            prompt=str(entry["prompt"]),
-            box=(left, top, right, bottom),
-            negative_prompt=str(entry.get("negative_prompt", "")),
-            mask=mask,
-        )
+        return region_from_record(entry, file.parent)
     except (KeyError, TypeError, ValueError, OSError) as error:
         raise InputError(f"Region {number} of '{file}' is not complete ({error}); it needs a prompt and a box.") from error
+
+
+def region_record(region: Region) -> dict[str, Any]:
+    """Return `region` as JSON holds it, its painted form as the base64 of a PNG: what `region_from_record` reads."""
+    record: dict[str, Any] = {"prompt": region.prompt, "box": list(region.box), "negative_prompt": region.negative_prompt}
+    if region.mask is not None:
+        content = io.BytesIO()
+        region.mask.convert("L").save(content, "PNG", optimize=True)
+        record["mask"] = _PNG + base64.b64encode(content.getvalue()).decode()
+    return record
+
+
+def region_from_record(record: dict[str, Any], folder: Path | None = None) -> Region:
+    """Return the region that `record` describes.
+
+    Args:
+        folder: where a mask lies that is given by its path; only one inside the record is read without.
+
+    Raises:
+        InputError: the region is not possible.
+        KeyError, TypeError, ValueError, OSError: the record is not one of a region, or its mask no picture.
+    """
+    left, top, right, bottom = (float(edge) for edge in record.get("box", (0, 0, 1, 1)))
+    mask = record.get("mask")
+    return Region(
+        prompt=str(record["prompt"]),
+        box=(left, top, right, bottom),
+        negative_prompt=str(record.get("negative_prompt", "")),
+        mask=None if mask is None else _read_mask(str(mask), folder),
+    )
+
+
+def _read_mask(written: str, folder: Path | None) -> Image.Image:
+    if written.startswith(_PNG):
+        source: io.BytesIO | Path = io.BytesIO(base64.b64decode(written.removeprefix(_PNG), validate=True))
+    elif folder is not None:
+        source = folder / written
+    else:
+        raise ValueError("its mask is no PNG")
+    with Image.open(source) as opened:
+        if max(opened.size) > LARGEST_MASK:
+            raise ValueError(f"its mask is {opened.width} x {opened.height} pixels, more than {LARGEST_MASK}")
+        return opened.convert("L")
 
 
 def suggest_regions(prompt: str, tokens: Sequence[str]) -> tuple[Region, ...]:

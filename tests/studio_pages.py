@@ -171,6 +171,7 @@ def draw_in_regions(page: Page) -> None:
     prompt.fill("<leopard> in the snow")
     prompt.press("Tab")
     expect(boxes.first).to_contain_text("<leopard> in the snow")
+    paint_a_form(page)
     page.locator("#tab-generate").get_by_role("spinbutton", name="Pictures").fill("1")
     page.locator("#draw").click()
     expect(page.locator("#pictures img")).to_have_count(3)
@@ -178,6 +179,23 @@ def draw_in_regions(page: Page) -> None:
     expect(boxes).to_have_count(0)
     page.evaluate(DROP, page.locator("#pictures img").first.get_attribute("src"))
     expect(page.get_by_label("Prompt of region 1")).to_have_value("<leopard> in the snow")
+    expect(page.get_by_alt_text("form of region 1")).to_have_count(1)
+
+
+def paint_a_form(page: Page) -> None:
+    """Paint the first region as a bar across the upper left of the picture and keep it."""
+    page.get_by_role("button", name="Paint the form of region 1").click()
+    canvas = page.locator("#region-board canvas")
+    canvas.scroll_into_view_if_needed()
+    paper = canvas.bounding_box()
+    page.mouse.move(paper["x"] + paper["width"] * 0.1, paper["y"] + paper["height"] * 0.4)
+    page.mouse.down()
+    page.mouse.move(paper["x"] + paper["width"] * 0.4, paper["y"] + paper["height"] * 0.4, steps=5)
+    page.mouse.up()
+    page.locator("#region-board").get_by_role("button", name="Keep the form").click()
+    expect(page.get_by_alt_text("form of region 1")).to_have_count(1)
+    left, top, right, bottom = map(float, page.get_by_label("Left, top, right, bottom of region 1").input_value().split(","))
+    assert left < 0.1 < 0.4 < right < 0.6 and 0.2 < top < 0.4 < bottom < 0.6
 
 
 def take_screenshots(browser: Browser, served: Served) -> None:

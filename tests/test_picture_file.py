@@ -12,13 +12,14 @@ from spectral_diffusion.generation import Drawing, Picture
 from spectral_diffusion.picture_file import OWN_CHUNK, read_drawing, save_picture
 from spectral_diffusion.regions import Region
 
+FORM = Image.linear_gradient("L")
 DRAWINGS = [
     Drawing(prompt="a dog", seed=3),
     Drawing(prompt='<V1>, "big": 1\nSteps and stones', negative_prompt="blurred, bad", scheduler="DPM++ 2M Karras"),
     Drawing(prompt="x", negative_prompt="two\nlines", steps=7, guidance=2.5, size=(48, 64)),
     Drawing(
         prompt="a lake",
-        regions=(Region(prompt="<V1>", box=(0.0, 0.25, 0.5, 1.0)), Region(prompt="<V2>", negative_prompt="fog")),
+        regions=(Region(prompt="<V1>", box=(0.0, 0.25, 0.5, 1.0)), Region(prompt="<V2>", negative_prompt="fog", mask=FORM)),
         confined=True,
     ),
 ]
@@ -58,7 +59,16 @@ def test_unusable_settings_are_said(parameters: str, sentence: str, tmp_path: Pa
         read_drawing(save_with(tmp_path / "p.png", parameters))
 
 
-@pytest.mark.parametrize("own", ["[]", '{"regions": [{"box": [0, 0, 1, 1]}]}', '{"regions": 3}', "{"])
+@pytest.mark.parametrize(
+    "own",
+    [
+        "[]",
+        '{"regions": [{"box": [0, 0, 1, 1]}]}',
+        '{"regions": 3}',
+        "{",
+        '{"regions": [{"prompt": "a", "mask": "/etc/passwd"}]}',
+    ],
+)
 def test_damaged_regions_are_said(own: str, tmp_path: Path) -> None:
     chunks = PngImagePlugin.PngInfo()
     chunks.add_itxt("parameters", "a dog\nSteps: 3, Sampler: DDIM, Seed: 1")

@@ -21,7 +21,7 @@ from spectral_diffusion.fusion import fuse
 from spectral_diffusion.generation import Drawing, Picture, generate
 from spectral_diffusion.picture_file import save_picture
 from spectral_diffusion.regional_attention import Layout, confining_gate
-from spectral_diffusion.regions import Region, coverage, parse_region, read_regions, suggest_regions
+from spectral_diffusion.regions import Region, coverage, parse_region, read_regions, region_record, suggest_regions
 
 SELF = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
 WORDS = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
@@ -187,6 +187,8 @@ def test_regions_are_read_from_text_and_file(tmp_path: Path) -> None:
     file.write_text(json.dumps([{"prompt": "<V1>", "box": LEFT, "mask": "form.png"}, {"prompt": "a cat"}]), encoding="utf-8")
     first, second = read_regions(file)
     assert first.mask is not None and first.box == LEFT and second == Region(prompt="a cat")
+    file.write_text(json.dumps([region_record(region) for region in (first, second)]), encoding="utf-8")
+    assert read_regions(file) == (first, second)
 
 
 @pytest.mark.parametrize(
@@ -217,6 +219,7 @@ def test_an_impossible_region_is_named(text: str, message: str) -> None:
         ('[{"prompt": "a"}, {"box": [0, 0, 1, 1]}]', "Region 2 of .* is not complete"),
         ('[{"prompt": "a", "box": [0, 0, 1]}]', "Region 1 of .* is not complete"),
         ('[{"prompt": "a", "mask": "missing.png"}]', "Region 1 of .* is not complete"),
+        ('[{"prompt": "a", "mask": "data:image/png;base64,!"}]', "Region 1 of .* is not complete"),
         ('[{"prompt": "a", "colour": 1}]', "has a field 'colour', which no region has"),
     ],
 )

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from studios import QUICK, concept_of, work
 
 from app.actions.adapters import adapter_cards, export, fuse, library_tokens, map_bands
@@ -22,7 +23,7 @@ from app.actions.concepts import (
     set_caption,
 )
 from app.actions.pictures import compare, drawing_from, forming, generate, likeness_of, parse_size, picture_cards
-from app.actions.regions import added, moved, named, removed, suggested
+from app.actions.regions import added, boxed, formed, moved, named, removed, suggested
 from app.actions.studio import Studio, open_studio
 from app.actions.tour import queue_tour
 from app.actions.trainings import base_facts, expectations, look_at_base, train, train_again, training_view
@@ -51,6 +52,14 @@ def test_regions_are_changed_one_step_at_a_time_and_reach_the_picture(tiny_studi
     ):
         with pytest.raises(InputError, match=sentence):
             change()
+    form = Image.new("L", (256, 256))
+    form.paste(255, (64, 64, 128, 128))
+    regions = formed(regions, 1, form)
+    assert regions[1].box == pytest.approx((0.21, 0.21, 0.54, 0.54)) and boxed(regions, 1)[1].mask is None
+    carried = moved(regions, 1, "0.46,0.46,0.79,0.79")[1].mask
+    assert carried.point(lambda value: 255 if value > 127 else 0).getbbox() == pytest.approx((128, 128, 192, 192), abs=2)
+    with pytest.raises(InputError, match="Nothing was painted for the region of 'a lake'"):
+        formed(regions, 0, Image.new("L", (256, 256)))
     seen = []
     report = TaskContext.report
 

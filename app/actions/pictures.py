@@ -6,7 +6,7 @@ import json
 import re
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from spectral_diffusion.attach import tokens_in
 from spectral_diffusion.comparison import MOST_PICTURES, Axis
 from spectral_diffusion.errors import InputError
 from spectral_diffusion.generation import Drawing, random_seed
+from spectral_diffusion.regions import region_from_record, region_record
 
 SORTS = ("newest", "text score", "likeness")
 PREVIEW_ENDING = "-forming.webp"
@@ -59,6 +60,17 @@ def drawing_from(values: dict[str, Any]) -> Drawing:
     return Drawing(**values)
 
 
+def drawing_record(drawing: Drawing) -> dict[str, Any]:
+    """Return `drawing` as a job's arguments hold it: what `drawing_of_record` reads."""
+    return asdict(replace(drawing, regions=())) | {"regions": [region_record(region) for region in drawing.regions]}
+
+
+def drawing_of_record(record: dict[str, Any]) -> Drawing:
+    """Return the drawing that `record` holds."""
+    regions = tuple(region_from_record(region) for region in record["regions"])
+    return Drawing(**record | {"size": tuple(record["size"]) if record["size"] else None, "regions": regions})
+
+
 def parse_size(text: str) -> tuple[int, int] | None:
     """Return `(width, height)` from '512x768', None for an empty text.
 
@@ -81,7 +93,7 @@ def generate(studio: Studio, adapter: str | None, drawing: Drawing, *, whole: bo
     """
     if adapter is not None:
         adapter_path(studio, adapter)
-    arguments = {"adapter": adapter, "drawing": asdict(drawing), "whole": whole, "settings": asdict(studio.settings)}
+    arguments = {"adapter": adapter, "drawing": drawing_record(drawing), "whole": whole, "settings": asdict(studio.settings)}
     return studio.jobs.submit("generate", f"Draw {drawing.prompt[:60]}", arguments)
 
 
@@ -97,7 +109,7 @@ def compare(studio: Studio, adapters: Sequence[str], drawing: Drawing, x: Axis, 
         adapter_path(studio, name)
     arguments = {
         "adapters": list(adapters),
-        "drawing": asdict(drawing),
+        "drawing": drawing_record(drawing),
         "x": asdict(x),
         "y": asdict(y),
         "settings": asdict(studio.settings),

@@ -5,14 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from PIL import Image
+
 from app.actions.adapters import library_tokens
 from app.actions.studio import Studio
 from spectral_diffusion.errors import InputError
-from spectral_diffusion.regions import MOST_REGIONS, Region, parse_box, suggest_regions
+from spectral_diffusion.regions import LEAST_SIDE, MOST_REGIONS, SOFT_EDGE, Box, Region, parse_box, suggest_regions
 
 Regions = tuple[Region, ...]
 NEW_BOX = (0.25, 0.25, 0.75, 0.75)
 """Where a region begins."""
+FORM_SIDE = 256
+"""Side of the canvas on which a region's form is painted, in pixels."""
 
 
 def suggested(studio: Studio, adapter: str | None, prompt: str) -> Regions:
@@ -41,12 +45,39 @@ def added(regions: Sequence[Region], prompt: str) -> Regions:
 
 
 def moved(regions: Sequence[Region], number: int, edges: str) -> Regions:
-    """Return `regions` with region `number` in the box `edges`, written `left,top,right,bottom`.
+    """Return `regions` with region `number` in the box `edges`, written `left,top,right,bottom`; its form goes with it.
 
     Raises:
         InputError: that is no box in the picture.
     """
-    return _with(regions, number, replace(_one(regions, number), box=parse_box(edges)))
+    region = _one(regions, number)
+    placed = replace(region, box=parse_box(edges), mask=None)
+    if region.mask is not None:
+        placed = replace(placed, mask=_carried(region.mask, region.box, placed.box))
+    return _with(regions, number, placed)
+
+
+def formed(regions: Sequence[Region], number: int, form: Image.Image) -> Regions:
+    """Return `regions` with region `number` in the painted `form`, white where it is, and in a box around it.
+
+    Raises:
+        InputError: next to nothing was painted.
+    """
+    region, bright = _one(regions, number), form.point(lambda value: 255 if value > 127 else 0).getbbox()
+    if bright is None:
+        raise InputError(
+            f"Nothing was painted for the region of '{region.prompt}'; paint where it shall be, or close the canvas."
+        )
+    edges = [edge / form.size[index % 2] for index, edge in enumerate(bright)]
+    # the box fades out over its edge, so it leaves that much room, and the least that a box may be
+    room = [max(SOFT_EDGE, (LEAST_SIDE - edges[index + 2] + edges[index]) / 2) for index in range(2)]
+    box = (*(max(0.0, edges[i] - room[i]) for i in range(2)), *(min(1.0, edges[i + 2] + room[i]) for i in range(2)))
+    return _with(regions, number, replace(region, box=box, mask=form))
+
+
+def boxed(regions: Sequence[Region], number: int) -> Regions:
+    """Return `regions` with region `number` filling its box again."""
+    return _with(regions, number, replace(_one(regions, number), mask=None))
 
 
 def named(regions: Sequence[Region], number: int, prompt: str) -> Regions:
@@ -62,6 +93,15 @@ def removed(regions: Sequence[Region], number: int) -> Regions:
     """Return `regions` without region `number`."""
     _one(regions, number)
     return (*regions[:number], *regions[number + 1 :])
+
+
+def _carried(form: Image.Image, before: Box, after: Box) -> Image.Image:
+    """Return `form` with what lay in one box moved into the other."""
+    source, target = ([round(edge * form.size[index % 2]) for index, edge in enumerate(box)] for box in (before, after))
+    size = (max(1, target[2] - target[0]), max(1, target[3] - target[1]))
+    moved = Image.new("L", form.size, 0)
+    moved.paste(form.crop(source).resize(size, Image.Resampling.BILINEAR), target[:2])
+    return moved
 
 
 def _one(regions: Sequence[Region], number: int) -> Region:

@@ -18,7 +18,7 @@ from PIL import Image
 
 from app.actions.adapters import adapter_path
 from app.actions.concepts import concepts_of_tokens
-from app.actions.pictures import PREVIEW_ENDING, picture_card
+from app.actions.pictures import PREVIEW_ENDING, drawing_of_record, picture_card
 from app.actions.studio import Studio
 from app.actions.training_tasks import look_task, train_task
 from app.actions.workbench import chosen_base, studio_of, write_json
@@ -43,8 +43,7 @@ from spectral_diffusion.export import (
 )
 from spectral_diffusion.files import write_atomically
 from spectral_diffusion.fusion import fuse
-from spectral_diffusion.generation import Drawing, Picture, generate
-from spectral_diffusion.regions import Region
+from spectral_diffusion.generation import Picture, generate
 from spectral_diffusion.score import ClipScorer, PictureScore, load_scorer, score_pictures
 from spectral_diffusion.toyworld.judge import Judge, load_judge
 
@@ -69,7 +68,7 @@ def fuse_task(arguments: dict[str, Any], context: TaskContext) -> dict[str, Any]
 def generate_task(arguments: dict[str, Any], context: TaskContext) -> dict[str, Any]:
     """Draw pictures one by one, then score those of this job; resumed, the remaining ones are drawn."""
     studio, settings = studio_of(context), arguments["settings"]
-    name, drawing = arguments["adapter"], _drawing(arguments)
+    name, drawing = arguments["adapter"], drawing_of_record(arguments["drawing"])
     adapter = load_adapter(adapter_path(studio, name)) if name else None
     base = chosen_base(settings)
     if adapter is not None:
@@ -124,7 +123,7 @@ def compare_task(arguments: dict[str, Any], context: TaskContext) -> dict[str, A
     with tempfile.TemporaryDirectory(dir=context.folder) as folder:
         result = compare(
             base,
-            _drawing(arguments),
+            drawing_of_record(arguments["drawing"]),
             adapters,
             x,
             y,
@@ -204,12 +203,6 @@ def _judge(base: Base) -> Judge | None:
 @lru_cache(maxsize=1)
 def _loaded_judge(device: str) -> Judge:
     return load_judge(device=device)
-
-
-def _drawing(arguments: dict[str, Any]) -> Drawing:
-    values = arguments["drawing"]
-    regions = tuple(Region(**region) for region in values.get("regions", ()))
-    return Drawing(**values | {"size": tuple(values["size"]) if values["size"] else None, "regions": regions})
 
 
 def _score(studio: Studio, base: Base, settings: dict[str, Any], paths: Sequence[Path], tokens: Sequence[str]) -> None:

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from app.actions.concepts import SAMPLES, concept_card, concept_names
+from app.actions.pictures import drawing_record
 from app.actions.studio import Studio
 from app.actions.trainings import train
 from spectral_diffusion.errors import InputError
@@ -37,7 +38,7 @@ def queue_tour(studio: Studio, preset: str = "fast", changes: dict[str, Any] | N
     }
     jobs.append(studio.jobs.submit("fuse", f"Fuse {cards[0].token} and {cards[1].token}", arguments))
     drawing = Drawing(prompt=TOGETHER.format(*(card.token for card in cards)), count=4, seed=random_seed())
-    arguments = {"adapter": fused, "drawing": asdict(drawing), "whole": False, "settings": settings}
+    arguments = {"adapter": fused, "drawing": drawing_record(drawing), "whole": False, "settings": settings}
     jobs.append(studio.jobs.submit("generate", f"Draw {drawing.prompt}", arguments))
     how = {"precision": "fp16", "format": "kohya", "rank": None}
     arguments = {"adapter": fused, **how, "settings": settings, "out": "tour.zip"}

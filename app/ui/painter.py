@@ -1,4 +1,4 @@
-"""The mask of a photo, painted on the photo, and the crops that the training takes of it."""
+"""A mask painted over a picture: where the concept is in a photo, or what form a region has."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ const start = () => {
   if (!canvas) return;
   canvas.dataset.ready = 'yes';
   const mask = new Image();
-  mask.onload = () => canvas.getContext('2d').drawImage(mask, 0, 0);
+  mask.onload = () => canvas.getContext('2d').drawImage(mask, 0, 0, canvas.width, canvas.height);
   if (canvas.dataset.mask) mask.src = canvas.dataset.mask;
   canvas.scrollIntoView({block: 'nearest'});
 };
@@ -68,26 +68,35 @@ element.addEventListener('click', (event) => {
 def painter(studio: Studio, name: str, photo: str, picture: Image.Image, mask: Image.Image | None) -> str:
     """Return the painter for a photo of the concept called `name`; `mask` is what it begins with."""
     shown = markup.text(photo)
-    inks = f'data-colour="rgb{_COLOUR}" data-mask="{_inline(_coloured(mask), "PNG") if mask else ""}"'
-    canvas = f'<canvas width="{picture.width}" height="{picture.height}" role="img" aria-label="mask of {shown}" {inks}></canvas>'
-    brushes = "".join(
+    buttons = (
+        markup.button("suggest-mask", photo, "Suggest one")
+        + markup.button("no-mask", photo, "No mask")
+        + markup.button("close-mask", photo, "Close", kind="sd-quiet")
+    )
+    what = f"Paint where the concept is in {photo}; the training then looks there."
+    photo_below = f'<img src="{_inline(picture, "WEBP")}" alt="{shown}">'
+    paper = canvas(photo_below, picture.size, mask, f"mask of {shown}")
+    tools = brushes(photo, "Keep the mask", buttons)
+    return f'<div class="sd-painter">{markup.muted(what)}{paper}{tools}{_crops(studio, name, photo)}</div>'
+
+
+def canvas(below: str, size: tuple[int, int], mask: Image.Image | None, label: str) -> str:
+    """Return a canvas of `size` pixels over the picture `below`; `mask` is what it begins with, `label` what is read out."""
+    begun = coloured(mask) if mask else ""
+    inks = f'data-colour="rgb{_COLOUR}" data-mask="{begun}"'
+    over = f'<canvas width="{size[0]}" height="{size[1]}" role="img" aria-label="{label}" {inks}></canvas>'
+    return f'<div class="sd-paper">{below}{over}</div>'
+
+
+def brushes(name: str, keep: str, buttons: str) -> str:
+    """Return brush and eraser, and beside `buttons` the one that says `keep` and sends what was painted for `name`."""
+    kinds = "".join(
         f'<label><input type="radio" name="brush" value="{kind}"{" checked" if kind == "paint" else ""}> {label}</label>'
         for kind, label in (("paint", "Paint"), ("erase", "Erase"))
     )
     size = '<label>Brush <input type="range" name="size" min="4" max="80" value="28"></label>'
-    keep = f'<button type="button" class="sd-button sd-primary" data-keep="{shown}">Keep the mask</button>'
-    buttons = (
-        keep
-        + markup.button("suggest-mask", photo, "Suggest one")
-        + markup.button("no-mask", photo, "No mask")
-        + markup.button("close-mask", photo, "Close", kind="sd-quiet")
-    )
-    photo_below = f'<img src="{_inline(picture, "WEBP")}" alt="{shown}">'
-    return (
-        f'<div class="sd-painter">{markup.muted(f"Paint where the concept is in {photo}; the training then looks there.")}'
-        f'<div class="sd-paper">{photo_below}{canvas}</div><div class="sd-row">{brushes}{size}</div>'
-        f'<div class="sd-row">{buttons}</div>{_crops(studio, name, photo)}</div>'
-    )
+    kept = f'<button type="button" class="sd-button sd-primary" data-keep="{markup.text(name)}">{keep}</button>'
+    return f'<div class="sd-row">{kinds}{size}</div><div class="sd-row">{kept}{buttons}</div>'
 
 
 def painted(sent: str) -> Image.Image:
@@ -116,10 +125,11 @@ def _crops(studio: Studio, name: str, photo: str) -> str:
     return f'{markup.muted("As the training sees it, cropped at random:")}<div class="sd-strip" id="crops">{pictures}</div>'
 
 
-def _coloured(mask: Image.Image) -> Image.Image:
+def coloured(mask: Image.Image) -> str:
+    """Return the address of a picture with the paint where `mask` is white."""
     layer = Image.new("RGBA", mask.size, (*_COLOUR, 0))
-    layer.putalpha(mask)
-    return layer
+    layer.putalpha(mask.convert("L"))
+    return _inline(layer, "PNG")
 
 
 def _inline(picture: Image.Image, format: str) -> str:

@@ -11,6 +11,7 @@ from app.actions.pictures import picture_cards
 from app.actions.studio import Studio
 from app.ui import markup
 from app.ui.live import EVENT, attempt, said
+from app.ui.painter import PAINTING, brushes, canvas, coloured, painted
 from spectral_diffusion.regions import Region
 
 _COLOURS = 6  # classes sd-c0 ... in style.css
@@ -70,8 +71,10 @@ def build_regions(studio: Studio, adapter: Any, prompt: Any) -> tuple[gr.State, 
     """Build the part; return the regions' state, whether concepts are confined, and what `show_regions` fills."""
     regions = gr.State(())
     with gr.Accordion("Regions: what stands where", open=False, elem_id="regions") as part:
-        gr.Markdown("A box is drawn from its own prompt, the rest from the picture’s. Drag a box, or its corner to resize it.")
-        board = gr.HTML(_board(studio, ()), elem_id="region-board", js_on_load=markup.CLICKS + DRAGS)
+        gr.Markdown(
+            "A box is drawn from its own prompt, the rest from the picture’s. Drag a box, or its corner, or paint a form."
+        )
+        board = gr.HTML(_board(studio, ()), elem_id="region-board", js_on_load=markup.CLICKS + DRAGS + PAINTING)
         with gr.Row():
             suggest = gr.Button("From the prompt", size="sm", min_width=90, elem_id="suggest-regions")
             add = gr.Button("Add a box", size="sm", min_width=90)
@@ -90,6 +93,14 @@ def build_regions(studio: Studio, adapter: Any, prompt: Any) -> tuple[gr.State, 
         number = int(name) if name.isdigit() else -1
         if do == "region-box":
             return shown(attempt(actions.moved, before, number, value), before)
+        if do == "paint-region" and 0 <= number < len(before):
+            return before, _board(studio, before, number)
+        if do == "keep-mask":
+            return shown(attempt(lambda: actions.formed(before, number, painted(value))), before)
+        if do == "no-mask":
+            return shown(attempt(actions.boxed, before, number), before)
+        if do == "close-mask":
+            return shown(None, before)
         if do == "region-prompt":
             return shown(attempt(actions.named, before, number, value), before)
         if do == "remove-region":
@@ -113,15 +124,33 @@ def show_regions(studio: Studio, regions: actions.Regions) -> tuple[Any, str]:
     return gr.update(open=bool(regions)), _board(studio, regions)
 
 
-def _board(studio: Studio, regions: actions.Regions) -> str:
-    """Return the boxes over the latest picture, and a line of fields for each."""
+def _board(studio: Studio, regions: actions.Regions, painting: int | None = None) -> str:
+    """Return the boxes over the latest picture, or the canvas of region `painting`, and a line of fields for each region."""
     if not regions:
         return markup.empty("No regions: the whole picture is drawn from the prompt.")
     latest = picture_cards(studio, count=1)
-    picture = markup.image(latest[0].path, "the latest picture, under the boxes") if latest else ""
-    boxes = "".join(_box(region, number) for number, region in enumerate(regions))
+    picture = markup.image(latest[0].path, "the latest picture, under the regions") if latest else ""
     fields = "".join(_fields(region, number) for number, region in enumerate(regions))
-    return f'<div class="sd-canvas">{picture}{boxes}</div><div class="sd-stack sd-regions">{fields}</div>'
+    board = _boxes(picture, regions) if painting is None else _painter(picture, regions[painting], painting)
+    return f'{board}<div class="sd-stack sd-regions">{fields}</div>'
+
+
+def _boxes(picture: str, regions: actions.Regions) -> str:
+    forms = "".join(
+        f'<img class="sd-form" src="{coloured(region.mask)}" alt="form of region {number}">'
+        for number, region in enumerate(regions, start=1)
+        if region.mask is not None
+    )
+    boxes = "".join(_box(region, number) for number, region in enumerate(regions))
+    return f'<div class="sd-canvas">{picture}{forms}{boxes}</div>'
+
+
+def _painter(picture: str, region: Region, number: int) -> str:
+    name, side = str(number), actions.FORM_SIDE
+    buttons = markup.button("no-mask", name, "The whole box") + markup.button("close-mask", name, "Close", kind="sd-quiet")
+    what = markup.muted(f"Paint where “{region.prompt}” shall be.")
+    paper = canvas(picture or "<div></div>", (side, side), region.mask, f"form of region {number + 1}")
+    return f'<div class="sd-painter sd-region-painter">{what}{paper}{brushes(name, "Keep the form", buttons)}</div>'
 
 
 def _box(region: Region, number: int) -> str:
@@ -138,11 +167,12 @@ def _box(region: Region, number: int) -> str:
 def _fields(region: Region, number: int) -> str:
     prompt = f'data-do="region-prompt" data-name="{number}" aria-label="Prompt of region {number + 1}" maxlength="500"'
     box = f'data-do="region-box" data-name="{number}" aria-label="Left, top, right, bottom of region {number + 1}" maxlength="60"'
+    paint = markup.button("paint-region", str(number), "✎", kind="sd-quiet", title=f"Paint the form of region {number + 1}")
     remove = markup.button("remove-region", str(number), "✕", kind="sd-quiet", title=f"Remove region {number + 1}")
     return (
         f'<div class="sd-row"><span class="sd-dot sd-c{number % _COLOURS}"></span>'
         f'<input class="sd-field sd-grow" {prompt} value="{markup.text(region.prompt)}">'
-        f'<input class="sd-field sd-edges" {box} value="{_edges(region)}">{remove}</div>'
+        f'<input class="sd-field sd-edges" {box} value="{_edges(region)}">{paint}{remove}</div>'
     )
 
 
