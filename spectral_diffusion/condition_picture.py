@@ -17,6 +17,7 @@ from torchvision.transforms.functional import to_tensor
 
 from spectral_diffusion.base import Base
 from spectral_diffusion.errors import InputError
+from spectral_diffusion.picture_text import picture_from_text, picture_text
 
 SHAPE_TOLERANCE = 0.02
 """How far the proportions of a condition may be from the picture's, which it is scaled to."""
@@ -55,6 +56,16 @@ def read_condition(file: Path, adapter: str, strength: float = 1.0) -> Condition
             return Condition(image=opened.convert("RGB"), adapter=adapter, strength=strength)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise InputError(f"The condition '{file}' cannot be read as a picture; give a PNG or JPEG.") from error
+
+
+def condition_record(condition: Condition) -> dict[str, Any]:
+    """Return `condition` as JSON holds it, its picture inside it: the arguments of `condition_from_record`."""
+    return {"image": picture_text(condition.image), "adapter": condition.adapter, "strength": condition.strength}
+
+
+def condition_from_record(image: str, adapter: str, strength: float) -> Condition:
+    """Return the condition that `condition_record` wrote."""
+    return Condition(image=picture_from_text(image), adapter=adapter, strength=strength)
 
 
 @contextmanager

@@ -96,7 +96,7 @@ def read_drawing(path: Path) -> Drawing:
             size=(int(width), int(height)) if height else None,
             **_regions(json.loads(chunks.get(OWN_CHUNK, "{}"))),
         )
-    except (LookupError, OSError, ValueError, TypeError, AttributeError) as error:
+    except (LookupError, OSError, SyntaxError, ValueError, TypeError, AttributeError) as error:
         raise InputError(f"The settings in '{path.name}' are damaged ({error}); draw the picture again.") from error
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 import re
 from collections.abc import Sequence
@@ -16,6 +14,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageFilter
 
 from spectral_diffusion.errors import InputError
+from spectral_diffusion.picture_text import is_picture_text, picture_from_text, picture_text
 
 SOFT_EDGE = 0.04
 """Width of the edge over which a region fades out, in fractions of the picture's side."""
@@ -25,10 +24,6 @@ LEAST_SHARE = 0.1
 """A region with a painted mask must belong to itself at least this much somewhere."""
 MOST_REGIONS = 16
 """More would be too small to draw in."""
-
-LARGEST_MASK = 4096
-"""Longest side of a painted mask that is read, in pixels."""
-_PNG = "data:image/png;base64,"
 
 Box = tuple[float, float, float, float]
 
@@ -116,17 +111,15 @@ def _entry(entry: dict[str, Any], number: int, file: Path) -> Region:
         raise InputError(f"Region {number} of '{file}' has a field '{min(unknown)}', which no region has; remove it.")
     try:
         return region_from_record(entry, file.parent)
-    except (KeyError, TypeError, ValueError, OSError) as error:
+    except (KeyError, TypeError, ValueError, OSError, SyntaxError) as error:
         raise InputError(f"Region {number} of '{file}' is not complete ({error}); it needs a prompt and a box.") from error
 
 
 def region_record(region: Region) -> dict[str, Any]:
-    """Return `region` as JSON holds it, its painted form as the base64 of a PNG: what `region_from_record` reads."""
+    """Return `region` as JSON holds it, its painted form inside it: what `region_from_record` reads."""
     record: dict[str, Any] = {"prompt": region.prompt, "box": list(region.box), "negative_prompt": region.negative_prompt}
     if region.mask is not None:
-        content = io.BytesIO()
-        region.mask.convert("L").save(content, "PNG", optimize=True)
-        record["mask"] = _PNG + base64.b64encode(content.getvalue()).decode()
+        record["mask"] = picture_text(region.mask.convert("L"))
     return record
 
 
@@ -138,7 +131,7 @@ def region_from_record(record: dict[str, Any], folder: Path | None = None) -> Re
 
     Raises:
         InputError: the region is not possible.
-        KeyError, TypeError, ValueError, OSError: the record is not one of a region, or its mask no picture.
+        KeyError, TypeError, ValueError, OSError, SyntaxError: the record is not one of a region, or its mask no picture.
     """
     left, top, right, bottom = (float(edge) for edge in record.get("box", (0, 0, 1, 1)))
     mask = record.get("mask")
@@ -151,15 +144,11 @@ def region_from_record(record: dict[str, Any], folder: Path | None = None) -> Re
 
 
 def _read_mask(written: str, folder: Path | None) -> Image.Image:
-    if written.startswith(_PNG):
-        source: io.BytesIO | Path = io.BytesIO(base64.b64decode(written.removeprefix(_PNG), validate=True))
-    elif folder is not None:
-        source = folder / written
-    else:
+    if is_picture_text(written):
+        return picture_from_text(written).convert("L")
+    if folder is None:
         raise ValueError("its mask is no PNG")
-    with Image.open(source) as opened:
-        if max(opened.size) > LARGEST_MASK:
-            raise ValueError(f"its mask is {opened.width} x {opened.height} pixels, more than {LARGEST_MASK}")
+    with Image.open(folder / written) as opened:
         return opened.convert("L")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,13 @@ import torch
 from diffusers import StableDiffusionAdapterPipeline, StableDiffusionXLAdapterPipeline, T2IAdapter
 from PIL import Image, ImageDraw
 from shared_bases import shared_base
+from studios import work
 from test_parametrisations import random_adapter
 
+from app.actions import pictures as actions
+from app.actions.pictures import condition_from, drawing_from
+from app.actions.studio import Studio
+from app.jobs import State
 from spectral_diffusion.base import Base
 from spectral_diffusion.cli import main
 from spectral_diffusion.condition_picture import Condition, read_condition
@@ -153,3 +159,27 @@ def test_the_file_of_a_picture_without_a_condition_names_none(tiny_base_folder: 
     (picture,) = generate(shared_base("tiny", tiny_base_folder), Drawing(prompt="a dog", steps=1))
     save_picture(picture, tmp_path / "a.png", "tiny")
     assert "condition" not in json.loads(Image.open(tmp_path / "a.png").text["spectral_diffusion"])
+
+
+def test_the_studio_draws_along_a_condition(
+    tiny_studio: Studio, tiny_base_folder: Path, condition_adapter: Callable[[str], Path], tmp_path: Path
+) -> None:
+    sketch(32, 32).save(tmp_path / "sketch.png")
+    condition = condition_from(str(tmp_path / "sketch.png"), f" {condition_adapter('tiny')} ", 1.5)
+    drawing = drawing_from({"prompt": "a dog", "steps": 1, "seed": 3})
+    actions.generate(tiny_studio, None, replace(drawing, condition=condition))
+    assert work(tiny_studio) == [State.DONE], tiny_studio.jobs.jobs()[0].reason
+    (card,) = actions.picture_cards(tiny_studio)
+    (ours,) = generate(shared_base("tiny", tiny_base_folder), replace(drawing, condition=condition))
+    with Image.open(card.path) as drawn:
+        assert drawn.tobytes() == ours.image.tobytes()
+
+
+def test_the_studio_wants_sketch_and_adapter_together(tmp_path: Path) -> None:
+    assert condition_from(None, " ", 1.0) is None
+    for file, adapter in ((None, "folder"), ("sketch.png", " ")):
+        with pytest.raises(InputError, match="belong together; give both or none"):
+            condition_from(file, adapter, 1.0)
+    (tmp_path / "a.png").write_text("no picture")
+    with pytest.raises(InputError, match=r"a\.png' cannot be read as a picture"):
+        condition_from(str(tmp_path / "a.png"), "folder", 1.0)

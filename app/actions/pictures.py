@@ -16,6 +16,7 @@ from app.actions.studio import Studio
 from app.jobs import State
 from spectral_diffusion.attach import tokens_in
 from spectral_diffusion.comparison import MOST_PICTURES, Axis
+from spectral_diffusion.condition_picture import Condition, condition_from_record, condition_record, read_condition
 from spectral_diffusion.errors import InputError
 from spectral_diffusion.generation import Drawing, random_seed
 from spectral_diffusion.regions import region_from_record, region_record
@@ -62,13 +63,34 @@ def drawing_from(values: dict[str, Any]) -> Drawing:
 
 def drawing_record(drawing: Drawing) -> dict[str, Any]:
     """Return `drawing` as a job's arguments hold it: what `drawing_of_record` reads."""
-    return asdict(replace(drawing, regions=())) | {"regions": [region_record(region) for region in drawing.regions]}
+    return asdict(replace(drawing, regions=(), condition=None)) | {
+        "regions": [region_record(region) for region in drawing.regions],
+        "condition": drawing.condition and condition_record(drawing.condition),
+    }
 
 
 def drawing_of_record(record: dict[str, Any]) -> Drawing:
     """Return the drawing that `record` holds."""
-    regions = tuple(region_from_record(region) for region in record["regions"])
-    return Drawing(**record | {"size": tuple(record["size"]) if record["size"] else None, "regions": regions})
+    read = {
+        "size": tuple(record["size"]) if record["size"] else None,
+        "regions": tuple(region_from_record(region) for region in record["regions"]),
+        "condition": record["condition"] and condition_from_record(**record["condition"]),
+    }
+    return Drawing(**record | read)
+
+
+def condition_from(file: str | None, adapter: str, strength: float) -> Condition | None:
+    """Return the condition that the page's fields say, None when they are empty.
+
+    Raises:
+        InputError: one of picture and adapter is missing, or the picture cannot be read.
+    """
+    adapter = adapter.strip()
+    if file is None and not adapter:
+        return None
+    if file is None or not adapter:
+        raise InputError("A sketch and the T2I-Adapter that reads it belong together; give both or none.")
+    return read_condition(Path(file), adapter, strength)
 
 
 def parse_size(text: str) -> tuple[int, int] | None:

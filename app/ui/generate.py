@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,7 @@ def build_generate(studio: Studio, live: Live) -> None:
             chips = live.add(gr.HTML(elem_id="chips", js_on_load=markup.CLICKS), lambda name: _chips(studio, name), adapter)
             fields = drawing_fields()
             regions, confined, shown = build_regions(studio, adapter, prompt)
+            condition = condition_fields()
             start = gr.Button("Draw", variant="primary", elem_id="draw")
             dropped = gr.File(
                 label="Drop a picture to load its settings",
@@ -65,8 +67,8 @@ def build_generate(studio: Studio, live: Live) -> None:
     settings = [prompt, *fields, regions, confined]
     loaded = [*settings, *shown]
 
-    def begin(name: str | None, *values: Any) -> None:
-        drawing = attempt(read_fields, *values)
+    def begin(name: str | None, sketch: str | None, reader: str, strength: float, *values: Any) -> None:
+        drawing = attempt(lambda: replace(read_fields(*values), condition=library.condition_from(sketch, reader, strength)))
         if drawing is not None:
             attempt(
                 library.generate,
@@ -94,11 +96,20 @@ def build_generate(studio: Studio, live: Live) -> None:
             return [gr.skip()] * len(loaded)
         return [*field_values(drawing), *show_regions(studio, drawing.regions)]
 
-    start.click(begin, [adapter, *settings], **EVENT)
-    prompt.submit(begin, [adapter, *settings], **EVENT)
+    start.click(begin, [adapter, *condition, *settings], **EVENT)
+    prompt.submit(begin, [adapter, *condition, *settings], **EVENT)
     chips.click(add_chip, prompt, prompt, **EVENT)
     album.click(copy_settings, None, loaded, **EVENT)
     dropped.upload(load_dropped, dropped, [*loaded, dropped], **EVENT)
+
+
+def condition_fields() -> list[Any]:
+    """Build what a drawing follows: a sketch or pose, the T2I-Adapter that reads it, and how strictly."""
+    with gr.Accordion("Sketch or pose to follow", open=False, elem_id="condition"):
+        sketch = gr.File(label="Picture: white lines on black, or a pose", file_types=["image"], height=140)
+        reader = gr.Textbox("", label="T2I-Adapter", placeholder="a diffusers folder or a hub id", max_length=500)
+        strength = gr.Slider(0, 2, 1, step=0.05, label="How strictly", buttons=[])
+    return [sketch, reader, strength]
 
 
 def adapter_list(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import io
 
 from PIL import Image
@@ -13,9 +12,9 @@ from app.actions.studio import Studio
 from app.actions.trainings import base_facts
 from app.ui import markup
 from spectral_diffusion.errors import InputError, SpectralDiffusionError
+from spectral_diffusion.picture_text import picture_from_text, picture_text
 
 _COLOUR = (255, 40, 110)
-_PREFIX = "data:image/png;base64,"
 PAINTING = """
 let stroke = null;
 const start = () => {
@@ -74,7 +73,7 @@ def painter(studio: Studio, name: str, photo: str, picture: Image.Image, mask: I
         + markup.button("close-mask", photo, "Close", kind="sd-quiet")
     )
     what = f"Paint where the concept is in {photo}; the training then looks there."
-    photo_below = f'<img src="{_inline(picture, "WEBP")}" alt="{shown}">'
+    photo_below = f'<img src="{_inline(picture)}" alt="{shown}">'
     paper = canvas(photo_below, picture.size, mask, f"mask of {shown}")
     tools = brushes(photo, "Keep the mask", buttons)
     return f'<div class="sd-painter">{markup.muted(what)}{paper}{tools}{_crops(studio, name, photo)}</div>'
@@ -106,12 +105,8 @@ def painted(sent: str) -> Image.Image:
         InputError: it is no PNG of bounded size.
     """
     try:
-        content = base64.b64decode(sent.removeprefix(_PREFIX), validate=True)
-        with Image.open(io.BytesIO(content), formats=("PNG",)) as picture:
-            if max(picture.size) > library.MASK_SIDE:
-                raise ValueError("it is too large")
-            return picture.convert("RGBA").getchannel("A")
-    except (OSError, ValueError, SyntaxError, binascii.Error) as error:
+        return picture_from_text(sent, library.MASK_SIDE).convert("RGBA").getchannel("A")
+    except (OSError, ValueError, SyntaxError) as error:
         raise InputError(f"The painted mask did not arrive whole ({error}); keep it again.") from error
 
 
@@ -121,7 +116,7 @@ def _crops(studio: Studio, name: str, photo: str) -> str:
         crops = library.crop_previews(studio, name, photo, (facts or {"resolution": 512})["resolution"])
     except SpectralDiffusionError:
         return ""
-    pictures = "".join(f'<img src="{_inline(crop, "WEBP")}" alt="crop {number}">' for number, crop in enumerate(crops, start=1))
+    pictures = "".join(f'<img src="{_inline(crop)}" alt="crop {number}">' for number, crop in enumerate(crops, start=1))
     return f'{markup.muted("As the training sees it, cropped at random:")}<div class="sd-strip" id="crops">{pictures}</div>'
 
 
@@ -129,10 +124,10 @@ def coloured(mask: Image.Image) -> str:
     """Return the address of a picture with the paint where `mask` is white."""
     layer = Image.new("RGBA", mask.size, (*_COLOUR, 0))
     layer.putalpha(mask.convert("L"))
-    return _inline(layer, "PNG")
+    return picture_text(layer)
 
 
-def _inline(picture: Image.Image, format: str) -> str:
+def _inline(picture: Image.Image) -> str:
     content = io.BytesIO()
-    picture.save(content, format, **({"quality": 88} if format == "WEBP" else {}))
-    return f"data:image/{format.lower()};base64,{base64.b64encode(content.getvalue()).decode()}"
+    picture.save(content, "WEBP", quality=88)
+    return f"data:image/webp;base64,{base64.b64encode(content.getvalue()).decode()}"
