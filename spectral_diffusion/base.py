@@ -80,19 +80,24 @@ def load_base(
     device: str | None = None,
     prediction_type: str | None = None,
     configuration: Path | None = None,
+    precision: torch.dtype | None = None,
 ) -> Base:
-    """Load a base to compute with: as `read_base` does, then in float32 in memory of its own on `device`.
+    """Load a base to compute with: as `read_base` does, then in memory of its own on `device`.
 
     Weights that stayed in the file would be lost with it, and where a number lies decides how it is summed: the last bit differs.
 
     Args:
         device: a torch device name; a GPU when there is one, else the CPU.
+        precision: of UNet and text encoders; float16 on a GPU, float32 on a CPU when missing. The autoencoder is always float32:
+            SDXL's overflows in half precision.
     """
     base = read_base(source, prediction_type=prediction_type, configuration=configuration)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    for model in _models(base.pipeline).values():
+    precision = precision or (torch.float32 if torch.device(device).type == "cpu" else torch.float16)
+    for part, model in _models(base.pipeline).items():
+        floating = torch.float32 if part == "vae" else precision
         for tensor in (*model.parameters(), *model.buffers()):
-            dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
+            dtype = floating if tensor.is_floating_point() else tensor.dtype
             tensor.data = tensor.data.to(device, dtype, copy=True)
     return base
 

@@ -19,7 +19,7 @@ from spectral_diffusion.base import Base
 from spectral_diffusion.condition_picture import Condition, following
 from spectral_diffusion.conditioning import encode_prompts, pipeline_arguments
 from spectral_diffusion.errors import InputError
-from spectral_diffusion.previews import OnPreview, watching
+from spectral_diffusion.previews import OnPreview, decoded, watching
 from spectral_diffusion.regional_attention import Layout, confining_gate, regional_attention
 from spectral_diffusion.regions import MOST_REGIONS, Region, coverage, shares_at
 
@@ -210,15 +210,22 @@ def _draw(
 ) -> list[Image.Image]:
     watched = watching(base, drawing.steps, seeds, on_preview) if on_preview is not None else {}
     width, height = _size(base, drawing)
-    return base.pipeline(
+    factor, unet = base.pipeline.vae_scale_factor, base.pipeline.unet
+    shape = (unet.config.in_channels, height // factor, width // factor)
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])  # the same in any precision
+    latents = base.pipeline(
         **_texts(base, drawing, words, len(seeds)),
         num_inference_steps=drawing.steps,
         guidance_scale=drawing.guidance,
         width=width,
         height=height,
-        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+        generator=generators,
+        latents=noise.to(base.device, unet.dtype),
+        output_type="latent",
         **watched,
     ).images
+    return [image for one in latents.split(1) for image in decoded(base, one)]  # by itself: large pictures take gigabytes
 
 
 def _texts(base: Base, drawing: Drawing, words: dict[str, str], count: int) -> dict[str, torch.Tensor]:
