@@ -52,7 +52,7 @@ def test_all_stages_run_and_make_a_base_that_draws(pictures: PictureSet, tmp_pat
     pipeline = assemble(autoencoder, build_text_encoder(tokenizer), tokenizer, build_unet())
     train_denoiser(tmp_path, pictures, latents, pipeline, 2, 2)
     encoder = {name: value.clone() for name, value in autoencoder.encoder.state_dict().items()}
-    refine_decoder(tmp_path, autoencoder, pictures, 2, 2, CPU)
+    refine_decoder(tmp_path, autoencoder, (pictures,), 2, 2, CPU)
     assert all(torch.equal(encoder[name], value) for name, value in autoencoder.encoder.state_dict().items())
     pipeline.to("cpu", torch.float16).save_pretrained(tmp_path / "base")
     drawn = load_base(tmp_path / "base", device="cpu").pipeline("a dog", num_inference_steps=1).images[0]

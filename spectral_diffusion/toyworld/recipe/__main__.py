@@ -37,7 +37,7 @@ def main() -> None:
     )
     parser.add_argument("--autoencoder-steps", type=int, default=3000, help="steps of 4 pictures for the autoencoder")
     parser.add_argument("--denoiser-steps", type=int, default=12_000, help="steps of 32 latents for text encoder and UNet")
-    parser.add_argument("--decoder-steps", type=int, default=3000, help="steps of 4 pictures for the decoder alone")
+    parser.add_argument("--decoder-steps", type=int, default=3000, help="steps of 8 pictures for the decoder alone")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     build(
@@ -56,7 +56,7 @@ def build(
     """Render the toy world and train everything from it, in order; what is finished is not done again."""
     sprites = fetch_sprites(work / "sprites")
     tokenizer = build_tokenizer(EMBEDDED_BASE / "tokenizer")
-    shipped = load_base(device=str(device)).pipeline if improve else None
+    shipped = load_base(device=str(device), precision=torch.float32).pipeline if improve else None
     colourful = load_or_render(work, "autoencoder-pictures", 6000, sprites, seed=10, held_out=False, tints=True)
     autoencoder = shipped.vae if shipped else train_autoencoder(work, colourful, autoencoder_steps, 4, device)
     pictures = load_or_render(work, "base-pictures", PICTURES, sprites, seed=13, held_out=False, tints=False, most_things=2)
@@ -66,7 +66,7 @@ def build(
     unet = shipped.unet if shipped else build_unet()
     pipeline = assemble(autoencoder, text_encoder, tokenizer, unet)
     train_denoiser(work, pictures, latents, pipeline, denoiser_steps, 32)
-    refine_decoder(work, autoencoder, colourful, decoder_steps, 4, device)
+    refine_decoder(work, autoencoder, (pictures, colourful), decoder_steps, 8, device)
     pipeline.to("cpu", torch.float16).save_pretrained(EMBEDDED_BASE)
     finished = load_base(device=str(device)).pipeline.vae
     make_judge(work, sprites, finished, device)
