@@ -14,7 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from benchmarks.lab import cost, efficiency, fusion, language, single, theory
+from benchmarks.lab import cost, efficiency, fusion, language, rates, single, theory
 from benchmarks.lab.record import file_name, perform, read
 from benchmarks.lab.workshop import Workshop
 from spectral_diffusion.files import write_atomically
@@ -23,6 +23,7 @@ EXPERIMENTS: dict[str, ModuleType] = {
     "theory": theory,
     "language": language,
     "cost": cost,
+    "rates": rates,
     "single": single,
     "fusion": fusion,
     "efficiency": efficiency,

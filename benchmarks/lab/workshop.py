@@ -14,10 +14,13 @@ from spectral_diffusion.adapter_file import load_adapter, save_adapter
 from spectral_diffusion.bands import Band
 from spectral_diffusion.base import Base, linear_layers, load_base
 from spectral_diffusion.clip_scorer import ClipScorer, load_scorer
-from spectral_diffusion.concept import SAMPLES_FOLDER, Concept, load_concept
+from spectral_diffusion.concept import SAMPLES_FOLDER, SETTINGS_FILE, Concept, load_concept
 from spectral_diffusion.generation import Drawing, Picture, generate
 from spectral_diffusion.parametrisations import BANDED
+from spectral_diffusion.toyworld.characters import HELD_OUT_CHARACTERS, SAMPLE_CONCEPTS
 from spectral_diffusion.toyworld.judge import Judge, load_judge
+from spectral_diffusion.toyworld.recipe.concepts import render_concept
+from spectral_diffusion.toyworld.sprites import fetch_sprites
 from spectral_diffusion.training import TrainingSettings, preset, train_together
 
 PROMPTS = ("{} near a lake", "a photo of {} in the snow", "{} on the beach", "{} in the city", "a picture of {} in the forest")
@@ -54,8 +57,16 @@ class Workshop:
         return load_judge(device=self.base.device)
 
     def concept(self, name: str) -> Concept:
-        """Return a sample concept."""
-        return load_concept(SAMPLES_FOLDER / name)
+        """Return a sample concept, or another character that the base does not know, rendered where none was before.
+
+        Raises:
+            RuntimeError: the drawings of the toy world could not be fetched.
+        """
+        folder = (SAMPLES_FOLDER if name in SAMPLE_CONCEPTS else self.adapters.parent / "concepts") / name
+        if not (folder / SETTINGS_FILE).exists():
+            seed = [character.name for character in HELD_OUT_CHARACTERS].index(name)
+            render_concept(folder, name, fetch_sprites(self.adapters.parent / "drawings"), seed)
+        return load_concept(folder)
 
     def settings(self, changes: Mapping[str, Any]) -> TrainingSettings:
         """Return the preset `balanced` of the base with `changes`."""
