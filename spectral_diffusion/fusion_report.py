@@ -198,7 +198,10 @@ def _verdict(token: str, class_word: str, kept: float | None, loudest: str) -> s
     return f"{token} {words}: {min(kept, 1):.0%} of its likeness alone is left{loudest}."
 
 
+_SIDE = 320
+"""Pixels of the longer side of a picture on the page, which shows it half as large."""
 _STYLE = (
+    ":root{color-scheme:light;background:#fff}"
     "body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#1c1c22}"
     "img{width:100%;max-width:160px;border-radius:4px}td,th{padding:4px 10px;text-align:left;vertical-align:top}"
     "table{border-collapse:collapse}.verdict{font-weight:600}"
@@ -222,9 +225,11 @@ def _concept_section(concept: ConceptReport, prompts: Sequence[str]) -> str:
 
 
 def _cell(image: Image.Image) -> str:
-    content = io.BytesIO()
-    image.save(content, "PNG")
-    return f'<td><img alt="" src="data:image/png;base64,{base64.b64encode(content.getvalue()).decode()}"></td>'
+    """Return a cell with `image` in it, made as small as a sharp screen shows it."""
+    content, small = io.BytesIO(), image.convert("RGB")
+    small.thumbnail((_SIDE, _SIDE), Image.Resampling.LANCZOS)
+    small.save(content, "WEBP", quality=90)
+    return f'<td><img alt="" src="data:image/webp;base64,{base64.b64encode(content.getvalue()).decode()}"></td>'
 
 
 def _cross_talk_section(tokens: Sequence[str], talk: Sequence[Sequence[float | None]]) -> str:

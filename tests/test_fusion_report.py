@@ -82,7 +82,7 @@ def test_the_page_holds_every_picture_and_its_data_none(report: FusionReport, tm
     hostile = replace(report, concepts=(replace(report.concepts[0], token="<script>"), report.concepts[1]))
     data = save_report(hostile, tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert page.count("data:image/png;base64,") == 12 and "<script>" not in page and "&lt;script&gt;" in page
+    assert page.count("data:image/webp;base64,") == 12 and "<script>" not in page and "&lt;script&gt;" in page
     figures = json.loads(data.read_text(encoding="utf-8"))
     assert [concept["token"] for concept in figures["concepts"]] == ["<script>", "<V2>"]
     assert figures["cross_talk"][0][0] == pytest.approx(1) and figures["method"] == "aligned"

@@ -10,6 +10,7 @@ from spectral_diffusion.joining import FUSERS, RHO, Inputs, LowRank, aligned_sum
 from spectral_diffusion.joining.aligned import SHRINKAGE, regression_mean
 from spectral_diffusion.joining.gradient import ITERATIONS, gradient_fusion
 from spectral_diffusion.joining.merges import DENSITY, SEED, dare, svd, ties
+from spectral_diffusion.joining.routing import signal_routing
 
 OUT, IN, RANKS, WEIGHTS = 9, 12, (2, 3), (1.0, 0.6)
 
@@ -106,12 +107,34 @@ def test_regmean_minimises_what_it_says(deltas: list[LowRank], activations: list
     assert gradient.abs().max() < 1e-12
 
 
+def test_signal_routing_is_the_least_squares_answer_within_the_concepts_directions(
+    deltas: list[LowRank], activations: list[torch.Tensor]
+) -> None:
+    ups, downs = (torch.cat([getattr(delta, name) for delta in deltas], dim=1) for name in ("up", "down"))
+    wanted = [torch.block_diag(*(w * (own == i) * torch.eye(r) for own, (w, r) in enumerate(zip(WEIGHTS, RANKS, strict=True))))
+              .double() @ downs.T @ F for i, F in enumerate(activations)]  # fmt: skip
+    signals = torch.cat([downs.T @ F for F in activations], dim=1)
+    M = torch.linalg.lstsq(signals.T, torch.cat(wanted, dim=1).T).solution.T
+    # the ridge is a millionth of the mean correlation
+    torch.testing.assert_close(signal_routing(deltas, WEIGHTS, Inputs(activations)).dense(), ups @ M @ downs.T, rtol=0, atol=1e-3)
+
+
+def test_signal_routing_separates_concepts_with_inputs_of_their_own(deltas: list[LowRank]) -> None:
+    directions = torch.linalg.qr(normal(IN, IN, seed=3)).Q
+    own = directions[:, :2], directions[:, 2:5]  # five inputs, five directions that read them
+    joined = signal_routing(deltas, WEIGHTS, Inputs(own)).dense()
+    for delta, weight, inputs in zip(deltas, WEIGHTS, own, strict=True):
+        torch.testing.assert_close(joined @ inputs, weight * delta.dense() @ inputs, rtol=0, atol=1e-3)
+
+
 def test_singular_normal_equations_are_said(deltas: list[LowRank], activations: list[torch.Tensor]) -> None:
     dead = [factor.index_fill(0, torch.tensor([3]), 0) for factor in activations]
     with pytest.raises(ArithmeticError, match="normal equations are singular"):
         regression_mean(deltas, WEIGHTS, Inputs(dead))
     with pytest.raises(ArithmeticError, match="normal equations are singular"):
         aligned_sum(deltas, WEIGHTS, Inputs([1e200 * factor for factor in activations]))
+    with pytest.raises(ArithmeticError, match="normal equations are singular"):
+        signal_routing(deltas, WEIGHTS, Inputs([0 * factor for factor in activations]))
 
 
 def test_gradient_fusion_takes_the_steps_that_it_takes_on_dense_weights(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import time
 import zipfile
 from collections.abc import Callable
@@ -14,7 +15,7 @@ import torch
 from PIL import Image
 from studios import QUICK, concept_of, work
 
-from app.actions.adapters import adapter_cards, export, fuse, library_tokens, map_bands
+from app.actions.adapters import adapter_cards, export, fuse, library_tokens, map_bands, report, report_file
 from app.actions.concepts import (
     add_samples,
     concept_card,
@@ -190,10 +191,22 @@ def test_concepts_are_trained_in_one_go_and_longer(tiny_studio: Studio, photo_fo
     assert [len(view.samples) for view in views] == [2, 2] and views[0].samples != views[1].samples
     among = [load_adapter(card.path).concepts[0].settings["among"] for card in adapter_cards(studio)]
     assert among == [["<three>", "<two>"], [], ["<three>", "<one>"]]  # by name: one, three, two
-    fuse(studio, [f"adapters/{name}.safetensors" for name in names[:2]], [1.0, 1.0], title="pair")
+    fuse(studio, [f"adapters/{name}.safetensors" for name in names[:2]], [1.0, 1.0], title="pair", report=True)
     longer = train_again(studio, names[1], longer=True)
     work(studio)
-    assert next(card.method for card in adapter_cards(studio) if card.name.startswith("fused/")) == "sum"
+    pair = next(card for card in adapter_cards(studio) if card.name.startswith("fused/"))
+    assert pair.method == "sum"
+    (job,) = (job for job in studio.jobs.jobs() if job.kind == "report")
+    assert job.state is State.DONE and len(job.result["verdicts"]) == 2, job.reason
+    assert (page := report_file(studio, pair)) is not None and "&lt;one&gt;" in page.read_text(encoding="utf-8")
+    assert studio.jobs.progress(job.name)[-1] == {"done": 24, "total": 24}
+    os.utime(pair.path)  # as when another adapter is fused under the name
+    assert report_file(studio, pair) is None
+    report(studio, pair.name)
+    with pytest.raises(InputError, match="'pair' is already under way"):
+        report(studio, pair.name)
+    with pytest.raises(InputError, match=r"There is no 'x\.safetensors'"):
+        report(studio, "fused/x.safetensors")
     assert studio.jobs.job(longer).arguments["concepts"] == [names[1], names[0]]
     result = studio.jobs.job(longer).result
     assert (result["steps"], result["bands"]) == (2, {names[0]: "2-3", names[1]: "4-5"})

@@ -8,6 +8,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from app.actions.studio import Studio, plain_name
 from spectral_diffusion.adapter import METHODS, Adapter
@@ -79,11 +80,13 @@ def fuse(
     title: str = "",
     method: str | None = None,
     allow_overlap: bool = False,
+    report: bool = False,
 ) -> str:
     """Queue the fusing of adapters under the name `title` and return the job's name.
 
     Args:
         method: how to join them; as suits them when missing.
+        report: queue a report of what was kept as soon as they are fused.
 
     Raises:
         InputError: fewer than two are chosen, a name is taken, or there is no such method.
@@ -102,8 +105,33 @@ def fuse(
         "method": method,
         "allow_overlap": allow_overlap,
         "out": f"{stem}.safetensors",
+        "report": asdict(studio.settings) if report else None,
     }
     return studio.jobs.submit("fuse", f"Fuse {' and '.join(tokens)}", arguments)
+
+
+def report(studio: Studio, name: str) -> str:
+    """Queue a report of what the fused adapter called `name` kept of its concepts and return the job's name.
+
+    Raises:
+        InputError: there is no such adapter, or its report is already queued.
+    """
+    adapter_path(studio, name)
+    return queue_report(studio, name, asdict(studio.settings))
+
+
+def queue_report(studio: Studio, name: str, settings: dict[str, Any]) -> str:
+    """Queue the report of a fused adapter, drawn with `settings`; see `report`."""
+    title = f"Report on {Path(name).stem}"
+    if any(job.title == title and not job.state.ended for job in studio.jobs.jobs()):
+        raise InputError(f"The report on '{Path(name).stem}' is already under way.")
+    return studio.jobs.submit("report", title, {"adapter": name, "settings": settings})
+
+
+def report_file(studio: Studio, card: AdapterCard) -> Path | None:
+    """Return the page of the report on a fused adapter, None where there is none of the adapter as it is now."""
+    path = studio.folder("reports") / f"{card.path.stem}.html"
+    return path if path.exists() and path.stat().st_mtime_ns > card.path.stat().st_mtime_ns else None
 
 
 def export(studio: Studio, name: str, precision: str = "fp16", *, format: str = "kohya", rank: int | None = None) -> str:

@@ -3,7 +3,7 @@
 concepts/NAME/          photos, captions, masks and `concept.toml`, as `spectral-diffusion train` reads them
 thumbnails/NAME/        small upright copies of the photos for the page
 adapters/NAME.safetensors, fused/NAME.safetensors
-pictures/, comparisons/, exports/
+pictures/, comparisons/, exports/, reports/
 removed/                what was removed on the page
 jobs/, uploads/, settings.json
 """
@@ -24,8 +24,20 @@ from spectral_diffusion.errors import InputError
 from spectral_diffusion.export.embedding import embedding_file_name
 from spectral_diffusion.files import write_atomically
 
-FOLDERS = ("concepts", "thumbnails", "adapters", "fused", "pictures", "comparisons", "exports", "removed", "jobs", "uploads")
-SERVED = ("thumbnails", "pictures", "comparisons", "exports")
+FOLDERS = (
+    "concepts",
+    "thumbnails",
+    "adapters",
+    "fused",
+    "pictures",
+    "comparisons",
+    "exports",
+    "reports",
+    "removed",
+    "jobs",
+    "uploads",
+)
+SERVED = ("thumbnails", "pictures", "comparisons", "exports", "reports")
 """Folders of which the page shows or gives away files."""
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from app.actions.adapters import adapter_path
+from app.actions.adapters import adapter_path, queue_report
 from app.actions.concepts import concepts_of_tokens
 from app.actions.pictures import PREVIEW_ENDING, drawing_of_record, picture_card
 from app.actions.studio import Studio
@@ -30,7 +30,7 @@ from spectral_diffusion.album import Album
 from spectral_diffusion.attach import check_fits_base
 from spectral_diffusion.base import Base
 from spectral_diffusion.comparison import BARE, Axis, compare, write_comparison
-from spectral_diffusion.errors import SpectralDiffusionError
+from spectral_diffusion.errors import InputError, SpectralDiffusionError
 from spectral_diffusion.exactness import export_error
 from spectral_diffusion.export import (
     ONLY_DIFFUSERS,
@@ -43,7 +43,9 @@ from spectral_diffusion.export import (
 )
 from spectral_diffusion.files import write_atomically
 from spectral_diffusion.fusion import fuse
+from spectral_diffusion.fusion_report import report_fusion, save_report
 from spectral_diffusion.generation import Picture, generate
+from spectral_diffusion.photos import read_photos
 from spectral_diffusion.score import ClipScorer, PictureScore, load_scorer, score_pictures
 from spectral_diffusion.toyworld.judge import Judge, load_judge
 
@@ -62,7 +64,30 @@ def fuse_task(arguments: dict[str, Any], context: TaskContext) -> dict[str, Any]
         allow_overlap=arguments["allow_overlap"],
     )
     save_adapter(fused, studio.folder("fused") / arguments["out"])
-    return {"adapter": f"fused/{arguments['out']}", "tokens": list(fused.tokens)}
+    name = f"fused/{arguments['out']}"
+    if arguments.get("report"):
+        with suppress(InputError):  # one that waits already finds the adapter as it is now
+            queue_report(studio, name, arguments["report"])
+    return {"adapter": name, "tokens": list(fused.tokens)}
+
+
+def report_task(arguments: dict[str, Any], context: TaskContext) -> dict[str, Any]:
+    """Draw every concept of a fused adapter alone and fused, and leave a page with scores and verdicts."""
+    studio, settings = studio_of(context), arguments["settings"]
+    path = adapter_path(studio, arguments["adapter"])
+    fused, base = load_adapter(path), chosen_base(settings)
+
+    def count(done: int, total: int) -> None:
+        context.report(done=done, total=total)
+        if context.should_stop():
+            raise Stopped
+
+    folders = concepts_of_tokens(studio, fused.tokens)
+    photos = {token: [photo.image for photo in read_photos(folder).photos] for token, folder in folders.items()}
+    report = report_fusion(base, fused, _scorer(settings["clip"], str(base.device)), photos, on_picture=count)
+    page = studio.folder("reports") / f"{path.stem}.html"
+    save_report(report, page)
+    return {"report": page.name, "verdicts": [concept.verdict for concept in report.concepts]}
 
 
 def generate_task(arguments: dict[str, Any], context: TaskContext) -> dict[str, Any]:
@@ -183,6 +208,7 @@ TASKS: dict[str, Task] = {
     "look": look_task,
     "train": train_task,
     "fuse": fuse_task,
+    "report": report_task,
     "generate": generate_task,
     "compare": compare_task,
     "export": export_task,

@@ -45,8 +45,13 @@ def build_fuse(studio: Studio, live: Live) -> None:
             label="How to join",
             min_width=240,
         )
+    wants_report = gr.Checkbox(
+        True, label="Report", info="Draws every concept alone and fused, and says what is left of it.", elem_id="fuse-report"
+    )
     start = gr.Button("Fuse", variant="primary", elem_id="fuse")
     live.add(gr.HTML(elem_id="fused"), lambda: _fused(studio))
+    asked = gr.State("")
+    reports = live.add(gr.HTML(elem_id="reports", js_on_load=markup.CLICKS), lambda name: _reports(studio, name), asked)
 
     def show_sliders(names: list[str]) -> list[Any]:
         labels = [card.label for card in library.adapter_cards(studio, ["adapters"]) if card.name in names]
@@ -60,18 +65,26 @@ def build_fuse(studio: Studio, live: Live) -> None:
             for number in range(_MOST)
         ]
 
-    def begin(names: list[str], name: str, how: str, *strengths: float) -> Any:
+    def begin(names: list[str], name: str, how: str, report: bool, *strengths: float) -> Any:
         ordered = sorted(names)[:_MOST]
-        job = attempt(library.fuse, studio, ordered, strengths[: len(ordered)], title=name, method=how or None, done="Fusing …")
-        return gr.skip() if job is None else ""
+        options = {"title": name, "method": how or None, "report": report}
+        job = attempt(library.fuse, studio, ordered, strengths[: len(ordered)], **options, done="Fusing …")
+        return (gr.skip(), gr.skip()) if job is None else ("", "")
 
     def retrain(event: gr.EventData) -> None:
         do, name, _ = said(event)
         if do == "retrain":
             attempt(train_again, studio, name, done="It is trained again, on a free band.")
 
+    def show_report(event: gr.EventData) -> Any:
+        do, name, _ = said(event)
+        if do == "report":
+            attempt(library.report, studio, name, done="The report is queued.")
+        return name
+
     chosen.change(show_sliders, chosen, sliders, **EVENT)
-    start.click(begin, [chosen, title, method, *sliders], title, **EVENT)
+    start.click(begin, [chosen, title, method, wants_report, *sliders], [title, asked], **EVENT)
+    reports.click(show_report, None, asked, **EVENT)
     bands.click(retrain, **EVENT)
 
 
@@ -112,3 +125,22 @@ def _fused(studio: Studio) -> str:
         return ""
     rows = [[card.path.stem, " + ".join(card.tokens), ", ".join(card.bands), card.method] for card in cards]
     return markup.heading("Fused adapters") + markup.table(["name", "concepts", "bands", "joined by"], rows)
+
+
+def _reports(studio: Studio, asked: str) -> str:
+    """Return a button per fused adapter, and the report that was asked for or else the newest."""
+    cards = library.adapter_cards(studio, ["fused"])
+    found = {card.name: path for card in cards if (path := library.report_file(studio, card)) is not None}
+    buttons = "".join(
+        markup.button("show", card.name, f"Report on {card.path.stem}")
+        if card.name in found
+        else markup.button("report", card.name, f"Draw a report on {card.path.stem}", kind="sd-quiet")
+        for card in cards
+    )
+    if not found:
+        return f'<div class="sd-row">{buttons}</div>' if cards else ""
+    name = asked if asked in found else max(found, key=lambda one: found[one].stat().st_mtime_ns)
+    path = found[name]
+    page = markup.heading(f"What {path.stem} kept") + markup.frame(path, f"Report on {path.stem}")
+    save = markup.link(path, "Save page", download=True)
+    return f'<div class="sd-row">{buttons}</div>{page}<div class="sd-row sd-end">{save}</div>'

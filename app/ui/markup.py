@@ -52,6 +52,11 @@ def link(path: Path, label: str, *, download: bool = False) -> str:
     return f'<a class="sd-button" href="{text(file_url(path))}" {how}>{text(label)}</a>'
 
 
+def frame(path: Path, title: str) -> str:
+    """Return a page of the studio within the page, where its style and ours do not meet; scripts in it do not run."""
+    return f'<iframe class="sd-frame" sandbox srcdoc="{text(path.read_text(encoding="utf-8"))}" title="{text(title)}"></iframe>'
+
+
 def muted(words: str) -> str:
     """Return a faint line."""
     return f'<p class="sd-muted">{text(words)}</p>'

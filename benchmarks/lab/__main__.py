@@ -26,6 +26,7 @@ EXPERIMENTS: dict[str, ModuleType] = {
     "rates": rates,
     "single": single,
     "fusion": fusion,
+    "many": fusion,
     "efficiency": efficiency,
 }
 """Name to module; each has `cases(config)`, `measure(case, workshop)` and `show(records) -> (figures, table)`."""

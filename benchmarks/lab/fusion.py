@@ -14,12 +14,17 @@ from statistics import mean, pstdev
 from typing import Any
 
 from matplotlib.figure import Figure
+from PIL import Image
 
 from benchmarks.lab.charts import lines, markdown, packed, sheet, unpacked
 from benchmarks.lab.record import Case, Record
-from benchmarks.lab.workshop import Workshop
+from benchmarks.lab.workshop import PROMPTS, Workshop
+from spectral_diffusion.adapter import Adapter
 from spectral_diffusion.fusion import fuse
 from spectral_diffusion.generation import Drawing, generate
+
+_JOINT = (2, 3)
+"""So many of the concepts are drawn in one picture."""
 
 
 def cases(config: dict[str, Any]) -> Iterator[Case]:
@@ -59,11 +64,20 @@ def measure(case: Case, workshop: Workshop) -> dict[str, Any]:
         pictures = workshop.draw(fused, token, case["pictures"])
         concepts[name] = asdict(workshop.likeness(name, pictures))
         strip.append(pictures[0].image)
-    drawing = Drawing(prompt=f"{fused.tokens[0]} and {fused.tokens[1]} near a lake", count=5 * case["pictures"], seed=77_000)
+    joint = {}
+    for count in range(2, 1 + min(_JOINT[-1], len(adapters))):
+        images, joint[str(count)] = _together(workshop, fused, case["concepts"][:count], case["pictures"])
+        strip.append(images[0])
+    return {"concepts": concepts, "joint": joint, "strip": packed(strip)}
+
+
+def _together(workshop: Workshop, fused: Adapter, names: Sequence[str], pictures: int) -> tuple[list[Image.Image], float]:
+    """Draw the first concepts of `fused` in one picture; return the pictures and the share in which the judge sees them all."""
+    *first, last = fused.tokens[: len(names)]
+    drawing = Drawing(prompt=f"{', '.join(first)} and {last} near a lake", count=len(PROMPTS) * pictures, seed=77_000)
     images = [picture.image for picture in generate(workshop.base, drawing, fused, whole=True)]
-    wanted = set(case["concepts"][:2])
-    both = mean(float({s.character for s in seen[:2]} == wanted) for seen in workshop.judge.look(images))
-    return {"concepts": concepts, "pair": both, "strip": packed([*strip, images[0]])}
+    looks = workshop.judge.look(images)
+    return images, mean(float({seen.character for seen in look[: len(names)]} == set(names)) for look in looks)
 
 
 def show(records: Sequence[Record]) -> tuple[dict[str, Figure], str]:
@@ -77,10 +91,7 @@ def show(records: Sequence[Record]) -> tuple[dict[str, Figure], str]:
             after = [record["result"]["concepts"][name] for name in case["concepts"]]
             figures = {f"{key} {when}": mean(one[key] for one in group) for when, group in (("alone", before), ("fused", after))
                        for key in ("identity", "clip_image", "clip_text")}  # fmt: skip
-            figures |= {
-                "pair": record["result"]["pair"],
-                "kept": figures["identity fused"] / max(figures["identity alone"], 1e-9),
-            }
+            figures |= {f"joint {things}": share for things, share in record["result"]["joint"].items()}
             found.setdefault((len(case["concepts"]), case["method"]), []).append(figures)
     rows, curves = [], {}
     for (count, method), runs in sorted(found.items()):
@@ -89,17 +100,29 @@ def show(records: Sequence[Record]) -> tuple[dict[str, Figure], str]:
         spread = f" ± {pstdev(run['identity fused'] for run in runs):.2f}" if len(runs) > 1 else ""
         images = f"{value['clip_image alone']:.3f} / {value['clip_image fused']:.3f}"
         texts = f"{value['clip_text alone']:.3f} / {value['clip_text fused']:.3f}"
-        identity = [f"{value['identity alone']:.2f}", f"{value['identity fused']:.2f}{spread}", f"{value['kept']:.2f}"]
-        rows.append([str(count), method, *identity, images, texts, f"{value['pair']:.2f}"])
-    header = ["concepts", "method", "alone", "fused", "kept", "CLIP image alone / fused", "CLIP text alone / fused", "pair"]
+        kept = f"{value['identity fused'] / value['identity alone']:.2f}" if value["identity alone"] else ""
+        identity = [f"{value['identity alone']:.2f}", f"{value['identity fused']:.2f}{spread}", kept]
+        joint = [f"{value[name]:.2f}" if (name := f"joint {things}") in value else "" for things in _JOINT]
+        rows.append([str(count), method, *identity, images, texts, *joint])
+    header = [
+        "concepts",
+        "method",
+        "alone",
+        "fused",
+        "kept",
+        "CLIP image alone / fused",
+        "CLIP text alone / fused",
+        "two",
+        "three",
+    ]
     if not rows:
         return {}, ""
     sheets = {}
     for count in sorted({count for count, _ in found}):
         chosen = [r for r in records if r["case"]["kind"] == "fused" and len(r["case"]["concepts"]) == count]
         strips = {r["case"]["method"]: unpacked(r["result"]["strip"]) for r in reversed(chosen)}  # of the first seed
-        names = [*chosen[0]["case"]["concepts"], "the first two"]
-        sheets[f"sheet-{count}"] = sheet(f"{count} concepts: each by its token, then two in one picture", names, strips)
+        names = [*chosen[0]["case"]["concepts"], *(f"the first {things}" for things in chosen[0]["result"]["joint"])]
+        sheets[f"sheet-{count}"] = sheet(f"{count} concepts: each by its token, then several in one picture", names, strips)
     figure = lines("Identity after fusing", "concepts", "share right", curves)
     return {"identity": figure} | sheets, markdown(header, rows)
 

@@ -1,8 +1,8 @@
 """Learning rates: every parametrisation at several, on concepts that no other experiment shows.
 
 What comes out is put into the other experiments' configurations by hand, so that each rival is tuned as fairly as ours. The text
-encoder's rate is a fixed share of the UNet's. Parametrisations that are fused elsewhere are chosen by what is left of the
-concepts in their plain sum, the others by the concepts alone.
+encoder's rate is a fixed share of the UNet's. A rate is chosen by the identity of the concepts alone and, for parametrisations
+that are fused elsewhere, in their plain sum; where that is equal, by CLIP.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def show(records: Sequence[Record]) -> tuple[dict[str, Figure], str]:
 
 
 def _order(result: dict[str, Any]) -> tuple[float, float]:
-    likenesses = result.get("fused", result["alone"])
+    likenesses = [*result["alone"], *result.get("fused", [])]
     return mean(one["identity"] for one in likenesses), mean(one["clip_image"] for one in likenesses)
 
 

@@ -10,6 +10,7 @@ from spectral_diffusion.joining.gradient import gradient_fusion
 from spectral_diffusion.joining.inputs import Inputs
 from spectral_diffusion.joining.low_rank import LowRank
 from spectral_diffusion.joining.merges import dare, svd, ties
+from spectral_diffusion.joining.routing import signal_routing
 from spectral_diffusion.joining.sums import average, weighted_sum
 
 __all__ = ["FUSERS", "RHO", "Fuser", "Inputs", "LowRank", "aligned_sum", "weighted_sum"]
@@ -40,6 +41,7 @@ FUSERS = {
     "average": _unmeasured(average, "the sum divided by the number of concepts"),
     "gradient": Fuser(join=gradient_fusion, measured=True, help="gradient fusion as in Mix-of-Show, by L-BFGS"),
     "regmean": Fuser(join=regression_mean, measured=True, help="RegMean's regression"),
+    "ssr": Fuser(join=signal_routing, measured=True, help="SSR-Merge: signals routed within the concepts' own directions"),
     "svd": _unmeasured(svd, "the sum cut to the largest rank of one concept"),
     "ties": _unmeasured(ties, "TIES: trimmed, signs elected; cut to the rank of the sum"),
     "dare": _unmeasured(dare, "DARE: half of the entries dropped at random; cut to the rank of the sum"),
