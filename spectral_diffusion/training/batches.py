@@ -23,6 +23,7 @@ class Shown:
         words: what the token is written as for the text encoder, a word per vector.
         examples: its encoded photos.
         ids: token ids `(n, text encoders, length)` of their captions.
+        tokens: `(n, length)`, 1 where the first of them is the concept's.
         pool: what to stay inert on.
         pool_among: what to stay inert on while others are attached; `pool` where these are trained at the same time.
     """
@@ -32,6 +33,7 @@ class Shown:
     words: str
     examples: EncodedExamples
     ids: torch.Tensor
+    tokens: torch.Tensor
     pool: InertPool
     pool_among: InertPool
 
@@ -44,6 +46,8 @@ class Batch:
         noisy, targets: `(concepts, n, channels, h, w)`.
         times: `(concepts, n)`.
         ids: `(concepts, n, text encoders, length)`.
+        tokens: `(concepts, n, length)`, 1 where a word of a photo's caption is the concept's.
+        masks: `(concepts, n, 1, h, w)`, 1 where the concept is, everywhere without a mask.
         weights: `(concepts, n, 1, h, w)` of the squared distances, of mean 1 over the photos.
         shares: `(concepts, n, 2)`, how much each sample counts in the concept's loss and in the inertness loss.
         among: whether every sample passes through the sum of all concepts and those trained before.
@@ -52,6 +56,8 @@ class Batch:
     noisy: torch.Tensor
     times: torch.Tensor
     ids: torch.Tensor
+    tokens: torch.Tensor
+    masks: torch.Tensor
     targets: torch.Tensor
     weights: torch.Tensor
     shares: torch.Tensor
@@ -90,6 +96,8 @@ def _share(base: Base, concept: Shown, settings: TrainingSettings, step: int, am
         "noisy": torch.cat([scheduler.add_noise(clean, noise, times), pool.noisy[inert]]),
         "times": torch.cat([times, pool.times[inert]]),
         "ids": torch.cat([concept.ids[chosen], pool.ids[inert]]),
+        "tokens": torch.cat([concept.tokens[chosen], concept.tokens.new_zeros(len(inert), concept.tokens.shape[1])]),
+        "masks": torch.cat([masks, masks.new_ones(len(inert), *masks.shape[1:])]),
         "targets": torch.cat([target(base, clean, noise, times), pool.predictions[inert]]),
         "weights": torch.cat([weights, weights.new_ones(len(inert), *weights.shape[1:])]),
         "shares": _sent(torch.block_diag(torch.ones(count, 1), torch.ones(len(inert), 1)) / count, base.device),

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+
+import torch
 
 from spectral_diffusion.adapter import Adapter, ConceptPart, token_words
 from spectral_diffusion.attach import Switch, beside, check_fits_base, check_new_token, with_tokens
@@ -14,6 +17,7 @@ from spectral_diffusion.concept import Concept
 from spectral_diffusion.conditioning import tokenize
 from spectral_diffusion.errors import AdapterError, InputError
 from spectral_diffusion.parametrisations import BANDED
+from spectral_diffusion.training.attention import watched_attention
 from spectral_diffusion.training.batches import Shown
 from spectral_diffusion.training.examples import EncodedExamples, encode_examples
 from spectral_diffusion.training.inertness import STRANGERS, InertPool, build_inert_pool, stranger_vectors
@@ -120,8 +124,10 @@ def train_together(
             shown = [replace(own, pool_among=_pool(base, own.class_word, among.words, settings)) for own in shown]
             others.on = False
         run = Run(base, trainable, settings, shown, others, checkpoint)
+        watched = watched_attention(base.pipeline.unet) if settings.attention else nullcontext()
         with trainable.adaptation.attached():
-            run.loop(on_progress, should_stop)
+            with watched as run.seen:
+                run.loop(on_progress, should_stop)
             activations = run.activations()
     trained = [trainable.adaptation.result(number) for number in range(len(concepts))]
     banded, parameters = settings.parametrisation in BANDED, trainable.parameter_count()
@@ -194,12 +200,16 @@ def _shown(
     """Return what `concept` is trained on; its token and `strangers` must be known to the base, and no delta attached."""
     words = token_words(concept.token, settings.token_vectors)
     pool = _pool(base, concept.class_word, strangers, settings)
+    ids = tokenize(base, [caption.replace(concept.token, words) for caption in examples.captions])
+    tokenizer = next(iter(base.tokenizers.values()))
+    own = torch.tensor(tokenizer.convert_tokens_to_ids(words.split()), device=ids.device)
     return Shown(
         token=concept.token,
         class_word=concept.class_word,
         words=words,
         examples=examples,
-        ids=tokenize(base, [caption.replace(concept.token, words) for caption in examples.captions]),
+        ids=ids,
+        tokens=torch.isin(ids[:, 0], own).float(),
         pool=pool,
         pool_among=pool,
     )

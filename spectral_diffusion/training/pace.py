@@ -51,4 +51,13 @@ def _nothing(base: Base) -> Shown:
     ids = tokenize(base, [_WORD])
     pool = InertPool(noisy=empty, times=torch.zeros(1, dtype=torch.long, device=base.device), ids=ids, predictions=empty)
     examples = EncodedExamples(latents=empty, masks=torch.ones_like(empty[:, :1]), captions=(_WORD,))
-    return Shown(token=_WORD, class_word=_WORD, words=_WORD, examples=examples, ids=ids, pool=pool, pool_among=pool)
+    return Shown(
+        token=_WORD,
+        class_word=_WORD,
+        words=_WORD,
+        examples=examples,
+        ids=ids,
+        tokens=torch.zeros(ids[:, 0].shape, device=base.device),
+        pool=pool,
+        pool_among=pool,
+    )

@@ -20,6 +20,7 @@ from spectral_diffusion.attach import Switch
 from spectral_diffusion.base import Base
 from spectral_diffusion.conditioning import prompts
 from spectral_diffusion.errors import TrainingError
+from spectral_diffusion.training.attention import CrossAttention
 from spectral_diffusion.training.batches import Batch, Shown, draw_batch
 from spectral_diffusion.training.checkpoint import load_checkpoint, save_checkpoint
 from spectral_diffusion.training.memory import Plan, checkpointing, elsewhere, measured_plan
@@ -79,6 +80,7 @@ class Run:
         )
         self.samples_each = settings.batch * (2 if settings.inertness else 1)
         self.plan, self.fell_back = Plan(), False
+        self.seen: CrossAttention | None = None
         self.step, self.seconds = 0, 0.0
         self.good: dict[str, Any] | None = None
         self.name = self._digest()
@@ -218,11 +220,17 @@ class Run:
         return torch.stack(losses).sum(0)
 
     def _losses(self, batch: Batch) -> torch.Tensor:
-        """Return each concept's masked denoising loss and its inertness loss, `(concepts, 2)`, from one forward pass."""
+        """Return each concept's loss and its inertness loss, `(concepts, 2)`, from one forward pass.
+
+        A concept's loss is the masked denoising loss, and the share of its token's attention outside the mask where that counts.
+        """
         self.trainable.adaptation.show(self.base.pipeline.unet.dtype, summed=batch.among)
         inputs = (tensor.flatten(0, 1) for tensor in (batch.noisy, batch.times, batch.ids))
         predicted = predict(self.base, *inputs).view(batch.targets.shape)
         errors = ((predicted - batch.targets) ** 2 * batch.weights).mean((2, 3, 4))
+        if self.seen is not None:
+            outside = self.seen.outside(batch.tokens.flatten(0, 1), batch.masks.flatten(0, 1))
+            errors = errors + self.settings.attention * outside.view(errors.shape)
         return (errors[..., None] * batch.shares).sum(1)
 
     def _trial(self, plan: Plan) -> None:

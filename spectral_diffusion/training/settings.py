@@ -48,6 +48,9 @@ class TrainingSettings:
         0.67, "share of the steps made among the concepts to be drawn with: all are attached, as in the fused adapter"
     )
     isolation: int = _setting(8, "number of leading bands; the concept neither writes into nor reads from the others' among them")
+    attention: float = _setting(
+        0.0, "weight of the token's attention outside the mask, where a photo has one; 0: it may look anywhere"
+    )
     background: float = _setting(0.1, "weight of the loss outside the mask, where a photo has one")
     seed: int = _setting(0, "seed of everything random in the training")
     checkpoint_every: int = _setting(50, "steps between checkpoints")
@@ -68,6 +71,7 @@ class TrainingSettings:
             "weight_decay",
             "inertness",
             "isolation",
+            "attention",
             "background",
             "sample_every",
         ):
