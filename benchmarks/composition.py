@@ -1,12 +1,13 @@
 """Is each concept in its place? `python -m benchmarks.composition --json PATH`
 
-Sample concepts are trained on the embedded base, each alone, and drawn together, in eight scenes by turns. A picture is right
+Sample concepts are trained on the embedded base and drawn together, in eight scenes by turns. A picture is right
 when the judge's strongest sighting in each column of it is the concept that the prompt names there. Rows:
 
 - how many concepts, and whether two of them have the same class word;
 - how they are drawn: `prompt` (the plain prompt), `regions` (a column for each, `--regions auto`), `confined` (each concept's
   change in its own column only);
-- how they were trained and joined: `aligned` (spectral, aligned sum), `sum` (spectral, plain sum), `lora` (LoRA, plain sum).
+- how they were trained and joined: `in one go` (all in one go, plain sum) and `LoRA in one go`; and each by itself: `aligned`
+  (spectral, aligned sum), `sum` (spectral, plain sum), `LoRA` (plain sum).
 
 `speed` is the time of a prompt with three regions over that of the plain prompt, by medians of alternating drawings.
 
@@ -37,12 +38,11 @@ from spectral_diffusion.contact_sheet import Cell, Row, contact_sheet
 from spectral_diffusion.files import write_atomically
 from spectral_diffusion.fusion import fuse
 from spectral_diffusion.generation import Drawing, generate
-from spectral_diffusion.parametrisations import PARAMETRISATIONS
 from spectral_diffusion.picture_file import save_picture
 from spectral_diffusion.regions import suggest_regions
 from spectral_diffusion.toyworld.judge import Judge, Sighting, load_judge
 from spectral_diffusion.toyworld.scenes import SCENES
-from spectral_diffusion.training import TrainingSettings, preset, train
+from spectral_diffusion.training import TrainingSettings, preset, train_together
 
 GROUPS: dict[str, tuple[tuple[str, ...], ...]] = {
     "two": (("poodle", "black-cat"), ("wizard", "leopard")),
@@ -56,8 +56,14 @@ WAYS: dict[str, dict[str, bool]] = {
     "regions": {"regional": True, "confined": False},
     "confined": {"regional": True, "confined": True},
 }
-JOININGS = {"aligned": ("additive", "aligned"), "sum": ("additive", "sum"), "lora": ("lora", "sum")}
-"""Parametrisation and method of joining, by the name of the row."""
+JOININGS = {
+    "in one go": ("additive", True, "sum"),
+    "LoRA in one go": ("lora", True, "sum"),
+    "aligned": ("additive", False, "aligned"),
+    "sum": ("additive", False, "sum"),
+    "LoRA": ("lora", False, "sum"),
+}
+"""Parametrisation, whether all concepts are trained in one go, and method of joining, by the name of the row."""
 SHOWN = 5
 SPEED_ROUNDS = 5
 
@@ -76,20 +82,22 @@ class Judged:
         return all(self.confidences)
 
 
-def trained(base: Base, form: str, settings: TrainingSettings, folder: Path) -> dict[str, Adapter]:
+def trained(base: Base, form: str, together: bool, settings: TrainingSettings, folder: Path) -> dict[str, Adapter]:
     """Return an adapter for each of `CONCEPTS`, from `folder` where it was trained before."""
-    adapters = {}
-    for number, name in enumerate(CONCEPTS):
-        file = folder / f"{name}-{form}.safetensors"
-        if not file.exists():
-            print(f"training {name} ({form})", flush=True)
-            band = Band(start=number * settings.rank, rank=settings.rank)
-            own = replace(settings, parametrisation=form, isolation=len(CONCEPTS))
-            result = train(base, load_concept(SAMPLES_FOLDER / name), band, own, checkpoint=file.with_suffix(".checkpoint"))
+    own = replace(settings, parametrisation=form, isolation=len(CONCEPTS))
+    folder = folder / f"{form}{'-in-one-go' if together else ''}"
+    bands = {name: Band(start=number * own.rank, rank=own.rank) for number, name in enumerate(CONCEPTS)}
+    for names in [CONCEPTS] if together else [(name,) for name in CONCEPTS]:
+        files = [folder / f"{name}.safetensors" for name in names]
+        if all(file.exists() for file in files):
+            continue
+        print(f"training {', '.join(names)} ({form})", flush=True)
+        checkpoint = folder / f"{names[0]}.checkpoint"
+        concepts = [(load_concept(SAMPLES_FOLDER / name), bands[name]) for name in names]
+        for file, result in zip(files, train_together(base, concepts, own, checkpoint=checkpoint), strict=True):
             save_adapter(result.adapter, file)
-            file.with_suffix(".checkpoint").unlink(missing_ok=True)
-        adapters[name] = load_adapter(file)
-    return adapters
+        checkpoint.unlink(missing_ok=True)
+    return {name: load_adapter(folder / f"{name}.safetensors") for name in CONCEPTS}
 
 
 def joined_prompt(tokens: Sequence[str], scene: str) -> str:
@@ -164,12 +172,12 @@ def main() -> None:
     options = parser.parse_args()
     base, judge = load_base(), load_judge()
     settings, kept = preset(options.preset, base), options.folder / f"{base.fingerprint}-{options.preset}"
-    joinings = options.joinings or [name for name, (form, _) in JOININGS.items() if form in PARAMETRISATIONS]
+    joinings = options.joinings or list(JOININGS)
     result: dict[str, Any] = {"base": base.fingerprint, "preset": options.preset, "pictures": options.pictures, "rows": []}
     sheet: list[Row] = []
     for joining, group, way in rows(joinings):
-        form, method = JOININGS[joining]
-        adapters = trained(base, form, settings, kept / "adapters")
+        form, together, method = JOININGS[joining]
+        adapters = trained(base, form, together, settings, kept / "adapters")
         pictures: list[Judged] = []
         for turn, names in enumerate(GROUPS[group]):
             folder = kept / f"{joining}-{way}" / "+".join(names)

@@ -131,22 +131,24 @@ def _any_of(tokens: Collection[str]) -> re.Pattern[str]:
     return re.compile("|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True)), re.IGNORECASE)
 
 
-def check_new_token(base: Base, token: str) -> None:
-    """Raise `InputError` when `token` is a word that a tokenizer of the base already has."""
+def check_new_tokens(base: Base, tokens: Collection[str]) -> None:
+    """Raise `InputError` when one of `tokens` is a word that a tokenizer of the base already has."""
     for tokenizer in base.tokenizers.values():
-        check_new_word(token, tokenizer.get_vocab())
+        words = tokenizer.get_vocab()  # a new dictionary of all words
+        for token in tokens:
+            check_new_word(token, words)
 
 
 @contextmanager
 def with_tokens(base: Base, embeddings: dict[str, dict[str, torch.Tensor]]) -> Iterator[None]:
     """While entered, the base knows the tokens of `embeddings`, each with its vectors `(n, width)` per text encoder."""
+    check_new_tokens(base, embeddings)
     for token, vectors in embeddings.items():
         if vectors.keys() != base.text_encoders.keys():
             raise AdapterError(
                 f"The token '{token}' has vectors for {', '.join(vectors)}, the base '{base.source}' has "
                 f"{', '.join(base.text_encoders)}; the adapter belongs to a base of another family."
             )
-        check_new_token(base, token)
     with ExitStack() as stack:
         for part in base.text_encoders:
             stack.enter_context(_one_encoder_with_tokens(base, part, {token: own[part] for token, own in embeddings.items()}))

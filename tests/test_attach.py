@@ -11,7 +11,7 @@ from shared_bases import BASES, shared_base
 from test_parametrisations import FORMS, random_adapter
 
 from spectral_diffusion.adapter import Adapter, token_words
-from spectral_diffusion.attach import Switch, attached, check_new_token, expand_prompt, hooked, tokens_in, with_tokens
+from spectral_diffusion.attach import Switch, attached, check_new_tokens, expand_prompt, hooked, tokens_in, with_tokens
 from spectral_diffusion.base import Base, linear_layers
 from spectral_diffusion.errors import AdapterError, InputError
 from spectral_diffusion.fusion import fuse
@@ -192,7 +192,7 @@ def test_layers_that_do_not_fit_are_named(base: Base) -> None:
 @pytest.mark.parametrize("token", ["dog", "DOG", "<|endoftext|>"])
 def test_a_word_of_the_base_is_no_token(token: str, base: Base) -> None:
     with pytest.raises(InputError, match="is already a word of the base; choose another"):
-        check_new_token(base, token)
+        check_new_tokens(base, [token])
 
 
 def test_two_concepts_cannot_share_a_token_or_one_of_its_words(base: Base) -> None:

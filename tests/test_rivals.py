@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from short_trainings import BAND, SHORT, assert_bit_equal, first_step
+from torch import nn
 
 from spectral_diffusion.adapter import Adapter
 from spectral_diffusion.adapter_file import load_adapter, save_adapter
@@ -22,6 +23,7 @@ from spectral_diffusion.parametrisations import PARAMETRISATIONS, RIVALS, SPECTR
 from spectral_diffusion.parametrisations.budget import parameter_count, rank_for
 from spectral_diffusion.parametrisations.site import Site
 from spectral_diffusion.training import TrainingSettings, train, train_together
+from spectral_diffusion.training.adaptation import adapt
 from spectral_diffusion.training.trainable import build_trainable, class_word_vectors
 from spectral_diffusion.training.tuners import tuned_layers
 
@@ -139,8 +141,8 @@ def test_svdiff_never_turns_a_singular_value_negative() -> None:
 
 def test_what_a_rival_cannot_do_is_refused(base: Base, concept: Concept) -> None:
     pair = [(concept, BAND), (replace(concept, token="<V2>"), BAND)]
-    with pytest.raises(InputError, match="'lora' trains one concept at a time, got 2; train them one after the other"):
-        train_together(base, pair, settings_of("lora"))
+    with pytest.raises(InputError, match="'dora' trains one concept at a time, got 2; train them one after the other"):
+        train_together(base, pair, settings_of("dora"))
     with pytest.raises(InputError, match="adalora needs steps to move its budget, got 1; give 2 or more"):
         first_step(base, concept, settings_of("adalora", steps=1))
     with pytest.raises(InputError, match="block size of 2 or more that divides the width of every layer, got 5"):
@@ -163,3 +165,37 @@ def test_ranks_for_one_budget() -> None:
 
 def test_every_parametrisation_has_one_place() -> None:
     assert set(PARAMETRISATIONS) == {*SPECTRAL, *RIVALS, *TUNERS} and len(set(PARAMETRISATIONS)) == len(PARAMETRISATIONS)
+
+
+@pytest.mark.parametrize("form", RIVALS)
+def test_several_concepts_stand_side_by_side(form: str) -> None:
+    layers = {"unet.one": nn.Linear(12, 16, bias=False), "unet.two": nn.Linear(16, 12, bias=False)}
+    bands = [Band(start=0, rank=2), Band(start=2, rank=2)]
+    adaptation = adapt(layers, {}, bands, TrainingSettings(parametrisation=form, rank=2))
+    starts = {name: tensor.detach().clone() for name, tensor in adaptation.named().items()}
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for tensor in adaptation.named().values():
+            tensor.add_(torch.randn(tensor.shape, generator=generator))
+    if form == "lora":  # both concepts would read the same otherwise
+        assert not torch.equal(starts["unet.one/0/down"], starts["unet.one/1/down"])
+    values = torch.randn(2, 3, 12, generator=generator)
+    plain = layers["unet.one"](values)
+    kept = [adaptation.result(number).parts["unet.one"].tensors for number in range(2)]
+    changes = [own["matrix"] if "matrix" in own else own["up"] @ own["down"].T for own in kept]
+    assert (changes[0] - changes[1]).norm() > 0.1
+    with adaptation.attached():
+        for shown, expected in (
+            ({}, [changes[0], changes[1]]),
+            ({"summed": True}, [changes[0] + changes[1]] * 2),
+            ({"concept": 1}, [changes[1]] * 2),
+        ):
+            adaptation.show(torch.float32, **shown)
+            found = layers["unet.one"](values) - plain
+            wanted = torch.stack([own @ change.T for own, change in zip(values, expected, strict=True)])
+            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    adaptation.show(torch.float32)
+    with adaptation.attached():
+        layers["unet.one"](values)[0].sum().backward()
+    assert any(gradient.any() for gradient in adaptation.gradients(0))
+    assert not any(gradient.any() for gradient in adaptation.gradients(1))

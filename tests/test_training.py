@@ -131,7 +131,7 @@ def test_the_loss_outside_the_mask_counts_as_background(base: Base, concept: Con
     left[..., : left.shape[-1] // 2] = 1
 
     def loss(masks: torch.Tensor, background: float) -> float:
-        examples = replace(whole, masks=masks)
+        examples = replace(whole, masks=masks, places=masks)
         module = import_module("spectral_diffusion.training.loop")
         monkeypatch.setattr(module, "encode_examples", lambda *anything: examples)
         return first_step(base, concept, replace(SHORT, background=background)).concept_loss

@@ -34,7 +34,7 @@ def concepts(photo_folder: Path) -> list[tuple[Concept, Band]]:
     return list(zip(fewer, BANDS, strict=True))
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", [*FORMS, "orthogonal"])
 def test_concepts_trained_together_end_as_alone(form: str, base: Base, concepts: list[tuple[Concept, Band]]) -> None:
     settings = replace(SHORT, parametrisation=form, steps=3, batch=2, token_vectors=2, presence=0.0)
     events: list[TrainingProgress] = []

@@ -1,8 +1,8 @@
 """Learning rates: every parametrisation at several, on concepts that no other experiment shows.
 
 What comes out is put into the other experiments' configurations by hand, so that each rival is tuned as fairly as ours. The text
-encoder's rate is a fixed share of the UNet's. A rate is chosen by the identity of the concepts alone and, for parametrisations
-that are fused elsewhere, in their plain sum; where that is equal, by CLIP.
+encoder's rate is a fixed share of the UNet's. A rate is chosen by CLIP's likeness to the photos, of the concepts alone and, for
+parametrisations that are fused elsewhere, in their plain sum: of few pictures it says more than the share that the judge knows.
 """
 
 from __future__ import annotations
@@ -62,9 +62,8 @@ def show(records: Sequence[Record]) -> tuple[dict[str, Figure], str]:
     return {"rates": figure}, markdown(["method", "rate", "alone", "CLIP image", "summed", "CLIP image"], rows)
 
 
-def _order(result: dict[str, Any]) -> tuple[float, float]:
-    likenesses = [*result["alone"], *result.get("fused", [])]
-    return mean(one["identity"] for one in likenesses), mean(one["clip_image"] for one in likenesses)
+def _order(result: dict[str, Any]) -> float:
+    return mean(one["clip_image"] for one in [*result["alone"], *result.get("fused", [])])
 
 
 def _means(likenesses: Sequence[dict[str, float]]) -> list[str]:

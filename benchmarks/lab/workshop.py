@@ -83,6 +83,8 @@ class Workshop:
             group: concepts that are trained in one go, `name` among them, each on the band of its place; none: by itself.
         """
         settings = self.settings(changes)
+        if not group and settings.parametrisation not in BANDED:  # two LoRAs of one seed begin with the same random directions
+            settings = replace(settings, seed=settings.seed + 1000 * slot)
         slots = dict(zip(group, range(len(group)), strict=True)) or {name: slot}
         rank = settings.rank
         bands = [Band(start=place * rank if settings.parametrisation in BANDED else 0, rank=rank) for place in slots.values()]

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import nn
@@ -16,12 +16,12 @@ from spectral_diffusion.attach import hooked
 from spectral_diffusion.bands import Band, check_fits
 from spectral_diffusion.errors import InputError
 from spectral_diffusion.joining import LowRank
-from spectral_diffusion.parametrisations import RIVALS, SPECTRAL, TUNERS
-from spectral_diffusion.parametrisations.site import Site
+from spectral_diffusion.parametrisations import RIVALS, SPECTRAL
+from spectral_diffusion.parametrisations.site import Beginning, Site
 from spectral_diffusion.spectrum import Spectrum
 from spectral_diffusion.training.settings import TrainingSettings
 from spectral_diffusion.training.stack import ConceptLayer, Stacks, TrainedLayers, stacked
-from spectral_diffusion.training.tuners import tuned_layers
+from spectral_diffusion.training.tuners import TunedLayers, tuned_layers
 
 
 class Adaptation(Protocol):
@@ -89,9 +89,11 @@ def adapt(
     form = settings.parametrisation
     if form in SPECTRAL:
         return _spectral(layers, spectra, bands, settings)
+    if form in RIVALS:
+        return _rivals(layers, bands, settings)
     if len(bands) > 1:
         raise InputError(f"'{form}' trains one concept at a time, got {len(bands)}; train them one after the other.")
-    return _tuned(layers, settings) if form in TUNERS else _rival(layers, bands[0], settings)
+    return _tuned(layers, settings)
 
 
 def _spectral(
@@ -122,30 +124,103 @@ def _columns(spectrum: Spectrum, columns: list[int], device: torch.device) -> Sp
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rival:
-    """A parametrisation without a band of singular directions at work on `layers`, of one concept; see `Adaptation`.
+class Rivals:
+    """A parametrisation without a band of singular directions at work on `layers`, of one concept or several; see `Adaptation`.
 
     Attributes:
-        tensors: the trained tensors of each layer, by layer key and name.
-        deltas: returns each layer's change as it is now.
+        concepts: per concept what is trained in each layer, and the factors as a function of it.
+        shown: the only concept that the model works with, `_SUM` or `_SHARES`.
     """
 
     layers: dict[str, nn.Linear]
-    tensors: dict[str, dict[str, torch.Tensor]]
+    concepts: tuple[dict[str, Beginning], ...]
+    shown: list[int]
+
+    @property
+    def fixed(self) -> torch.Tensor:
+        """What the first layer's inputs are projected on at the start."""
+        return self._factors(0, next(iter(self.layers)))[1].detach()
+
+    def attached(self) -> AbstractContextManager[None]:
+        """While entered, the model works with what `show` last chose."""
+        return hooked(self.layers, {key: partial(self._now, key) for key in self.layers})
+
+    def show(self, dtype: torch.dtype, concept: int | None = None, *, summed: bool = False) -> None:
+        """Choose what the model works with: always the tensors as they are at that moment."""
+        self.shown[0] = _SUM if summed else _SHARES if concept is None else concept
+
+    def _factors(self, concept: int, key: str) -> tuple[torch.Tensor, torch.Tensor]:
+        beginning = self.concepts[concept][key]
+        return beginning.factors(beginning.tensors)
+
+    def _now(self, key: str) -> tuple[torch.Tensor, torch.Tensor]:
+        shown = self.shown[0]
+        if shown >= 0:
+            up, down = self._factors(shown, key)
+            return up.detach(), down.detach()
+        ups, downs = zip(*(self._factors(number, key) for number in range(len(self.concepts))), strict=True)
+        return (torch.cat(ups, dim=1), torch.cat(downs, dim=1)) if shown == _SUM else (torch.stack(ups), torch.stack(downs))
+
+    def named(self) -> dict[str, torch.Tensor]:
+        """Return every trained tensor by layer key, number of the concept and name."""
+        return {
+            f"{key}/{number}/{name}": tensor
+            for number, own in enumerate(self.concepts)
+            for key, beginning in own.items()
+            for name, tensor in beginning.tensors.items()
+        }
+
+    def gradients(self, concept: int) -> list[torch.Tensor]:
+        """Return the gradients of concept number `concept`, to be changed in place."""
+        tensors = (tensor for beginning in self.concepts[concept].values() for tensor in beginning.tensors.values())
+        return [tensor.grad for tensor in tensors if tensor.grad is not None]
+
+    def start(self, concept: int, parts: Mapping[str, LayerPart]) -> None:
+        """Refuse: what is kept is the change, not the tensors that were trained."""
+        _refuse_start()
+
+    def after_step(self, step: int) -> None:
+        """Do nothing."""
+
+    def penalty(self) -> float:
+        """Return nothing."""
+        return 0.0
+
+    def memory(self) -> dict[str, Any]:
+        """Return nothing: the tensors are all there is."""
+        return {}
+
+    def recall(self, memory: dict[str, Any]) -> None:
+        """Do nothing."""
+
+    @torch.no_grad()
+    def result(self, concept: int) -> TrainedLayers:
+        """Return the changes of concept number `concept`; see `_kept`."""
+        factors = {key: self._factors(concept, key) for key in self.layers}
+        return _kept({key: LowRank(up=up, down=down) for key, (up, down) in factors.items()})
+
+
+_SUM, _SHARES = -1, -2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tuned:
+    """A parametrisation of PEFT at work, of one concept; see `Adaptation`."""
+
+    tuner: TunedLayers
+    layers: dict[str, nn.Linear]
     fixed: torch.Tensor
-    attached: Callable[[], AbstractContextManager[None]]
-    deltas: Callable[[], dict[str, LowRank]]
-    after_step: Callable[[int], None] = lambda step: None
-    penalty: Callable[[], torch.Tensor | float] = lambda: 0.0
-    memory: Callable[[], dict[str, Any]] = dict
-    recall: Callable[[dict[str, Any]], None] = lambda memory: None
+
+    def attached(self) -> AbstractContextManager[None]:
+        """While entered, the model works with the tensors as they are."""
+        return self.tuner.attached()
 
     def show(self, dtype: torch.dtype, concept: int | None = None, *, summed: bool = False) -> None:
         """Do nothing: the layers compute with the tensors themselves."""
 
     def named(self) -> dict[str, torch.Tensor]:
         """Return every trained tensor by layer key and name."""
-        return {f"{key}/{name}": tensor for key, tensors in self.tensors.items() for name, tensor in tensors.items()}
+        return {f"{key}/{name}": tensor for key, tensors in self.tuner.tensors().items() for name, tensor in tensors.items()}
 
     def gradients(self, concept: int) -> list[torch.Tensor]:
         """Return the gradients, to be changed in place."""
@@ -153,59 +228,66 @@ class Rival:
 
     def start(self, concept: int, parts: Mapping[str, LayerPart]) -> None:
         """Refuse: what is kept is the change, not the tensors that were trained."""
-        raise InputError(f"Only what was trained as {' or '.join(SPECTRAL)} can be trained on; start this one anew.")
+        _refuse_start()
+
+    def after_step(self, step: int) -> None:
+        """Let PEFT do what its method asks for."""
+        self.tuner.after_step(step)
+
+    def penalty(self) -> torch.Tensor | float:
+        """Return PEFT's term of the loss."""
+        return self.tuner.penalty()
+
+    def memory(self) -> dict[str, Any]:
+        """Return what PEFT's method remembers."""
+        return self.tuner.memory()
+
+    def recall(self, memory: dict[str, Any]) -> None:
+        """Put back what `memory` returned."""
+        self.tuner.recall(memory)
 
     def result(self, concept: int) -> TrainedLayers:
-        """Return the changes as a LoRA, or densely where its factors would be larger than the layers."""
-        with torch.no_grad():
-            deltas = self.deltas()
-        thin = all(d.rank * (len(d.up) + len(d.down)) <= len(d.up) * len(d.down) for d in deltas.values())
-        tensors = {key: {"up": d.up, "down": d.down} if thin else {"matrix": d.dense()} for key, d in deltas.items()}
-        parts = {
-            key: LayerPart(band=None, tensors={name: tensor.detach().clone().cpu() for name, tensor in own.items()})
-            for key, own in tensors.items()
-        }
-        return TrainedLayers(form="lora" if thin else "dense", parts=parts)
+        """Return the changes; see `_kept`."""
+        return _kept(self.tuner.deltas())
 
 
-def _rival(layers: dict[str, nn.Linear], band: Band, settings: TrainingSettings) -> Rival:
-    form = RIVALS[settings.parametrisation]
+def _refuse_start() -> NoReturn:
+    raise InputError(f"Only what was trained as {' or '.join(SPECTRAL)} can be trained on; start this one anew.")
+
+
+def _kept(deltas: dict[str, LowRank]) -> TrainedLayers:
+    """Return changes as a LoRA, or densely where its factors would be larger than the layers, on the CPU."""
+    thin = all(d.rank * (len(d.up) + len(d.down)) <= len(d.up) * len(d.down) for d in deltas.values())
+    tensors = {key: {"up": d.up, "down": d.down} if thin else {"matrix": d.dense()} for key, d in deltas.items()}
+    parts = {
+        key: LayerPart(band=None, tensors={name: tensor.detach().clone().cpu() for name, tensor in own.items()})
+        for key, own in tensors.items()
+    }
+    return TrainedLayers(form="lora" if thin else "dense", parts=parts)
+
+
+def _rivals(layers: dict[str, nn.Linear], bands: Sequence[Band], settings: TrainingSettings) -> Rivals:
     if settings.parametrisation == "orthogonal":
         smallest = min(layers, key=lambda key: layers[key].in_features)
-        check_fits(band, layers[smallest].in_features, smallest)
-    beginnings = {
-        key: form.begin(Site(key=key, weight=layer.weight.detach().float(), band=band, seed=settings.seed))
-        for key, layer in layers.items()
-    }
-    for beginning in beginnings.values():
-        for tensor in beginning.tensors.values():
-            tensor.requires_grad_(True)
-    factors = {key: partial(own.factors, own.tensors) for key, own in beginnings.items()}
-
-    def deltas() -> dict[str, LowRank]:
-        current = {key: now() for key, now in factors.items()}
-        return {key: LowRank(up=up, down=down) for key, (up, down) in current.items()}
-
-    return Rival(
-        layers=layers,
-        tensors={key: beginning.tensors for key, beginning in beginnings.items()},
-        fixed=next(iter(factors.values()))()[1].detach().clone(),
-        attached=lambda: hooked(layers, factors),
-        deltas=deltas,
+        for band in bands:
+            check_fits(band, layers[smallest].in_features, smallest)
+    concepts = tuple(
+        {key: _begun(key, layer, band, settings, settings.seed + 1000 * number) for key, layer in layers.items()}
+        for number, band in enumerate(bands)
     )
+    return Rivals(layers=layers, concepts=concepts, shown=[_SHARES])
 
 
-def _tuned(layers: dict[str, nn.Linear], settings: TrainingSettings) -> Rival:
-    tuned = tuned_layers(settings.parametrisation, layers, settings.rank, settings.steps, settings.seed)
-    tensors = tuned.tensors()
-    return Rival(
-        layers=layers,
-        tensors=tensors,
-        fixed=next(iter(next(iter(tensors.values())).values())).detach().clone(),
-        attached=tuned.attached,
-        deltas=tuned.deltas,
-        after_step=tuned.after_step,
-        penalty=tuned.penalty,
-        memory=tuned.memory,
-        recall=tuned.recall,
-    )
+def _begun(key: str, layer: nn.Linear, band: Band, settings: TrainingSettings, seed: int) -> Beginning:
+    """Return the beginning of one layer; concepts with one seed would begin with the same random directions."""
+    form = RIVALS[settings.parametrisation]
+    beginning = form.begin(Site(key=key, weight=layer.weight.detach().float(), band=band, seed=seed))
+    for tensor in beginning.tensors.values():
+        tensor.requires_grad_(True)
+    return beginning
+
+
+def _tuned(layers: dict[str, nn.Linear], settings: TrainingSettings) -> Tuned:
+    tuner = tuned_layers(settings.parametrisation, layers, settings.rank, settings.steps, settings.seed)
+    first = next(iter(next(iter(tuner.tensors().values())).values()))
+    return Tuned(tuner=tuner, layers=layers, fixed=first.detach().clone())

@@ -47,7 +47,7 @@ class Batch:
         times: `(concepts, n)`.
         ids: `(concepts, n, text encoders, length)`.
         tokens: `(concepts, n, length)`, 1 where a word of a photo's caption is the concept's.
-        masks: `(concepts, n, 1, h, w)`, 1 where the concept is, everywhere without a mask.
+        places: `(concepts, n, 1, h, w)`, 1 where the concept is, everywhere without a mask.
         weights: `(concepts, n, 1, h, w)` of the squared distances, of mean 1 over the photos.
         shares: `(concepts, n, 2)`, how much each sample counts in the concept's loss and in the inertness loss.
         among: whether every sample passes through the sum of all concepts and those trained before.
@@ -57,7 +57,7 @@ class Batch:
     times: torch.Tensor
     ids: torch.Tensor
     tokens: torch.Tensor
-    masks: torch.Tensor
+    places: torch.Tensor
     targets: torch.Tensor
     weights: torch.Tensor
     shares: torch.Tensor
@@ -84,10 +84,14 @@ def _share(base: Base, concept: Shown, settings: TrainingSettings, step: int, am
     examples, pool, scheduler = concept.examples, concept.pool_among if among else concept.pool, base.pipeline.scheduler
     generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
     count, shape = settings.batch, examples.latents.shape[1:]
-    chosen = torch.randint(len(examples.latents), (count,), generator=generator)
+    chosen = torch.randint(examples.alone, (count,), generator=generator)
     noise = torch.randn((count, *shape), generator=generator)
     times = torch.randint(scheduler.config.num_train_timesteps, (count,), generator=generator)
     inert = torch.randint(len(pool.noisy), (count if settings.inertness else 0,), generator=generator)
+    beside = len(examples.latents) - examples.alone
+    if among and beside:
+        mixed = examples.alone + torch.randint(beside, (count,), generator=generator)
+        chosen = torch.where(torch.rand(count, generator=generator) < settings.mixing, mixed, chosen)
     chosen, noise, times, inert = (_sent(tensor, base.device) for tensor in (chosen, noise, times, inert))
     clean, masks = examples.latents[chosen], examples.masks[chosen]
     weights = masks + (1 - masks) * settings.background
@@ -97,7 +101,7 @@ def _share(base: Base, concept: Shown, settings: TrainingSettings, step: int, am
         "times": torch.cat([times, pool.times[inert]]),
         "ids": torch.cat([concept.ids[chosen], pool.ids[inert]]),
         "tokens": torch.cat([concept.tokens[chosen], concept.tokens.new_zeros(len(inert), concept.tokens.shape[1])]),
-        "masks": torch.cat([masks, masks.new_ones(len(inert), *masks.shape[1:])]),
+        "places": torch.cat([examples.places[chosen], masks.new_ones(len(inert), *masks.shape[1:])]),
         "targets": torch.cat([target(base, clean, noise, times), pool.predictions[inert]]),
         "weights": torch.cat([weights, weights.new_ones(len(inert), *weights.shape[1:])]),
         "shares": _sent(torch.block_diag(torch.ones(count, 1), torch.ones(len(inert), 1)) / count, base.device),

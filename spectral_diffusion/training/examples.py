@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -10,6 +11,7 @@ from PIL import Image
 
 from spectral_diffusion.base import Base
 from spectral_diffusion.concept import PLACEHOLDER, Concept
+from spectral_diffusion.concept import Example as PhotoExample
 from spectral_diffusion.training.captions import vary_caption
 
 CROPS_PER_PHOTO = 8
@@ -24,31 +26,83 @@ SHAKE = 0.06
 
 @dataclass(frozen=True, kw_only=True)
 class EncodedExamples:
-    """`latents (n, channels, h, w)` scaled, `masks (n, 1, h, w)` in [0, 1] (all ones without a mask), a caption each."""
+    """What a concept is trained on: pictures of it alone and, behind them, of it beside others.
+
+    Attributes:
+        latents: `(n, channels, h, w)`, scaled.
+        masks: `(n, 1, h, w)` in [0, 1], where something is to be learnt: the concept and what stands beside it (all ones
+            without a mask).
+        places: `(n, 1, h, w)`, where the concept itself is.
+        captions: one each.
+        alone: how many of them show it alone.
+    """
 
     latents: torch.Tensor
     masks: torch.Tensor
+    places: torch.Tensor
     captions: tuple[str, ...]
+    alone: int
+
+    def followed_by(self, beside: EncodedExamples) -> EncodedExamples:
+        """Return these pictures of the concept alone and, behind them, those that show it beside others."""
+        return EncodedExamples(
+            latents=torch.cat([self.latents, beside.latents]),
+            masks=torch.cat([self.masks, beside.masks]),
+            places=torch.cat([self.places, beside.places]),
+            captions=self.captions + beside.captions,
+            alone=self.alone,
+        )
 
 
-@torch.no_grad()
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    """A picture of the base's size before it is encoded, with where something is to be learnt and where the concept is."""
+
+    picture: Image.Image
+    mask: Image.Image
+    place: Image.Image
+    caption: str
+
+
 def encode_examples(base: Base, concept: Concept, seed: int, caption_dropout: float = 0.0) -> EncodedExamples:
     """Crop and encode every photo of `concept` `CROPS_PER_PHOTO` times, each with a variant of its caption."""
     rng, words = np.random.default_rng(seed), np.random.default_rng([seed, 1])
-    vae, side = base.pipeline.vae, base.resolution
-    latents, masks, captions = [], [], []
+    crops = []
     for example in concept.examples:
-        mask = example.mask or Image.new("L", example.photo.image.size, 255)
+        mask = mask_of(example)
         for _ in range(CROPS_PER_PHOTO):
-            picture, cropped_mask = random_crop(example.photo.image, mask, side, rng)
-            pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float() / 127.5 - 1
-            encoded = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mean * vae.config.scaling_factor
-            latents.append(encoded.float())
-            small = cropped_mask.resize(encoded.shape[-2:][::-1], Image.Resampling.BOX)
-            masks.append(torch.from_numpy(np.array(small))[None, None].float().to(encoded.device) / 255)
-            caption = vary_caption(example.caption, caption_dropout, words)
-            captions.append(caption.replace(PLACEHOLDER, concept.token))
-    return EncodedExamples(latents=torch.cat(latents), masks=torch.cat(masks), captions=tuple(captions))
+            picture, cropped_mask = random_crop(example.photo.image, mask, base.resolution, rng)
+            caption = vary_caption(example.caption, caption_dropout, words).replace(PLACEHOLDER, concept.token)
+            crops.append(Example(picture=picture, mask=cropped_mask, place=cropped_mask, caption=caption))
+    return replace(encoded(base, crops), alone=len(crops))
+
+
+def mask_of(example: PhotoExample) -> Image.Image:
+    """Return the photo's mask, white everywhere where it has none."""
+    return example.mask or Image.new("L", example.photo.image.size, 255)
+
+
+@torch.no_grad()
+def encoded(base: Base, examples: Sequence[Example]) -> EncodedExamples:
+    """Return `examples` as the trainer sees them, none of them alone."""
+    vae = base.pipeline.vae
+    latents = []
+    for example in examples:
+        pixels = torch.from_numpy(np.array(example.picture)).permute(2, 0, 1)[None].float() / 127.5 - 1
+        latents.append(vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mean.float() * vae.config.scaling_factor)
+    size, device = latents[0].shape[-2:], latents[0].device
+    return EncodedExamples(
+        latents=torch.cat(latents),
+        masks=torch.cat([_shrunk(example.mask, size) for example in examples]).to(device),
+        places=torch.cat([_shrunk(example.place, size) for example in examples]).to(device),
+        captions=tuple(example.caption for example in examples),
+        alone=0,
+    )
+
+
+def _shrunk(mask: Image.Image, size: tuple[int, int]) -> torch.Tensor:
+    small = mask.resize((size[1], size[0]), Image.Resampling.BOX)
+    return torch.from_numpy(np.array(small))[None, None].float() / 255
 
 
 def random_crop(picture: Image.Image, mask: Image.Image, side: int, rng: np.random.Generator) -> tuple[Image.Image, Image.Image]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from spectral_diffusion.adapter import Adapter, ConceptPart, token_words
-from spectral_diffusion.attach import Switch, beside, check_fits_base, check_new_token, with_tokens
+from spectral_diffusion.attach import Switch, beside, check_fits_base, check_new_tokens, expand_prompt, with_tokens
 from spectral_diffusion.bands import Band
 from spectral_diffusion.base import Base, linear_layers
 from spectral_diffusion.concept import Concept
@@ -22,6 +22,7 @@ from spectral_diffusion.training.batches import Shown
 from spectral_diffusion.training.examples import EncodedExamples, encode_examples
 from spectral_diffusion.training.inertness import STRANGERS, InertPool, build_inert_pool, stranger_vectors
 from spectral_diffusion.training.memory import lightened
+from spectral_diffusion.training.mixing import mixed_examples
 from spectral_diffusion.training.run import Run, TrainingProgress
 from spectral_diffusion.training.settings import TrainingSettings
 from spectral_diffusion.training.trainable import build_trainable, class_word_vectors
@@ -107,16 +108,20 @@ def train_together(
         trainable.start(number, part)
     steps_before = [part.settings.get("steps_done", 0) for part in started] or [0] * len(concepts)
     examples = [encode_examples(base, concept, settings.seed, settings.caption_dropout) for concept, _ in concepts]
+    if settings.mixing and settings.presence and len(concepts) > 1:
+        beside_others = mixed_examples(base, [concept for concept, _ in concepts], settings.seed)
+        examples = [own.followed_by(mixes) for own, mixes in zip(examples, beside_others, strict=True)]
     strangers = [
         stranger_vectors(base, vectors, settings.seed, first=number * STRANGERS) for number, vectors in enumerate(class_vectors)
     ]
+    written = {concept.token: token_words(concept.token, settings.token_vectors) for concept, _ in concepts}
     tokens = {concept.token: own for (concept, _), own in zip(concepts, trainable.embeddings, strict=True)}
     for own in strangers:
         tokens |= own
     others = Switch(on=False)
     with lightened(base), with_tokens(base, tokens | among.embeddings), beside(base, among, switch=others):
         shown = [
-            _shown(base, concept, settings, encoded, tuple(own))
+            _shown(base, concept, settings, encoded, tuple(own), written)
             for (concept, _), encoded, own in zip(concepts, examples, strangers, strict=True)
         ]
         if among.concepts and settings.presence:
@@ -165,8 +170,8 @@ def train_together(
 
 
 def _check_tokens(base: Base, tokens: Sequence[str], taken: Sequence[str]) -> None:
+    check_new_tokens(base, tokens)
     for number, token in enumerate(tokens):
-        check_new_token(base, token)
         if token.lower() in (other.lower() for other in (*taken, *tokens[:number])):
             raise InputError(f"Two concepts use the token '{token}'; give each a token of its own.")
 
@@ -195,12 +200,21 @@ def _others(concepts: Sequence[tuple[Concept, Band]], among: Adapter, own: Conce
 
 
 def _shown(
-    base: Base, concept: Concept, settings: TrainingSettings, examples: EncodedExamples, strangers: tuple[str, ...]
+    base: Base,
+    concept: Concept,
+    settings: TrainingSettings,
+    examples: EncodedExamples,
+    strangers: tuple[str, ...],
+    written: dict[str, str],
 ) -> Shown:
-    """Return what `concept` is trained on; its token and `strangers` must be known to the base, and no delta attached."""
-    words = token_words(concept.token, settings.token_vectors)
+    """Return what `concept` is trained on; its token and `strangers` must be known to the base, and no delta attached.
+
+    Args:
+        written: the words that stand for each token of those trained.
+    """
+    words = written[concept.token]
     pool = _pool(base, concept.class_word, strangers, settings)
-    ids = tokenize(base, [caption.replace(concept.token, words) for caption in examples.captions])
+    ids = tokenize(base, [expand_prompt(caption, written) for caption in examples.captions])
     tokenizer = next(iter(base.tokenizers.values()))
     own = torch.tensor(tokenizer.convert_tokens_to_ids(words.split()), device=ids.device)
     return Shown(

@@ -50,7 +50,8 @@ def _nothing(base: Base) -> Shown:
     empty = torch.zeros(1, base.pipeline.unet.config.in_channels, side, side, device=base.device)
     ids = tokenize(base, [_WORD])
     pool = InertPool(noisy=empty, times=torch.zeros(1, dtype=torch.long, device=base.device), ids=ids, predictions=empty)
-    examples = EncodedExamples(latents=empty, masks=torch.ones_like(empty[:, :1]), captions=(_WORD,))
+    everywhere = torch.ones_like(empty[:, :1])
+    examples = EncodedExamples(latents=empty, masks=everywhere, places=everywhere, captions=(_WORD,), alone=1)
     return Shown(
         token=_WORD,
         class_word=_WORD,

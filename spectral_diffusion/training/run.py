@@ -229,7 +229,7 @@ class Run:
         predicted = predict(self.base, *inputs).view(batch.targets.shape)
         errors = ((predicted - batch.targets) ** 2 * batch.weights).mean((2, 3, 4))
         if self.seen is not None:
-            outside = self.seen.outside(batch.tokens.flatten(0, 1), batch.masks.flatten(0, 1))
+            outside = self.seen.outside(batch.tokens.flatten(0, 1), batch.places.flatten(0, 1))
             errors = errors + self.settings.attention * outside.view(errors.shape)
         return (errors[..., None] * batch.shares).sum(1)
 

@@ -47,6 +47,9 @@ class TrainingSettings:
     presence: float = _setting(
         0.67, "share of the steps made among the concepts to be drawn with: all are attached, as in the fused adapter"
     )
+    mixing: float = _setting(
+        0.0, "share of the photos in steps among the others that stand beside one of them, of concepts trained in one go"
+    )
     isolation: int = _setting(8, "number of leading bands; the concept neither writes into nor reads from the others' among them")
     attention: float = _setting(
         0.0, "weight of the token's attention outside the mask, where a photo has one; 0: it may look anywhere"
@@ -77,8 +80,9 @@ class TrainingSettings:
         ):
             if not getattr(self, name) >= 0:
                 raise InputError(f"{name} must not be negative, got {getattr(self, name)}.")
-        if not 0 <= self.caption_dropout <= 1:
-            raise InputError(f"caption_dropout must be from 0 to 1, got {self.caption_dropout}.")
+        for name in ("caption_dropout", "mixing"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f"{name} must be from 0 to 1, got {getattr(self, name)}.")
         if not 0 <= self.presence < 1:
             raise InputError(f"presence must be at least 0 and below 1, got {self.presence}; at 1 none learns to stand alone.")
 
