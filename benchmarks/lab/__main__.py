@@ -26,6 +26,7 @@ EXPERIMENTS: dict[str, ModuleType] = {
     "rates": rates,
     "single": single,
     "fusion": fusion,
+    "levers": fusion,
     "many": fusion,
     "efficiency": efficiency,
 }
