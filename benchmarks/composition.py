@@ -35,9 +35,10 @@ from spectral_diffusion.bands import Band
 from spectral_diffusion.base import Base, load_base
 from spectral_diffusion.concept import SAMPLES_FOLDER, load_concept
 from spectral_diffusion.contact_sheet import Cell, Row, contact_sheet
+from spectral_diffusion.drawing import Drawing
 from spectral_diffusion.files import write_atomically
 from spectral_diffusion.fusion import fuse
-from spectral_diffusion.generation import Drawing, generate
+from spectral_diffusion.generation import generate
 from spectral_diffusion.picture_file import save_picture
 from spectral_diffusion.regions import suggest_regions
 from spectral_diffusion.toyworld.judge import Judge, Sighting, load_judge

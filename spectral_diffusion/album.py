@@ -9,8 +9,8 @@ from pathlib import Path
 
 from PIL import Image
 
+from spectral_diffusion.drawing import Picture
 from spectral_diffusion.files import write_atomically
-from spectral_diffusion.generation import Picture
 from spectral_diffusion.picture_file import save_picture
 
 

@@ -10,63 +10,18 @@ from pathlib import Path
 
 from PIL import Image
 
-from spectral_diffusion.adapter import METHODS, Adapter
+from spectral_diffusion.adapter import Adapter
 from spectral_diffusion.album import Album
+from spectral_diffusion.axis import MOST_PICTURES, Axis
 from spectral_diffusion.base import Base
 from spectral_diffusion.clip_scorer import ClipScorer
 from spectral_diffusion.contact_sheet import Cell, Row, contact_sheet
+from spectral_diffusion.drawing import Drawing
 from spectral_diffusion.errors import InputError
 from spectral_diffusion.files import write_atomically
-from spectral_diffusion.generation import SCHEDULERS, Drawing, generate
+from spectral_diffusion.generation import generate
 from spectral_diffusion.score import PictureScore, score_pictures
 from spectral_diffusion.toyworld.judge import Judge
-
-_CONVERSIONS: dict[str, Callable[[str], object]] = {
-    "seed": int,
-    "prompt": str,
-    "steps": int,
-    "guidance": float,
-    "sampler": str,
-    "strength": float,
-    "method": str,
-    "adapter": str,
-}
-AXES = tuple(_CONVERSIONS)
-"""What can differ along an axis; an adapter is named as in the mapping given to `compare`."""
-MOST_PICTURES = 100
-BARE = "none"
-"""What the bare base is called among the adapters."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Axis:
-    """The values that `name`, one of `AXES`, takes.
-
-    Raises:
-        InputError: there is no such axis, no value, or one that does not fit it.
-    """
-
-    name: str
-    values: tuple[object, ...]
-
-    @classmethod
-    def parse(cls, name: str, texts: list[str]) -> Axis:
-        """Return the axis called `name` with the values that `texts` say."""
-        if name not in AXES:
-            raise InputError(f"There is no axis '{name}'; choose one of {', '.join(AXES)}.")
-        texts = [text.strip() for text in texts if text.strip()]
-        if not texts:
-            raise InputError(f"The axis '{name}' has no values; give some.")
-        try:
-            return cls(name=name, values=tuple(_CONVERSIONS[name](text) for text in texts))
-        except ValueError as error:
-            raise InputError(f"The axis '{name}' needs numbers, got {', '.join(texts)}.") from error
-
-    def __post_init__(self) -> None:
-        allowed = {"sampler": tuple(SCHEDULERS), "method": METHODS}.get(self.name)
-        wrong = [value for value in self.values if allowed and value not in allowed]
-        if allowed and wrong:
-            raise InputError(f"There is no {self.name} '{wrong[0]}'; choose one of {', '.join(allowed)}.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,11 +20,12 @@ from spectral_diffusion.base import Base, linear_layers, load_base
 from spectral_diffusion.clip_scorer import ClipScorer, load_scorer
 from spectral_diffusion.concept import SAMPLES_FOLDER, Concept, load_concept
 from spectral_diffusion.contact_sheet import Cell, Row, contact_sheet
+from spectral_diffusion.drawing import Drawing, Picture
 from spectral_diffusion.exactness import export_error, fusion_error
 from spectral_diffusion.export import export_kohya
 from spectral_diffusion.files import write_atomically
 from spectral_diffusion.fusion import fuse
-from spectral_diffusion.generation import Drawing, Picture, generate
+from spectral_diffusion.generation import generate
 from spectral_diffusion.picture_file import save_picture
 from spectral_diffusion.regions import suggest_regions
 from spectral_diffusion.score import with_class_words

@@ -18,9 +18,10 @@ from spectral_diffusion.adapter import Adapter
 from spectral_diffusion.band_map import band_map
 from spectral_diffusion.base import Base
 from spectral_diffusion.clip_scorer import ClipScorer
+from spectral_diffusion.drawing import Drawing, Picture
 from spectral_diffusion.errors import InputError
 from spectral_diffusion.files import write_together
-from spectral_diffusion.generation import Drawing, Picture, generate
+from spectral_diffusion.generation import generate
 
 PROMPTS = ("a photo of {}", "{} near a lake", "{} in the snow", "{} in the city")
 LEAST_LIKENESS = 0.02

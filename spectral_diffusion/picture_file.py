@@ -9,9 +9,9 @@ from typing import Any
 
 from PIL import Image, PngImagePlugin
 
+from spectral_diffusion.drawing import Drawing, Picture
 from spectral_diffusion.errors import InputError
 from spectral_diffusion.files import write_atomically
-from spectral_diffusion.generation import Drawing, Picture
 from spectral_diffusion.regions import region_from_record, region_record
 
 OWN_CHUNK = "spectral_diffusion"

@@ -23,8 +23,9 @@ from spectral_diffusion.attach import attached
 from spectral_diffusion.base import Base, linear_layers, load_base
 from spectral_diffusion.concept import Concept
 from spectral_diffusion.conditioning import encode, tokenize
+from spectral_diffusion.drawing import Drawing
 from spectral_diffusion.fusion import fuse
-from spectral_diffusion.generation import Drawing, generate
+from spectral_diffusion.generation import generate
 from spectral_diffusion.training import train
 
 pytestmark = pytest.mark.usefixtures("less_preparation")

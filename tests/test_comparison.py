@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 
 from spectral_diffusion.album import Album
+from spectral_diffusion.axis import Axis
 from spectral_diffusion.base import Base
-from spectral_diffusion.comparison import Axis, compare
+from spectral_diffusion.comparison import compare
+from spectral_diffusion.drawing import Drawing
 from spectral_diffusion.errors import InputError
-from spectral_diffusion.generation import Drawing, generate
+from spectral_diffusion.generation import generate
 from spectral_diffusion.picture_file import read_drawing
 from spectral_diffusion.score import load_scorer
 from tests.test_parametrisations import random_adapter

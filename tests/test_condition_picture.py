@@ -24,8 +24,9 @@ from spectral_diffusion.base import Base
 from spectral_diffusion.cli import main
 from spectral_diffusion.condition_picture import Condition, read_condition
 from spectral_diffusion.conditioning import prompts
+from spectral_diffusion.drawing import Drawing
 from spectral_diffusion.errors import InputError
-from spectral_diffusion.generation import Drawing, generate
+from spectral_diffusion.generation import generate
 from spectral_diffusion.picture_file import save_picture
 from spectral_diffusion.regions import Region
 

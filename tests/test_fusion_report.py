@@ -13,10 +13,11 @@ from PIL import Image
 from test_parametrisations import random_adapter
 
 from spectral_diffusion.base import Base
+from spectral_diffusion.drawing import Drawing
 from spectral_diffusion.errors import InputError
 from spectral_diffusion.fusion import fuse
 from spectral_diffusion.fusion_report import PROMPTS, FusionReport, report_fusion, save_report
-from spectral_diffusion.generation import Drawing, generate
+from spectral_diffusion.generation import generate
 
 
 class Colours:

@@ -15,9 +15,10 @@ from test_parametrisations import random_adapter
 
 from spectral_diffusion.adapter import Adapter
 from spectral_diffusion.base import Base
+from spectral_diffusion.drawing import SCHEDULERS, Drawing, Picture
 from spectral_diffusion.errors import InputError, StorageError
 from spectral_diffusion.fusion import fuse
-from spectral_diffusion.generation import SCHEDULERS, Drawing, Picture, generate, named_only
+from spectral_diffusion.generation import generate, named_only
 from spectral_diffusion.picture_file import save_picture
 
 

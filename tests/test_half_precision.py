@@ -15,7 +15,8 @@ from test_parametrisations import random_adapter
 from spectral_diffusion.attach import attached
 from spectral_diffusion.base import Base, linear_layers, load_base
 from spectral_diffusion.concept import Concept
-from spectral_diffusion.generation import SCHEDULERS, Drawing, Picture, generate
+from spectral_diffusion.drawing import SCHEDULERS, Drawing, Picture
+from spectral_diffusion.generation import generate
 from spectral_diffusion.regions import Region
 from spectral_diffusion.training import train
 

@@ -17,10 +17,11 @@ from spectral_diffusion.adapter import Adapter
 from spectral_diffusion.adapter_file import load_adapter, save_adapter
 from spectral_diffusion.attach import attached
 from spectral_diffusion.base import Base
+from spectral_diffusion.drawing import Drawing
 from spectral_diffusion.errors import AdapterError, InputError
 from spectral_diffusion.export import export_diffusers, export_kohya, places
 from spectral_diffusion.fusion import fuse
-from spectral_diffusion.generation import Drawing, generate
+from spectral_diffusion.generation import generate
 from spectral_diffusion.imports import import_lora
 
 Tensors = dict[str, torch.Tensor]

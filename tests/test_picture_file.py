@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from PIL import Image, PngImagePlugin
 
+from spectral_diffusion.drawing import Drawing, Picture
 from spectral_diffusion.errors import InputError
-from spectral_diffusion.generation import Drawing, Picture
 from spectral_diffusion.picture_file import OWN_CHUNK, read_drawing, save_picture
 from spectral_diffusion.regions import Region
 

@@ -13,8 +13,9 @@ from test_parametrisations import random_adapter
 from spectral_diffusion.attach import attached
 from spectral_diffusion.base import Base
 from spectral_diffusion.conditioning import encode, encode_prompts, tokenize
+from spectral_diffusion.drawing import Drawing
 from spectral_diffusion.errors import InputError
-from spectral_diffusion.generation import Drawing, generate
+from spectral_diffusion.generation import generate
 from spectral_diffusion.prompt_weights import parse_prompt
 from spectral_diffusion.regions import Region
 

@@ -31,9 +31,9 @@ from app.actions.trainings import base_facts, expectations, look_at_base, train,
 from app.jobs import State, WorkerProcess
 from app.jobs.worker import TaskContext
 from spectral_diffusion.adapter_file import load_adapter
-from spectral_diffusion.comparison import Axis
+from spectral_diffusion.axis import Axis
+from spectral_diffusion.drawing import Drawing
 from spectral_diffusion.errors import InputError
-from spectral_diffusion.generation import Drawing
 from spectral_diffusion.picture_file import read_drawing
 
 

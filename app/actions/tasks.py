@@ -28,8 +28,10 @@ from spectral_diffusion.adapter import Adapter
 from spectral_diffusion.adapter_file import load_adapter, save_adapter
 from spectral_diffusion.album import Album
 from spectral_diffusion.attach import check_fits_base
+from spectral_diffusion.axis import BARE, Axis
 from spectral_diffusion.base import Base
-from spectral_diffusion.comparison import BARE, Axis, compare, write_comparison
+from spectral_diffusion.comparison import compare, write_comparison
+from spectral_diffusion.drawing import Picture
 from spectral_diffusion.errors import InputError, SpectralDiffusionError
 from spectral_diffusion.exactness import export_error
 from spectral_diffusion.export import (
@@ -44,7 +46,7 @@ from spectral_diffusion.export import (
 from spectral_diffusion.files import write_atomically
 from spectral_diffusion.fusion import fuse
 from spectral_diffusion.fusion_report import report_fusion, save_report
-from spectral_diffusion.generation import Picture, generate
+from spectral_diffusion.generation import generate
 from spectral_diffusion.photos import read_photos
 from spectral_diffusion.score import ClipScorer, PictureScore, load_scorer, score_pictures
 from spectral_diffusion.toyworld.judge import Judge, load_judge

@@ -9,8 +9,8 @@ from app.actions.concepts import SAMPLES, concept_card, concept_names
 from app.actions.pictures import drawing_record
 from app.actions.studio import Studio
 from app.actions.trainings import train
+from spectral_diffusion.drawing import Drawing, random_seed
 from spectral_diffusion.errors import InputError
-from spectral_diffusion.generation import Drawing, random_seed
 
 TOGETHER = "{} and {} near a lake"
 

@@ -13,8 +13,8 @@ from app.jobs import State
 from app.ui import markup
 from app.ui.live import EVENT, Live, attempt, several
 from spectral_diffusion.adapter import METHODS
-from spectral_diffusion.comparison import AXES, Axis
-from spectral_diffusion.generation import Drawing
+from spectral_diffusion.axis import AXES, Axis
+from spectral_diffusion.drawing import Drawing
 
 _EXAMPLES = {
     "seed": "1, 2, 3",

@@ -20,8 +20,9 @@ from benchmarks.lab.charts import lines, markdown, packed, sheet, unpacked
 from benchmarks.lab.record import Case, Record
 from benchmarks.lab.workshop import PROMPTS, Workshop
 from spectral_diffusion.adapter import Adapter
+from spectral_diffusion.drawing import Drawing
 from spectral_diffusion.fusion import fuse
-from spectral_diffusion.generation import Drawing, generate
+from spectral_diffusion.generation import generate
 
 _JOINT = (2, 3)
 """So many of the concepts are drawn in one picture."""

@@ -15,7 +15,8 @@ from spectral_diffusion.bands import Band
 from spectral_diffusion.base import Base, linear_layers, load_base
 from spectral_diffusion.clip_scorer import ClipScorer, load_scorer
 from spectral_diffusion.concept import SAMPLES_FOLDER, SETTINGS_FILE, Concept, load_concept
-from spectral_diffusion.generation import Drawing, Picture, generate
+from spectral_diffusion.drawing import Drawing, Picture
+from spectral_diffusion.generation import generate
 from spectral_diffusion.parametrisations import BANDED
 from spectral_diffusion.toyworld.characters import HELD_OUT_CHARACTERS, SAMPLE_CONCEPTS
 from spectral_diffusion.toyworld.judge import Judge, load_judge

@@ -24,15 +24,15 @@ from spectral_diffusion.errors import InputError
 
 if TYPE_CHECKING:
     from spectral_diffusion.adapter import Adapter
-    from spectral_diffusion.comparison import Axis
-    from spectral_diffusion.generation import Drawing
+    from spectral_diffusion.axis import Axis
+    from spectral_diffusion.drawing import Drawing
 
 SUMMARY = "draw a grid of pictures in which two things differ, with scores"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    from spectral_diffusion.comparison import AXES
+    from spectral_diffusion.axis import AXES
 
     parser.add_argument(
         "--adapter",
@@ -97,14 +97,14 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
 
 
 def _axis(name: str, values: str) -> Axis:
-    from spectral_diffusion.comparison import Axis
+    from spectral_diffusion.axis import Axis
 
     return Axis.parse(name, values.split("|" if name == "prompt" else ","))
 
 
 def _adapters(files: list[Path]) -> dict[str, Adapter | None]:
     from spectral_diffusion.adapter_file import load_adapter
-    from spectral_diffusion.comparison import BARE
+    from spectral_diffusion.axis import BARE
 
     adapters: dict[str, Adapter | None] = {}
     for file in files:
@@ -115,7 +115,7 @@ def _adapters(files: list[Path]) -> dict[str, Adapter | None]:
 
 
 def _drawing(arguments: argparse.Namespace, axes: tuple[Axis, ...]) -> Drawing:
-    from spectral_diffusion.generation import Drawing, random_seed
+    from spectral_diffusion.drawing import Drawing, random_seed
 
     prompts = [axis.values[0] for axis in axes if axis.name == "prompt"]
     given = {field.name: getattr(arguments, field.name, None) for field in fields(Drawing)}

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from spectral_diffusion.adapter import Adapter
     from spectral_diffusion.base import Base
     from spectral_diffusion.condition_picture import Condition
-    from spectral_diffusion.generation import Drawing, Picture
+    from spectral_diffusion.drawing import Drawing, Picture
     from spectral_diffusion.regions import Region
 
 SUMMARY = "draw pictures, with an adapter or without"
@@ -64,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_drawing_options(parser: argparse.ArgumentParser, without: Sequence[str] = ()) -> None:
     """Add the options whose defaults are those of `Drawing`, all but those called in `without`."""
-    from spectral_diffusion.generation import SCHEDULERS, Drawing
+    from spectral_diffusion.drawing import SCHEDULERS, Drawing
 
     default = {field.name: field.default for field in fields(Drawing)}
     options: dict[str, dict[str, Any]] = {
@@ -126,7 +126,7 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
 
 def _drawing(arguments: argparse.Namespace, tokens: Sequence[str]) -> Drawing:
     """Return what to draw: what was given goes before the defaults of `Drawing`."""
-    from spectral_diffusion.generation import Drawing, random_seed
+    from spectral_diffusion.drawing import Drawing, random_seed
 
     if arguments.batch < 1:
         raise InputError(f"batch must be at least 1, got {arguments.batch}.")
