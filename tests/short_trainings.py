@@ -17,6 +17,7 @@ BAND = Band(start=2, rank=2)
 SHORT = TrainingSettings(steps=5, batch=1, rank=2, unet_rate=1e-2, text_encoder_rate=1e-2, isolation=4, checkpoint_every=2)
 FEWER = {
     ("training.loop", "INERT_SAMPLES"): 4,
+    ("training.settling", "SAMPLES"): 4,
     ("training.inertness", "DRAWING_STEPS"): 2,
     ("training.examples", "CROPS_PER_PHOTO"): 2,
     ("activations", "PROMPTS"): ("{}", "a photo of {}"),

@@ -99,11 +99,13 @@ def test_from_photos_to_a_file_that_diffusers_loads(tiny_studio: Studio, photo_f
     adapters = [card.name for card in cards]
     assert map_bands(studio, adapters).conflicts == () and map_bands(studio, adapters).cross_talk[0][1] is not None
 
-    fuse(studio, adapters, [1.0, 0.5], title="My pair!")
+    fuse(studio, adapters, [1.0, 0.5], title="My pair!", settle=2)
     work(studio)
     pair = next(card for card in adapter_cards(studio) if card.name.startswith("fused/"))
     assert pair.name == "fused/My_pair.safetensors" and library_tokens(studio, pair.name) == ["<one>", "<two>"]
-    assert load_adapter(pair.path).weights == (1.0, 0.5)
+    assert load_adapter(pair.path).weights == (1.0, 0.5) and pair.method == "sum"
+    (job,) = (job for job in studio.jobs.jobs() if job.kind == "fuse")
+    assert studio.jobs.progress(job.name)[-1]["step"] == 2 and not list(studio.jobs.folder.glob("*/*.checkpoint"))
     with pytest.raises(InputError, match="'My_pair' already"):
         fuse(studio, adapters, [1.0, 1.0], title="My pair!")
 

@@ -81,12 +81,14 @@ def fuse(
     method: str | None = None,
     allow_overlap: bool = False,
     report: bool = False,
+    settle: int = 0,
 ) -> str:
     """Queue the fusing of adapters under the name `title` and return the job's name.
 
     Args:
         method: how to join them; as suits them when missing.
         report: queue a report of what was kept as soon as they are fused.
+        settle: first teach their sum, in so many steps, what each gave alone; see `training.settle`.
 
     Raises:
         InputError: fewer than two are chosen, a name is taken, or there is no such method.
@@ -105,7 +107,9 @@ def fuse(
         "method": method,
         "allow_overlap": allow_overlap,
         "out": f"{stem}.safetensors",
-        "report": asdict(studio.settings) if report else None,
+        "report": report,
+        "settle": settle,
+        "settings": asdict(studio.settings),
     }
     return studio.jobs.submit("fuse", f"Fuse {' and '.join(tokens)}", arguments)
 

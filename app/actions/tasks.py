@@ -20,7 +20,7 @@ from app.actions.adapters import adapter_path, queue_report
 from app.actions.concepts import concepts_of_tokens
 from app.actions.pictures import PREVIEW_ENDING, drawing_of_record, picture_card
 from app.actions.studio import Studio
-from app.actions.training_tasks import look_task, train_task
+from app.actions.training_tasks import look_task, settled, train_task
 from app.actions.workbench import chosen_base, studio_of, write_json
 from app.jobs import Stopped, TaskContext
 from app.jobs.worker import Task
@@ -57,10 +57,13 @@ _PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.floa
 
 
 def fuse_task(arguments: dict[str, Any], context: TaskContext) -> dict[str, Any]:
-    """Fuse adapters."""
+    """Fuse adapters, settled first if asked for; that goes on from a checkpoint."""
     studio = studio_of(context)
+    adapters = [load_adapter(adapter_path(studio, name)) for name in arguments["adapters"]]
+    if arguments.get("settle"):
+        adapters = settled(adapters, chosen_base(arguments["settings"]), arguments["settle"], context)
     fused = fuse(
-        [load_adapter(adapter_path(studio, name)) for name in arguments["adapters"]],
+        adapters,
         strengths=arguments["strengths"],
         method=arguments["method"],
         allow_overlap=arguments["allow_overlap"],
@@ -69,7 +72,7 @@ def fuse_task(arguments: dict[str, Any], context: TaskContext) -> dict[str, Any]
     name = f"fused/{arguments['out']}"
     if arguments.get("report"):
         with suppress(InputError):  # one that waits already finds the adapter as it is now
-            queue_report(studio, name, arguments["report"])
+            queue_report(studio, name, arguments["settings"])
     return {"adapter": name, "tokens": list(fused.tokens)}
 
 

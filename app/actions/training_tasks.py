@@ -29,7 +29,7 @@ from spectral_diffusion.band_plan import (
 from spectral_diffusion.bands import Band
 from spectral_diffusion.base import Base
 from spectral_diffusion.concept import load_concept
-from spectral_diffusion.training import PRESETS, TrainingProgress, TrainingSettings, measure_pace, preset, train_together
+from spectral_diffusion.training import PRESETS, TrainingProgress, TrainingSettings, measure_pace, preset, settle, train_together
 
 _PACE_KNOWN = 20  # steps after which the pace of a training is noted for what is expected of the next ones
 
@@ -85,15 +85,8 @@ def train_task(arguments: dict[str, Any], context: TaskContext) -> dict[str, Any
 
     def report(progress: TrainingProgress) -> None:
         paths = save_samples(progress.samples, progress.step, folders)
-        context.report(
-            step=progress.step,
-            steps=progress.steps,
-            concept_loss=progress.concept_loss,
-            inertness_loss=progress.inertness_loss,
-            speed=progress.steps_per_second,
-            remaining=progress.remaining_seconds,
-            samples={name: [path.name for path in own] for name, own in zip(names, paths, strict=True)},
-        )
+        samples = {name: [path.name for path in own] for name, own in zip(names, paths, strict=True)}
+        context.report(**_step(progress), samples=samples)
         if progress.step == _PACE_KNOWN:
             _note_pace(studio, arguments["settings"], 1 / progress.steps_per_second / len(names), _memory(base))
 
@@ -117,6 +110,34 @@ def train_task(arguments: dict[str, Any], context: TaskContext) -> dict[str, Any
     _note_pace(studio, arguments["settings"], seconds / steps / len(names), _memory(base))
     own_bands = {name: str(band) for name, band in zip(names, bands, strict=True)}
     return {"bands": own_bands, "steps": steps, "seconds": round(seconds, 1)}
+
+
+def settled(adapters: list[Adapter], base: Base, steps: int, context: TaskContext) -> list[Adapter]:
+    """Return `adapters` settled on `base` in `steps`, going on from the job's checkpoint."""
+    checkpoint = context.folder / "settling.checkpoint"
+    results = settle(
+        base,
+        adapters,
+        steps=steps,
+        checkpoint=checkpoint,
+        on_progress=lambda progress: context.report(**_step(progress)),
+        should_stop=context.should_stop,
+    )
+    if not results[0].finished:
+        raise Stopped
+    checkpoint.unlink(missing_ok=True)
+    return [result.adapter for result in results]
+
+
+def _step(progress: TrainingProgress) -> dict[str, Any]:
+    return {
+        "step": progress.step,
+        "steps": progress.steps,
+        "concept_loss": progress.concept_loss,
+        "inertness_loss": progress.inertness_loss,
+        "speed": progress.steps_per_second,
+        "remaining": progress.remaining_seconds,
+    }
 
 
 def _reservation(out: Path) -> Path:

@@ -14,6 +14,7 @@ from app.ui.charts import band_map_chart, cross_talk_table
 from app.ui.live import EVENT, Live, attempt, said, several
 from spectral_diffusion.errors import SpectralDiffusionError
 from spectral_diffusion.joining import FUSERS
+from spectral_diffusion.training.settings import SETTLING_STEPS
 
 _MOST = 8
 _AS_SUITS = "as suits them (sum or aligned)"
@@ -45,6 +46,12 @@ def build_fuse(studio: Studio, live: Live) -> None:
             label="How to join",
             min_width=240,
         )
+    wants_settling = gr.Checkbox(
+        False,
+        label="Settle",
+        info="For concepts trained apart: a short training, without photos, teaches their sum what each gave alone.",
+        elem_id="fuse-settle",
+    )
     wants_report = gr.Checkbox(
         True, label="Report", info="Draws every concept alone and fused, and says what is left of it.", elem_id="fuse-report"
     )
@@ -65,9 +72,9 @@ def build_fuse(studio: Studio, live: Live) -> None:
             for number in range(_MOST)
         ]
 
-    def begin(names: list[str], name: str, how: str, report: bool, *strengths: float) -> Any:
+    def begin(names: list[str], name: str, how: str, settle: bool, report: bool, *strengths: float) -> Any:
         ordered = sorted(names)[:_MOST]
-        options = {"title": name, "method": how or None, "report": report}
+        options = {"title": name, "method": how or None, "settle": SETTLING_STEPS if settle else 0, "report": report}
         job = attempt(library.fuse, studio, ordered, strengths[: len(ordered)], **options, done="Fusing …")
         return (gr.skip(), gr.skip()) if job is None else ("", "")
 
@@ -83,7 +90,7 @@ def build_fuse(studio: Studio, live: Live) -> None:
         return name
 
     chosen.change(show_sliders, chosen, sliders, **EVENT)
-    start.click(begin, [chosen, title, method, wants_report, *sliders], [title, asked], **EVENT)
+    start.click(begin, [chosen, title, method, wants_settling, wants_report, *sliders], [title, asked], **EVENT)
     reports.click(show_report, None, asked, **EVENT)
     bands.click(retrain, **EVENT)
 

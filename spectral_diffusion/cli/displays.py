@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +13,18 @@ from spectral_diffusion.cli.console import progress_bar
 
 if TYPE_CHECKING:
     from spectral_diffusion.training import TrainingProgress
+
+
+logger = logging.getLogger(__name__)
+
+STOPPING = "Stopping after this step; press Ctrl-C again to leave at once."
+
+
+def how_to_resume(done: int, steps: int, checkpoint: Path) -> int:
+    """Say how a stopped training goes on; return the exit code."""
+    words = "Stopped after step %d of %d, kept in '%s'; run the same command again to go on from there."
+    logger.warning(words, done, steps, checkpoint)
+    return 1
 
 
 class CountDisplay:

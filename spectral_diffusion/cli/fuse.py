@@ -7,9 +7,9 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spectral_diffusion.cli.console import Console, quiet_libraries
+from spectral_diffusion.cli.console import Console, quiet_libraries, stop_on_interrupt
 from spectral_diffusion.cli.describe import adapter_data, adapter_lines
-from spectral_diffusion.cli.displays import CountDisplay
+from spectral_diffusion.cli.displays import STOPPING, CountDisplay, TrainingDisplay, how_to_resume
 from spectral_diffusion.cli.options import (
     add_base_options,
     add_device_option,
@@ -24,6 +24,7 @@ from spectral_diffusion.cli.outputs import check_file, check_output
 
 if TYPE_CHECKING:
     from spectral_diffusion.adapter import Adapter
+    from spectral_diffusion.training import TrainingResult
 
 SUMMARY = "join several adapters into one"
 
@@ -31,6 +32,7 @@ SUMMARY = "join several adapters into one"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     from spectral_diffusion.joining import FUSERS
+    from spectral_diffusion.training.settings import SETTLING_STEPS
 
     parser.add_argument("adapters", nargs="+", type=Path, metavar="ADAPTER", help="adapter files, each on its own band")
     add_out_options(parser, "the fused adapter")
@@ -44,6 +46,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         + " (default: sum for concepts trained among one another, aligned for others)",
     )
     parser.add_argument("--allow-overlap", action="store_true", help="accept adapters trained on overlapping bands")
+    parser.add_argument(
+        "--settle",
+        type=int,
+        nargs="?",
+        const=SETTLING_STEPS,
+        metavar="STEPS",
+        help="for concepts trained apart: first teach their sum, on the base and without photos, to give what each gave alone "
+        "(a short training, %(const)d steps unless given)",
+    )
     add_json_option(parser, "what was made")
     group = parser.add_argument_group("report", "What the fusion kept: every concept drawn alone and fused, on the base.")
     group.add_argument("--report", type=html_file, metavar="FILE", help="write this page, and its figures as .json beside it")
@@ -63,13 +74,21 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
     from spectral_diffusion.adapter_file import load_adapter, save_adapter
     from spectral_diffusion.fusion import fuse
 
+    adapters = [load_adapter(path) for path in arguments.adapters]
+    checkpoint = arguments.out.with_name(f"{arguments.out.name}.checkpoint")
+    if arguments.settle is not None:
+        results = _settle(arguments, adapters, checkpoint)
+        if not results[0].finished:
+            return how_to_resume(results[0].steps_done, arguments.settle, checkpoint)
+        adapters = [result.adapter for result in results]
     fused = fuse(
-        [load_adapter(path) for path in arguments.adapters],
+        adapters,
         strengths=arguments.strength,
         method=arguments.method,
         allow_overlap=arguments.allow_overlap,
     )
     save_adapter(fused, arguments.out)
+    checkpoint.unlink(missing_ok=True)
     data = adapter_data(fused, arguments.out)
     for line in adapter_lines(data):
         console.say(line)
@@ -77,6 +96,17 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
         data["report"] = _report(arguments, fused, references, console)
     console.give(data)
     return 0
+
+
+def _settle(arguments: argparse.Namespace, adapters: list[Adapter], checkpoint: Path) -> list[TrainingResult]:
+    """Settle the adapters with a progress bar until the end or Ctrl-C."""
+    from spectral_diffusion.training import settle
+
+    base = load_chosen_base(arguments)
+    with stop_on_interrupt(STOPPING) as should_stop, closing(TrainingDisplay()) as display:
+        return settle(
+            base, adapters, steps=arguments.settle, checkpoint=checkpoint, on_progress=display.show, should_stop=should_stop
+        )
 
 
 def _report(arguments: argparse.Namespace, fused: Adapter, references: dict[str, str], console: Console) -> dict[str, Any]:

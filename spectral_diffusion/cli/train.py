@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from spectral_diffusion.cli.console import Console, quiet_libraries, stop_on_interrupt
 from spectral_diffusion.cli.describe import adapter_data, adapter_lines
-from spectral_diffusion.cli.displays import CountDisplay, TrainingDisplay
+from spectral_diffusion.cli.displays import STOPPING, CountDisplay, TrainingDisplay, how_to_resume
 from spectral_diffusion.cli.options import (
     add_base_options,
     add_device_option,
@@ -129,7 +129,7 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
     checkpoint = outs[0].with_name(f"{outs[0].name}.checkpoint")
     results = _train(base, list(zip(concepts, bands, strict=True)), settings, among, start, checkpoint, outs)
     if not results[0].finished:
-        return _say_how_to_resume(results[0], settings, checkpoint)
+        return how_to_resume(results[0].steps_done, settings.steps, checkpoint)
     for result, out in zip(results, outs, strict=True):
         save_adapter(result.adapter, out)
     checkpoint.unlink(missing_ok=True)
@@ -210,8 +210,7 @@ def _train(
     if settings.sample_every:
         for folder in samples:
             check_writable(folder)
-    notice = "Stopping after this step; press Ctrl-C again to leave at once."
-    with stop_on_interrupt(notice) as should_stop, closing(TrainingDisplay(samples)) as display:
+    with stop_on_interrupt(STOPPING) as should_stop, closing(TrainingDisplay(samples)) as display:
         return train_together(
             base,
             concepts,
@@ -222,16 +221,6 @@ def _train(
             on_progress=display.show,
             should_stop=should_stop,
         )
-
-
-def _say_how_to_resume(result: TrainingResult, settings: TrainingSettings, checkpoint: Path) -> int:
-    logger.warning(
-        "Stopped after step %d of %d, kept in '%s'; run the same command again to go on from there.",
-        result.steps_done,
-        settings.steps,
-        checkpoint,
-    )
-    return 1
 
 
 def _report(results: Sequence[TrainingResult], outs: Sequence[Path], console: Console) -> None:

@@ -15,6 +15,7 @@ _HOME = {
     "TrainingSettings": "settings",
     "measure_pace": "pace",
     "preset": "settings",
+    "settle": "settling",
     "train": "loop",
     "train_together": "loop",
 }

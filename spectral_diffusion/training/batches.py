@@ -1,17 +1,111 @@
-"""What one step shows: noisy crops of each concept's photos and, beside them, samples to stay inert on."""
+"""What one step shows: of each concept noisy samples to learn from and, beside them, samples to stay inert on."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Protocol
 
 import torch
 
 from spectral_diffusion.base import Base
 from spectral_diffusion.training.examples import EncodedExamples
-from spectral_diffusion.training.inertness import InertPool
 from spectral_diffusion.training.prediction import target
 from spectral_diffusion.training.settings import TrainingSettings
+
+
+class Source(Protocol):
+    """Where samples come from."""
+
+    def samples(
+        self, base: Base, settings: TrainingSettings, count: int, generator: torch.Generator, *, among: bool
+    ) -> dict[str, torch.Tensor]:
+        """Return `count` samples: every tensor of a `Batch` but `shares`, for one concept."""
+
+    def identity(self) -> tuple[torch.Tensor, ...]:
+        """Return what tells this source from others, whatever device it was made on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Photos:
+    """A concept's photos, to be denoised.
+
+    Attributes:
+        examples: the encoded photos.
+        ids: token ids `(n, text encoders, length)` of their captions.
+        tokens: `(n, length)`, 1 where the first of them is the concept's.
+    """
+
+    examples: EncodedExamples
+    ids: torch.Tensor
+    tokens: torch.Tensor
+
+    def samples(
+        self, base: Base, settings: TrainingSettings, count: int, generator: torch.Generator, *, among: bool
+    ) -> dict[str, torch.Tensor]:
+        """Return photos of random noisiness with what the base was trained to predict; some show others too if `among`."""
+        examples, scheduler = self.examples, base.pipeline.scheduler
+        chosen = torch.randint(examples.alone, (count,), generator=generator)
+        noise = torch.randn((count, *examples.latents.shape[1:]), generator=generator)
+        times = torch.randint(scheduler.config.num_train_timesteps, (count,), generator=generator)
+        beside = len(examples.latents) - examples.alone
+        if among and beside:
+            mixed = examples.alone + torch.randint(beside, (count,), generator=generator)
+            chosen = torch.where(torch.rand(count, generator=generator) < settings.mixing, mixed, chosen)
+        chosen, noise, times = (_sent(tensor, base.device) for tensor in (chosen, noise, times))
+        clean, masks = examples.latents[chosen], examples.masks[chosen]
+        weights = masks + (1 - masks) * settings.background
+        return {
+            "noisy": scheduler.add_noise(clean, noise, times),
+            "times": times,
+            "ids": self.ids[chosen],
+            "tokens": self.tokens[chosen],
+            "places": examples.places[chosen],
+            "targets": target(base, clean, noise, times),
+            "weights": weights / weights.mean().clamp(min=1e-6),  # a crop beside the mask weighs nothing
+        }
+
+    def identity(self) -> tuple[torch.Tensor, ...]:
+        """Return the photos, their masks and captions."""
+        return self.examples.latents, self.examples.masks, self.ids
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pool:
+    """Samples with what a model predicted for them, to be predicted again.
+
+    Attributes:
+        noisy: `(n, channels, h, w)`.
+        times: `(n)`.
+        ids: token ids `(n, text encoders, length)`.
+        predictions: as `noisy`.
+    """
+
+    noisy: torch.Tensor
+    times: torch.Tensor
+    ids: torch.Tensor
+    predictions: torch.Tensor
+
+    def samples(
+        self, base: Base, settings: TrainingSettings, count: int, generator: torch.Generator, *, among: bool
+    ) -> dict[str, torch.Tensor]:
+        """Return random samples, all positions counting alike and no word being special."""
+        chosen = _sent(torch.randint(len(self.noisy), (count,), generator=generator), base.device)
+        noisy, ids = self.noisy[chosen], self.ids[chosen]
+        everywhere = torch.ones_like(noisy[:, :1])
+        return {
+            "noisy": noisy,
+            "times": self.times[chosen],
+            "ids": ids,
+            "tokens": torch.zeros(ids[:, 0].shape, device=ids.device),
+            "places": everywhere,
+            "targets": self.predictions[chosen],
+            "weights": everywhere,
+        }
+
+    def identity(self) -> tuple[torch.Tensor, ...]:
+        """Return times and captions; predictions differ a little from run to run on a GPU."""
+        return self.times, self.ids
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,9 +115,7 @@ class Shown:
     Attributes:
         token, class_word: what it is called.
         words: what the token is written as for the text encoder, a word per vector.
-        examples: its encoded photos.
-        ids: token ids `(n, text encoders, length)` of their captions.
-        tokens: `(n, length)`, 1 where the first of them is the concept's.
+        learnt: what it is to give.
         pool: what to stay inert on.
         pool_among: what to stay inert on while others are attached; `pool` where these are trained at the same time.
     """
@@ -31,16 +123,14 @@ class Shown:
     token: str
     class_word: str
     words: str
-    examples: EncodedExamples
-    ids: torch.Tensor
-    tokens: torch.Tensor
-    pool: InertPool
-    pool_among: InertPool
+    learnt: Source
+    pool: Pool
+    pool_among: Pool
 
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """`n` samples per concept, photos first, then those to stay inert on.
+    """`n` samples per concept, those to learn from first, then those to stay inert on.
 
     Attributes:
         noisy, targets: `(concepts, n, channels, h, w)`.
@@ -81,31 +171,13 @@ def draw_batch(base: Base, concepts: Sequence[Shown], settings: TrainingSettings
 
 
 def _share(base: Base, concept: Shown, settings: TrainingSettings, step: int, among: bool) -> dict[str, torch.Tensor]:
-    examples, pool, scheduler = concept.examples, concept.pool_among if among else concept.pool, base.pipeline.scheduler
     generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
-    count, shape = settings.batch, examples.latents.shape[1:]
-    chosen = torch.randint(examples.alone, (count,), generator=generator)
-    noise = torch.randn((count, *shape), generator=generator)
-    times = torch.randint(scheduler.config.num_train_timesteps, (count,), generator=generator)
-    inert = torch.randint(len(pool.noisy), (count if settings.inertness else 0,), generator=generator)
-    beside = len(examples.latents) - examples.alone
-    if among and beside:
-        mixed = examples.alone + torch.randint(beside, (count,), generator=generator)
-        chosen = torch.where(torch.rand(count, generator=generator) < settings.mixing, mixed, chosen)
-    chosen, noise, times, inert = (_sent(tensor, base.device) for tensor in (chosen, noise, times, inert))
-    clean, masks = examples.latents[chosen], examples.masks[chosen]
-    weights = masks + (1 - masks) * settings.background
-    weights = weights / weights.mean().clamp(min=1e-6)  # a crop beside the mask weighs nothing
-    return {
-        "noisy": torch.cat([scheduler.add_noise(clean, noise, times), pool.noisy[inert]]),
-        "times": torch.cat([times, pool.times[inert]]),
-        "ids": torch.cat([concept.ids[chosen], pool.ids[inert]]),
-        "tokens": torch.cat([concept.tokens[chosen], concept.tokens.new_zeros(len(inert), concept.tokens.shape[1])]),
-        "places": torch.cat([examples.places[chosen], masks.new_ones(len(inert), *masks.shape[1:])]),
-        "targets": torch.cat([target(base, clean, noise, times), pool.predictions[inert]]),
-        "weights": torch.cat([weights, weights.new_ones(len(inert), *weights.shape[1:])]),
-        "shares": _sent(torch.block_diag(torch.ones(count, 1), torch.ones(len(inert), 1)) / count, base.device),
-    }
+    count, pool = settings.batch, concept.pool_among if among else concept.pool
+    learnt = concept.learnt.samples(base, settings, count, generator, among=among)
+    inert = pool.samples(base, settings, count if settings.inertness else 0, generator, among=among)
+    both = {name: torch.cat([own, inert[name]]) for name, own in learnt.items()}
+    kinds = torch.block_diag(torch.ones(count, 1), torch.ones(len(inert["times"]), 1))
+    return both | {"shares": _sent(kinds / count, base.device)}
 
 
 def _sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

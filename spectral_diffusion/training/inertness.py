@@ -8,12 +8,13 @@ concept is trained among others, there is a second such pool: what these give on
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 
 from spectral_diffusion.base import Base
 from spectral_diffusion.conditioning import tokenize
+from spectral_diffusion.training.batches import Pool
 from spectral_diffusion.training.prediction import predict
 
 STRANGER = "<stranger-{}>"
@@ -29,16 +30,6 @@ _OTHER_CLASSES = (
 _PLACES = (
     "near a lake", "in the snow", "in the forest", "on the beach", "in the desert", "in the city", "in a room", "at night",
 )  # fmt: skip
-
-
-@dataclass(frozen=True, kw_only=True)
-class InertPool:
-    """Samples to stay inert on: `noisy (n, channels, h, w)`, `times (n)`, token `ids`, base `predictions`."""
-
-    noisy: torch.Tensor
-    times: torch.Tensor
-    ids: torch.Tensor
-    predictions: torch.Tensor
 
 
 def stranger_vectors(
@@ -77,16 +68,20 @@ def inert_captions(class_word: str, strangers: tuple[str, ...], count: int, gene
     return captions
 
 
-@torch.no_grad()
-def build_inert_pool(base: Base, class_word: str, strangers: tuple[str, ...], count: int, seed: int) -> InertPool:
+def build_inert_pool(base: Base, class_word: str, strangers: tuple[str, ...], count: int, seed: int) -> Pool:
     """Draw pictures with the base as it is and keep `count` noisy samples of them with its own predictions.
 
     Must be called while the strangers' tokens are known to the base, and nothing attached but what the samples are to hold.
     """
-    pipeline, scheduler = base.pipeline, base.pipeline.scheduler
     generator = torch.Generator().manual_seed(seed)
-    captions = inert_captions(class_word, strangers, count, generator)
-    to_draw = captions[:PICTURES]
+    return build_pool(base, inert_captions(class_word, strangers, count, generator), generator)
+
+
+@torch.no_grad()
+def build_pool(base: Base, captions: Sequence[str], generator: torch.Generator) -> Pool:
+    """Draw the first `PICTURES` of `captions` with what is attached, and keep a noisy sample of one of them for each caption."""
+    pipeline, scheduler, count = base.pipeline, base.pipeline.scheduler, len(captions)
+    to_draw = list(captions[:PICTURES])
     drawn = torch.cat(
         [
             pipeline(
@@ -111,4 +106,4 @@ def build_inert_pool(base: Base, class_word: str, strangers: tuple[str, ...], co
     for start in range(0, count, batch):
         part = slice(start, start + batch)
         parts.append(predict(base, noisy[part], times[part], ids[part]))
-    return InertPool(noisy=noisy, times=times, ids=ids, predictions=torch.cat(parts))
+    return Pool(noisy=noisy, times=times, ids=ids, predictions=torch.cat(parts))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -18,9 +18,9 @@ from spectral_diffusion.conditioning import tokenize
 from spectral_diffusion.errors import AdapterError, InputError
 from spectral_diffusion.parametrisations import BANDED
 from spectral_diffusion.training.attention import watched_attention
-from spectral_diffusion.training.batches import Shown
+from spectral_diffusion.training.batches import Photos, Pool, Shown, Source
 from spectral_diffusion.training.examples import EncodedExamples, encode_examples
-from spectral_diffusion.training.inertness import STRANGERS, InertPool, build_inert_pool, stranger_vectors
+from spectral_diffusion.training.inertness import STRANGERS, build_inert_pool, stranger_vectors
 from spectral_diffusion.training.memory import lightened
 from spectral_diffusion.training.mixing import mixed_examples
 from spectral_diffusion.training.run import Run, TrainingProgress
@@ -99,42 +99,92 @@ def train_together(
         AdapterError: `among` or `start` does not fit the base, or a concept is not in `start` or was trained otherwise there.
         TrainingError: the loss is not a number (the last good state is in `checkpoint`), or memory does not suffice.
     """
-    among = among or Adapter(family=base.family, fingerprint=base.fingerprint, concepts=(), weights=())
-    _check_tokens(base, [concept.token for concept, _ in concepts], among.tokens)
-    class_vectors = [class_word_vectors(base, concept.class_word) for concept, _ in concepts]
-    trainable = build_trainable(base, [band for _, band in concepts], class_vectors, settings)
-    started = [_started(base, *pair, settings, adapter) for pair, adapter in zip(concepts, start, strict=bool(start))]
-    for number, part in enumerate(started):
-        trainable.start(number, part)
-    steps_before = [part.settings.get("steps_done", 0) for part in started] or [0] * len(concepts)
+    subjects = [Subject(token=concept.token, class_word=concept.class_word, band=band) for concept, band in concepts]
+    _check_tokens(base, [subject.token for subject in subjects], among.tokens if among else ())  # before photos are encoded
     examples = [encode_examples(base, concept, settings.seed, settings.caption_dropout) for concept, _ in concepts]
     if settings.mixing and settings.presence and len(concepts) > 1:
         beside_others = mixed_examples(base, [concept for concept, _ in concepts], settings.seed)
         examples = [own.followed_by(mixes) for own, mixes in zip(examples, beside_others, strict=True)]
+
+    def photos(written: dict[str, str]) -> list[Source]:
+        return [_photos(base, encoded, subject, written) for encoded, subject in zip(examples, subjects, strict=True)]
+
+    return train_subjects(
+        base,
+        subjects,
+        settings,
+        photos,
+        among=among,
+        start=start,
+        checkpoint=checkpoint,
+        on_progress=on_progress,
+        should_stop=should_stop,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """A concept to be trained: what it is called, and its band."""
+
+    token: str
+    class_word: str
+    band: Band
+
+
+def train_subjects(
+    base: Base,
+    subjects: Sequence[Subject],
+    settings: TrainingSettings,
+    sources: Callable[[dict[str, str]], list[Source]],
+    *,
+    among: Adapter | None,
+    start: Sequence[Adapter],
+    checkpoint: Path | None,
+    on_progress: Callable[[TrainingProgress], None],
+    should_stop: Callable[[], bool],
+) -> list[TrainingResult]:
+    """Train `subjects` as `train_together` says, on whatever `sources` gives each to learn from.
+
+    Args:
+        sources: called with the words that stand for each token, when the base knows the tokens as they begin and has nothing
+            attached; returns one source per subject.
+    """
+    among = among or Adapter(family=base.family, fingerprint=base.fingerprint, concepts=(), weights=())
+    _check_tokens(base, [subject.token for subject in subjects], among.tokens)
+    class_vectors = [class_word_vectors(base, subject.class_word) for subject in subjects]
+    trainable = build_trainable(base, [subject.band for subject in subjects], class_vectors, settings)
+    started = [_started(base, subject, settings, adapter) for subject, adapter in zip(subjects, start, strict=bool(start))]
+    for number, part in enumerate(started):
+        trainable.start(number, part)
+    steps_before = [part.settings.get("steps_done", 0) for part in started] or [0] * len(subjects)
     strangers = [
         stranger_vectors(base, vectors, settings.seed, first=number * STRANGERS) for number, vectors in enumerate(class_vectors)
     ]
-    written = {concept.token: token_words(concept.token, settings.token_vectors) for concept, _ in concepts}
-    tokens = {concept.token: own for (concept, _), own in zip(concepts, trainable.embeddings, strict=True)}
+    written = {subject.token: token_words(subject.token, settings.token_vectors) for subject in subjects}
+    tokens = {subject.token: own for subject, own in zip(subjects, trainable.embeddings, strict=True)}
     for own in strangers:
         tokens |= own
     others = Switch(on=False)
     with lightened(base), with_tokens(base, tokens | among.embeddings), beside(base, among, switch=others):
-        shown = [
-            _shown(base, concept, settings, encoded, tuple(own), written)
-            for (concept, _), encoded, own in zip(concepts, examples, strangers, strict=True)
-        ]
+        pools = [_pool(base, subject.class_word, tuple(own), settings) for subject, own in zip(subjects, strangers, strict=True)]
+        pools_among = pools
         if among.concepts and settings.presence:
             others.on = True
-            shown = [replace(own, pool_among=_pool(base, own.class_word, among.words, settings)) for own in shown]
+            pools_among = [_pool(base, subject.class_word, among.words, settings) for subject in subjects]
             others.on = False
+        shown = [
+            Shown(
+                token=own.token, class_word=own.class_word, words=written[own.token], learnt=source, pool=pool, pool_among=beside
+            )
+            for own, source, pool, beside in zip(subjects, sources(written), pools, pools_among, strict=True)
+        ]
         run = Run(base, trainable, settings, shown, others, checkpoint)
         watched = watched_attention(base.pipeline.unet) if settings.attention else nullcontext()
         with trainable.adaptation.attached():
             with watched as run.seen:
                 run.loop(on_progress, should_stop)
             activations = run.activations()
-    trained = [trainable.adaptation.result(number) for number in range(len(concepts))]
+    trained = [trainable.adaptation.result(number) for number in range(len(subjects))]
     banded, parameters = settings.parametrisation in BANDED, trainable.parameter_count()
     return [
         TrainingResult(
@@ -144,9 +194,9 @@ def train_together(
                 prediction_type=base.prediction_type,
                 concepts=(
                     ConceptPart(
-                        token=concept.token,
-                        class_word=concept.class_word,
-                        band=band if banded else None,
+                        token=subject.token,
+                        class_word=subject.class_word,
+                        band=subject.band if banded else None,
                         parametrisation=trained[number].form,
                         embeddings=trainable.token_vectors(number),
                         layers=trained[number].parts,
@@ -155,7 +205,7 @@ def train_together(
                         | {
                             "steps_done": steps_before[number] + run.step,
                             "parameters": parameters,
-                            "among": _others(concepts, among, concept) if settings.presence else [],
+                            "among": _others(subjects, among, subject) if settings.presence else [],
                         },
                     ),
                 ),
@@ -165,7 +215,7 @@ def train_together(
             finished=run.finished,
             seconds=run.seconds,
         )
-        for number, (concept, band) in enumerate(concepts)
+        for number, subject in enumerate(subjects)
     ]
 
 
@@ -176,58 +226,40 @@ def _check_tokens(base: Base, tokens: Sequence[str], taken: Sequence[str]) -> No
             raise InputError(f"Two concepts use the token '{token}'; give each a token of its own.")
 
 
-def _started(base: Base, concept: Concept, band: Band, settings: TrainingSettings, adapter: Adapter) -> ConceptPart:
-    """Return what `adapter` holds of `concept` if a training with these settings can go on from it."""
+def _started(base: Base, subject: Subject, settings: TrainingSettings, adapter: Adapter) -> ConceptPart:
+    """Return what `adapter` holds of `subject` if a training with these settings can go on from it."""
     check_fits_base(base, adapter)
-    part = adapter.concept(concept.token)
+    part = adapter.concept(subject.token)
     if adapter.fingerprint != base.fingerprint:
-        raise AdapterError(f"'{concept.token}' was trained on another base, whose directions are others; start it anew.")
+        raise AdapterError(f"'{subject.token}' was trained on another base, whose directions are others; start it anew.")
     for what, was, wanted in (
         ("parametrisation", part.parametrisation, settings.parametrisation),
-        ("directions", part.band, band if part.band else None),
+        ("directions", part.band, subject.band if part.band else None),
         ("token_vectors", part.token_vectors, settings.token_vectors),
     ):
         if was != wanted:
-            raise AdapterError(f"'{concept.token}' was trained with {what} {was}, not {wanted}; choose that, or start it anew.")
+            raise AdapterError(f"'{subject.token}' was trained with {what} {was}, not {wanted}; choose that, or start it anew.")
     if part.layers.keys() != linear_layers(base, settings.layers).keys():
-        raise AdapterError(f"'{concept.token}' was trained on other layers; choose those again, or start it anew.")
+        raise AdapterError(f"'{subject.token}' was trained on other layers; choose those again, or start it anew.")
     return part
 
 
-def _others(concepts: Sequence[tuple[Concept, Band]], among: Adapter, own: Concept) -> list[str]:
+def _others(subjects: Sequence[Subject], among: Adapter, own: Subject) -> list[str]:
     """Return the tokens of the concepts that `own` was trained among."""
-    return [*among.tokens, *(concept.token for concept, _ in concepts if concept is not own)]
+    return [*among.tokens, *(subject.token for subject in subjects if subject is not own)]
 
 
-def _shown(
-    base: Base,
-    concept: Concept,
-    settings: TrainingSettings,
-    examples: EncodedExamples,
-    strangers: tuple[str, ...],
-    written: dict[str, str],
-) -> Shown:
-    """Return what `concept` is trained on; its token and `strangers` must be known to the base, and no delta attached.
+def _photos(base: Base, examples: EncodedExamples, subject: Subject, written: dict[str, str]) -> Photos:
+    """Return the photos of `subject` with their captions; its token must be known to the base.
 
     Args:
-        written: the words that stand for each token of those trained.
+        written: the words that stand for each token.
     """
-    words = written[concept.token]
-    pool = _pool(base, concept.class_word, strangers, settings)
     ids = tokenize(base, [expand_prompt(caption, written) for caption in examples.captions])
     tokenizer = next(iter(base.tokenizers.values()))
-    own = torch.tensor(tokenizer.convert_tokens_to_ids(words.split()), device=ids.device)
-    return Shown(
-        token=concept.token,
-        class_word=concept.class_word,
-        words=words,
-        examples=examples,
-        ids=ids,
-        tokens=torch.isin(ids[:, 0], own).float(),
-        pool=pool,
-        pool_among=pool,
-    )
+    own = torch.tensor(tokenizer.convert_tokens_to_ids(written[subject.token].split()), device=ids.device)
+    return Photos(examples=examples, ids=ids, tokens=torch.isin(ids[:, 0], own).float())
 
 
-def _pool(base: Base, class_word: str, strangers: tuple[str, ...], settings: TrainingSettings) -> InertPool:
+def _pool(base: Base, class_word: str, strangers: tuple[str, ...], settings: TrainingSettings) -> Pool:
     return build_inert_pool(base, class_word, strangers, INERT_SAMPLES, settings.seed)

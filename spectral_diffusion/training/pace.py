@@ -12,9 +12,7 @@ from spectral_diffusion.attach import Switch
 from spectral_diffusion.bands import Band
 from spectral_diffusion.base import Base
 from spectral_diffusion.conditioning import tokenize
-from spectral_diffusion.training.batches import Shown
-from spectral_diffusion.training.examples import EncodedExamples
-from spectral_diffusion.training.inertness import InertPool
+from spectral_diffusion.training.batches import Pool, Shown
 from spectral_diffusion.training.memory import lightened
 from spectral_diffusion.training.run import Run
 from spectral_diffusion.training.settings import TrainingSettings
@@ -45,20 +43,16 @@ def measure_pace(base: Base, settings: TrainingSettings, should_stop: Callable[[
 
 
 def _nothing(base: Base) -> Shown:
-    """Return one empty picture to learn and one to stay inert on."""
+    """Return one empty picture, to learn and to stay inert on."""
     side = base.resolution // base.pipeline.vae_scale_factor
     empty = torch.zeros(1, base.pipeline.unet.config.in_channels, side, side, device=base.device)
     ids = tokenize(base, [_WORD])
-    pool = InertPool(noisy=empty, times=torch.zeros(1, dtype=torch.long, device=base.device), ids=ids, predictions=empty)
-    everywhere = torch.ones_like(empty[:, :1])
-    examples = EncodedExamples(latents=empty, masks=everywhere, places=everywhere, captions=(_WORD,), alone=1)
+    pool = Pool(noisy=empty, times=torch.zeros(1, dtype=torch.long, device=base.device), ids=ids, predictions=empty)
     return Shown(
         token=_WORD,
         class_word=_WORD,
         words=_WORD,
-        examples=examples,
-        ids=ids,
-        tokens=torch.zeros(ids[:, 0].shape, device=base.device),
+        learnt=pool,
         pool=pool,
         pool_among=pool,
     )

@@ -95,9 +95,9 @@ class Run:
         outcome = asdict(self.settings) | {"checkpoint_every": None, "sample_every": None}
         digest = hashlib.sha256(json.dumps([outcome, self.base.fingerprint, list(self.base.text_encoders)]).encode())
         for concept in self.concepts:
-            digest.update(json.dumps([concept.token, concept.class_word, concept.examples.captions]).encode())
-            digest.update(concept.examples.latents.cpu().numpy().tobytes())
-            digest.update(concept.examples.masks.cpu().numpy().tobytes())
+            digest.update(json.dumps([concept.token, concept.class_word, concept.words]).encode())
+            for tensor in concept.learnt.identity():
+                digest.update(tensor.cpu().numpy().tobytes())
         digest.update(self.trainable.adaptation.fixed.cpu().numpy().tobytes())
         for tensor in self.trainable.named().values():
             digest.update(tensor.detach().cpu().numpy().tobytes())

@@ -12,6 +12,8 @@ from spectral_diffusion.parametrisations import PARAMETRISATIONS
 if TYPE_CHECKING:
     from spectral_diffusion.base import Base
 
+SETTLING_STEPS = 200
+"""Steps of a settling, see `settle`."""
 PRESETS = ("fast", "balanced", "best")
 
 

@@ -1,0 +1,108 @@
+"""Settle concepts that were trained apart: teach their sum to give what each gave alone, without any photo.
+
+Each concept's own model draws pictures of itself; then all are attached, and a short training asks their sum for the very
+predictions of the one whose token the caption names, and for the base's own on all other captions. That is what inertness asks
+of one concept, asked of all of them together (distillation, Hinton et al. 2015, with every concept its own teacher).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from spectral_diffusion.activations import PROMPTS
+from spectral_diffusion.adapter import Adapter, ConceptPart
+from spectral_diffusion.attach import beside
+from spectral_diffusion.base import Base
+from spectral_diffusion.errors import AdapterError
+from spectral_diffusion.parametrisations import SPECTRAL
+from spectral_diffusion.training.batches import Source
+from spectral_diffusion.training.inertness import PICTURES, build_pool
+from spectral_diffusion.training.loop import Subject, TrainingResult, train_subjects
+from spectral_diffusion.training.run import TrainingProgress
+from spectral_diffusion.training.settings import SETTLING_STEPS, TrainingSettings
+
+SAMPLES = 512
+"""Noisy samples of each concept's own pictures."""
+PRESENCE = 0.75
+"""Share of the steps in which the sum is asked; in the others each concept alone, which is to stay as it was."""
+
+
+def settle(
+    base: Base,
+    adapters: Sequence[Adapter],
+    *,
+    steps: int = SETTLING_STEPS,
+    checkpoint: Path | None = None,
+    on_progress: Callable[[TrainingProgress], None] = lambda progress: None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> list[TrainingResult]:
+    """Return the concepts of `adapters`, trained `steps` more so that their plain sum acts as each of them did alone.
+
+    Args:
+        adapters: one concept each, of one parametrisation and rank, on disjoint bands of `base`.
+        checkpoint, on_progress, should_stop: see `train_together`.
+
+    Raises:
+        AdapterError: fewer than two, several concepts in one, or they were not trained alike or not on this base.
+    """
+    parts = _alike(adapters)
+    settings = _settings(parts[0], steps)
+    subjects = [Subject(token=part.token, class_word=part.class_word, band=part.band) for part in parts]
+
+    def own_pictures(written: dict[str, str]) -> list[Source]:
+        pools = []
+        for adapter, part in zip(adapters, parts, strict=True):
+            captions = [PROMPTS[number % PICTURES % len(PROMPTS)].format(written[part.token]) for number in range(SAMPLES)]
+            with beside(base, adapter):
+                pools.append(build_pool(base, captions, torch.Generator().manual_seed(settings.seed)))
+        return pools
+
+    return train_subjects(
+        base,
+        subjects,
+        settings,
+        own_pictures,
+        among=None,
+        start=adapters,
+        checkpoint=checkpoint,
+        on_progress=on_progress,
+        should_stop=should_stop,
+    )
+
+
+def _alike(adapters: Sequence[Adapter]) -> list[ConceptPart]:
+    """Return the concepts of `adapters` if they can be trained side by side."""
+    if len(adapters) < 2:
+        raise AdapterError("Settling needs at least two concepts; give two adapters or more.")
+    several = next((adapter for adapter in adapters if len(adapter.concepts) > 1), None)
+    if several is not None:
+        raise AdapterError(f"The adapter of {', '.join(several.tokens)} is fused already; settle those that it was fused from.")
+    parts = [adapter.concepts[0] for adapter in adapters]
+    for part in parts:
+        if part.parametrisation not in SPECTRAL or part.band is None:
+            raise AdapterError(f"'{part.token}' has no band; only what was trained as {' or '.join(SPECTRAL)} can be settled.")
+    for part in parts[1:]:
+        for name, first, own in (
+            ("parametrisation", parts[0].parametrisation, part.parametrisation),
+            ("rank", parts[0].band.rank, part.band.rank),
+            ("token_vectors", parts[0].token_vectors, part.token_vectors),
+        ):
+            if first != own:
+                raise AdapterError(
+                    f"'{part.token}' was trained with {name} {own}, '{parts[0].token}' with {first}; settle what is alike."
+                )
+    return parts
+
+
+def _settings(part: ConceptPart, steps: int) -> TrainingSettings:
+    """Return the settings that `part` was trained with, for a short training among the others."""
+    known: dict[str, Any] = {
+        field.name: part.settings[field.name] for field in fields(TrainingSettings) if field.name in part.settings
+    }
+    known["layers"] = tuple(known.get("layers", TrainingSettings().layers))
+    return replace(TrainingSettings(**known), steps=steps, presence=PRESENCE, attention=0.0, sample_every=0)

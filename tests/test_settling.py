@@ -1,0 +1,103 @@
+"""Settling: what was trained apart learns, without photos, to give in the sum what it gave alone."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from short_trainings import SHORT, assert_bit_equal, prepare_less
+
+from spectral_diffusion.adapter import Adapter
+from spectral_diffusion.attach import attached
+from spectral_diffusion.bands import Band
+from spectral_diffusion.base import Base
+from spectral_diffusion.concept import Concept, load_concept
+from spectral_diffusion.conditioning import tokenize
+from spectral_diffusion.errors import AdapterError
+from spectral_diffusion.fusion import default_method, fuse
+from spectral_diffusion.training import TrainingProgress, settle, train, train_together
+from spectral_diffusion.training.prediction import predict
+
+LOUD = replace(SHORT, steps=12, unet_rate=3e-2, text_encoder_rate=3e-3, token_rate=3e-2)
+
+
+@pytest.fixture(scope="module")
+def concepts(photo_folder: Path) -> list[Concept]:
+    return [load_concept(photo_folder, token=f"<V{i}>", class_word=word) for i, word in enumerate(("dog", "cat"))]
+
+
+@pytest.fixture(scope="module")
+def apart(base: Base, concepts: list[Concept]) -> list[Adapter]:
+    """Two concepts, trained so hard that their sum is not what each was."""
+    with pytest.MonkeyPatch.context() as patch:
+        prepare_less(patch)
+        bands = [Band(start=0, rank=2), Band(start=2, rank=2)]
+        return [train(base, concept, band, LOUD).adapter for concept, band in zip(concepts, bands, strict=True)]
+
+
+@torch.no_grad()
+def answer(base: Base, adapter: Adapter, token: str) -> torch.Tensor:
+    side = base.resolution // base.pipeline.vae_scale_factor
+    noisy = torch.randn(8, base.pipeline.unet.config.in_channels, side, side, generator=torch.Generator().manual_seed(1))
+    with attached(base, adapter):
+        return predict(base, noisy, torch.arange(8) * 100, tokenize(base, [f"{token} near a lake"] * 8))
+
+
+def strayed(base: Base, before: list[Adapter], fused: Adapter) -> float:
+    """Return how far the sum's answers are from those that each concept gave alone."""
+    return sum((answer(base, one, one.tokens[0]) - answer(base, fused, one.tokens[0])).norm().item() for one in before)
+
+
+def test_the_sum_comes_nearer_to_what_each_gave_alone(base: Base, apart: list[Adapter], monkeypatch: pytest.MonkeyPatch) -> None:
+    prepare_less(monkeypatch)
+    monkeypatch.setattr("spectral_diffusion.training.settling.SAMPLES", 256)
+    assert default_method([one.concepts[0] for one in apart]) == "aligned"
+    events: list[TrainingProgress] = []
+    results = settle(base, apart, steps=30, on_progress=events.append)
+    settled = [result.adapter for result in results]
+    fused = fuse(settled)
+    assert fused.method == "sum" and len(events) == 30 and all(result.finished for result in results)
+    plain = strayed(base, apart, fuse(apart, method="sum"))
+    assert strayed(base, apart, fused) < 0.7 * plain
+    for one, other in zip(apart, settled, strict=True):
+        assert other.tokens == one.tokens and other.concepts[0].band == one.concepts[0].band
+        assert other.concepts[0].settings["steps_done"] == 42
+        alone = (answer(base, one, one.tokens[0]) - answer(base, other, one.tokens[0])).norm().item()
+        assert alone < 0.5 * plain  # each by itself stays much as it was
+
+
+def test_a_stopped_settling_goes_on_where_it_was(
+    base: Base, apart: list[Adapter], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    prepare_less(monkeypatch)
+    state, events = tmp_path / "state", []
+    stopped = settle(base, apart, steps=4, checkpoint=state, on_progress=events.append, should_stop=lambda: len(events) == 2)
+    assert [result.finished for result in stopped] == [False, False]
+    resumed = settle(base, apart, steps=4, checkpoint=state, on_progress=events.append)
+    assert [event.step for event in events] == [1, 2, 3, 4]
+    for one, other in zip(resumed, settle(base, apart, steps=4), strict=True):
+        assert_bit_equal(one.adapter, other.adapter)
+
+
+def test_what_cannot_be_settled_is_said(base: Base, concepts: list[Concept], apart: list[Adapter]) -> None:
+    with pytest.raises(AdapterError, match="needs at least two concepts"):
+        settle(base, apart[:1])
+    with pytest.raises(AdapterError, match="<V0>, <V1> is fused already; settle those that it was fused from"):
+        settle(base, [fuse(apart, method="sum"), apart[0]])
+    wider = train(base, concepts[1], Band(start=4, rank=4), replace(SHORT, rank=4, steps=1)).adapter
+    with pytest.raises(AdapterError, match="'<V1>' was trained with rank 4, '<V0>' with 2; settle what is alike"):
+        settle(base, [apart[0], wider])
+    lora = train(base, concepts[1], Band(start=0, rank=2), replace(SHORT, parametrisation="lora", steps=1)).adapter
+    with pytest.raises(AdapterError, match="'<V1>' has no band; only what was trained as additive or rotational"):
+        settle(base, [apart[0], lora])
+
+
+def test_concepts_trained_in_one_go_can_be_settled_too(
+    base: Base, concepts: list[Concept], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare_less(monkeypatch)
+    pairs = list(zip(concepts, [Band(start=0, rank=2), Band(start=2, rank=2)], strict=True))
+    together = [result.adapter for result in train_together(base, pairs, replace(SHORT, parametrisation="rotational", steps=2))]
+    assert all(result.finished for result in settle(base, together, steps=1))
