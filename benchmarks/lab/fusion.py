@@ -23,7 +23,10 @@ from spectral_diffusion.adapter import Adapter
 from spectral_diffusion.drawing import Drawing
 from spectral_diffusion.fusion import fuse
 from spectral_diffusion.generation import generate
+from spectral_diffusion.training import settle
 
+SETTLED = "settled"
+"""Stands among the fusers for a settling and the plain sum."""
 _JOINT = (2, 3)
 """So many of the concepts are drawn in one picture."""
 
@@ -59,7 +62,10 @@ def measure(case: Case, workshop: Workshop) -> dict[str, Any]:
         (part,) = adapter.concepts
         return asdict(workshop.likeness(case["concept"], pictures)) | {"parameters": part.parameters()}
     adapters = [workshop.adapter(name, slot, case["settings"], case["group"]) for slot, name in enumerate(case["concepts"])]
-    fused = fuse(adapters, method=case["fuser"])
+    if case["fuser"] == SETTLED:
+        fused = fuse([result.adapter for result in settle(workshop.base, adapters)], method="sum")
+    else:
+        fused = fuse(adapters, method=case["fuser"])
     concepts, strip = {}, []
     for name, token in zip(case["concepts"], fused.tokens, strict=True):
         pictures = workshop.draw(fused, token, case["pictures"])

@@ -175,9 +175,18 @@ class Rivals:
         tensors = (tensor for beginning in self.concepts[concept].values() for tensor in beginning.tensors.values())
         return [tensor.grad for tensor in tensors if tensor.grad is not None]
 
+    @torch.no_grad()
     def start(self, concept: int, parts: Mapping[str, LayerPart]) -> None:
-        """Refuse: what is kept is the change, not the tensors that were trained."""
-        _refuse_start()
+        """Let concept number `concept` begin with what `parts` hold, if that is what was trained, as of a LoRA.
+
+        Raises:
+            InputError: what is kept is the change, not the tensors that were trained.
+        """
+        for key, beginning in self.concepts[concept].items():
+            if beginning.tensors.keys() != parts[key].tensors.keys():
+                _refuse_start()
+            for name, tensor in beginning.tensors.items():
+                tensor.copy_(parts[key].tensors[name])
 
     def after_step(self, step: int) -> None:
         """Do nothing."""
@@ -252,7 +261,7 @@ class Tuned:
 
 
 def _refuse_start() -> NoReturn:
-    raise InputError(f"Only what was trained as {' or '.join(SPECTRAL)} can be trained on; start this one anew.")
+    raise InputError(f"Only what was trained as {', '.join(SPECTRAL)} or lora can be trained on; start this one anew.")
 
 
 def _kept(deltas: dict[str, LowRank]) -> TrainedLayers:

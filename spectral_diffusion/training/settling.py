@@ -17,6 +17,7 @@ import torch
 from spectral_diffusion.activations import PROMPTS
 from spectral_diffusion.adapter import Adapter, ConceptPart
 from spectral_diffusion.attach import beside
+from spectral_diffusion.bands import Band
 from spectral_diffusion.base import Base
 from spectral_diffusion.errors import AdapterError
 from spectral_diffusion.parametrisations import SPECTRAL
@@ -44,7 +45,7 @@ def settle(
     """Return the concepts of `adapters`, trained `steps` more so that their plain sum acts as each of them did alone.
 
     Args:
-        adapters: one concept each, of one parametrisation and rank, on disjoint bands of `base`.
+        adapters: one concept each, trained on `base` in one parametrisation, spectral or LoRA, and rank; bands must be disjoint.
         checkpoint, on_progress, should_stop: see `train_together`.
 
     Raises:
@@ -52,7 +53,8 @@ def settle(
     """
     parts = _alike(adapters)
     settings = _settings(parts[0], steps)
-    subjects = [Subject(token=part.token, class_word=part.class_word, band=part.band) for part in parts]
+    nowhere = Band(start=0, rank=settings.rank)
+    subjects = [Subject(token=part.token, class_word=part.class_word, band=part.band or nowhere) for part in parts]
 
     def own_pictures(written: dict[str, str]) -> list[Source]:
         pools = []
@@ -84,12 +86,12 @@ def _alike(adapters: Sequence[Adapter]) -> list[ConceptPart]:
         raise AdapterError(f"The adapter of {', '.join(several.tokens)} is fused already; settle those that it was fused from.")
     parts = [adapter.concepts[0] for adapter in adapters]
     for part in parts:
-        if part.parametrisation not in SPECTRAL or part.band is None:
-            raise AdapterError(f"'{part.token}' has no band; only what was trained as {' or '.join(SPECTRAL)} can be settled.")
+        if part.settings.get("parametrisation") not in (*SPECTRAL, "lora"):
+            raise AdapterError(f"'{part.token}' was not trained here as {', '.join(SPECTRAL)} or lora, so it cannot be settled.")
     for part in parts[1:]:
         for name, first, own in (
             ("parametrisation", parts[0].parametrisation, part.parametrisation),
-            ("rank", parts[0].band.rank, part.band.rank),
+            ("rank", parts[0].settings["rank"], part.settings["rank"]),
             ("token_vectors", parts[0].token_vectors, part.token_vectors),
         ):
             if first != own:
