@@ -12,14 +12,19 @@ from spectral_diffusion.errors import AdapterError, BandError
 logger = logging.getLogger(__name__)
 
 
-def default_method(concepts: Sequence[ConceptPart]) -> str:
-    """Return the method that keeps more identity: two concepts on the embedded base, see `benchmarks/README.md`.
-
-    That is the plain sum for concepts that were each trained among all the others, as those trained in one go are, because
-    it is what they were trained in; and the aligned sum for all others.
-    """
+def trained_apart(concepts: Sequence[ConceptPart]) -> bool:
+    """Tell whether one of `concepts` was not trained among all the others, as those trained in one go or settled are."""
     among = [{*concept.settings.get("among", ()), concept.token} for concept in concepts]
-    return "sum" if all(others >= {concept.token for concept in concepts} for others in among) else "aligned"
+    return not all(others >= {concept.token for concept in concepts} for others in among)
+
+
+def default_method(concepts: Sequence[ConceptPart]) -> str:
+    """Return the method that keeps more identity, see `benchmarks/README.md`.
+
+    That is the plain sum for concepts that were each trained among all the others, because it is what they were trained in; and
+    the aligned sum for those trained apart.
+    """
+    return "aligned" if trained_apart(concepts) else "sum"
 
 
 def fuse(

@@ -33,10 +33,11 @@ def test_from_photos_to_pictures_and_exported_files(run: Commands, photo_folder:
     run.train(photo_folder, two, "--token", "<V2>", "--preset", "fast", "--avoid", one)
     assert "directions 2-3" in run.out
     run("fuse", one, two, "--out", pair)
-    assert load_adapter(pair).tokens == ("<V1>", "<V2>")
+    assert load_adapter(pair).tokens == ("<V1>", "<V2>") and "trained apart" in run.out
     base = ("--base", run.base)
     run("fuse", one, two, "--out", tmp_path / "settled.safetensors", "--settle", 2, "--device", "cpu", *base)
     settled = load_adapter(tmp_path / "settled.safetensors")
+    assert "trained apart" not in run.out
     assert settled.method == "sum" and [part.settings["steps"] for part in settled.concepts] == [2, 2]
     assert not list(tmp_path.glob("*.checkpoint"))
     pictures = tmp_path / "pictures"

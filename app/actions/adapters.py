@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from app.actions.studio import Studio, plain_name
+from spectral_diffusion import fusion
 from spectral_diffusion.adapter import METHODS, Adapter
 from spectral_diffusion.adapter_file import load_adapter
 from spectral_diffusion.band_map import BandMap, band_map
@@ -70,6 +71,11 @@ def map_bands(studio: Studio, names: Sequence[str], strengths: Sequence[float] |
     adapters = [_load(studio, name) for name in names]
     factors = [1.0] * len(adapters) if strengths is None else strengths
     return band_map([adapter.scaled(factor) for adapter, factor in zip(adapters, factors, strict=True)])
+
+
+def trained_apart(studio: Studio, names: Sequence[str]) -> bool:
+    """Tell whether the adapters called `names` hold concepts that were not trained among all the others."""
+    return fusion.trained_apart([concept for name in names for concept in _load(studio, name).concepts])
 
 
 def fuse(

@@ -112,6 +112,7 @@ def _bands(studio: Studio, names: list[str], strengths: tuple[float, ...]) -> st
         )
     try:
         result = library.map_bands(studio, ordered, strengths[: len(ordered)])
+        apart = len(ordered) > 1 and library.trained_apart(studio, ordered)
     except SpectralDiffusionError as error:  # an adapter may be gone or damaged by now
         return markup.refusal(str(error))
     parts = [markup.heading("Band map"), band_map_chart(result)]
@@ -120,6 +121,9 @@ def _bands(studio: Studio, names: list[str], strengths: tuple[float, ...]) -> st
         words = f"{one} and {other} share singular directions, so they cannot be fused without damage."
         again = markup.button("retrain", name, f"Train {other} again on a free band")
         parts.append(f'<div class="sd-warning"><p>{markup.text(words)}</p>{again}</div>')
+    if apart:
+        words = "These were trained apart and lose identity in one adapter. Tick “Settle” to teach it back, without photos."
+        parts.append(f'<div class="sd-warning"><p>{markup.text(words)}</p></div>')
     if len(ordered) > 1:
         parts += [markup.heading("Measured cross-talk"), cross_talk_table(result)]
         parts.append(markup.muted("How strongly each concept’s change answers to the others’ inputs; 100 % is its own answer."))

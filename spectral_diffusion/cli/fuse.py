@@ -72,7 +72,7 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
         check_file(arguments.report, "--report")
     quiet_libraries()
     from spectral_diffusion.adapter_file import load_adapter, save_adapter
-    from spectral_diffusion.fusion import fuse
+    from spectral_diffusion.fusion import fuse, trained_apart
 
     adapters = [load_adapter(path) for path in arguments.adapters]
     checkpoint = arguments.out.with_name(f"{arguments.out.name}.checkpoint")
@@ -92,6 +92,8 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
     data = adapter_data(fused, arguments.out)
     for line in adapter_lines(data):
         console.say(line)
+    if trained_apart(fused.concepts):
+        console.say("  These were trained apart and lose identity in one adapter; --settle teaches it back, without photos.")
     if arguments.report is not None:
         data["report"] = _report(arguments, fused, references, console)
     console.give(data)
