@@ -49,8 +49,12 @@ def assert_near(one: Adapter, other: Adapter) -> None:
     measured = one.concepts[0].activations  # eigenvectors, of which the last are anything
     first, second = trained_tensors(one), trained_tensors(other)
     assert first.keys() == second.keys()
-    for name in first.keys() - measured.keys():
-        assert (first[name] - second[name]).norm() <= 1e-2 * second[name].norm().clamp(min=1e-6), name
+    names = first.keys() - measured.keys()
+    strayed = {name: (first[name] - second[name]).norm() for name in names}
+    for name in names:  # of a few dozen numbers, one of which may have a gradient that is all rounding
+        assert strayed[name] <= 5e-2 * second[name].norm().clamp(min=1e-6), name
+    whole = torch.stack([second[name].norm() for name in names]).norm()
+    assert torch.stack(list(strayed.values())).norm() <= 5e-3 * whole
 
 
 def assert_bit_equal(one: Adapter, other: Adapter) -> None:

@@ -177,9 +177,9 @@ def test_what_does_not_fit_is_not_gone_on_from(
 
 
 def test_a_rival_and_other_layers_are_not_gone_on_from(base: Base, concepts: list[tuple[Concept, Band]]) -> None:
-    lora = replace(SHORT, parametrisation="lora", steps=1)
-    with pytest.raises(InputError, match="Only what was trained as additive or rotational can be trained on"):
-        train(base, *concepts[0], lora, start=train(base, *concepts[0], lora).adapter)
+    rival = replace(SHORT, parametrisation="lidb", steps=1)
+    with pytest.raises(AdapterError, match="'<V0>' was trained with parametrisation lora, not lidb"):
+        train(base, *concepts[0], rival, start=train(base, *concepts[0], rival).adapter)
     fewer = replace(SHORT, layers=("to_v",))
     with pytest.raises(AdapterError, match="'<V0>' was trained on other layers"):
         train(base, *concepts[0], fewer, start=random_adapter(base, token="<V0>"))

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NoReturn, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -52,11 +52,7 @@ class Adaptation(Protocol):
         """Return the gradients of concept number `concept`, to be changed in place."""
 
     def start(self, concept: int, parts: Mapping[str, LayerPart]) -> None:
-        """Let concept number `concept` begin with what `parts` hold, of the same layers and band.
-
-        Raises:
-            InputError: the parametrisation does not keep what it would go on from.
-        """
+        """Let concept number `concept` begin with what `parts` hold, of the same form, layers and band."""
 
     def after_step(self, step: int) -> None:
         """Do what the parametrisation asks for after step number `step`, counted from 1, while the gradients are there."""
@@ -177,14 +173,8 @@ class Rivals:
 
     @torch.no_grad()
     def start(self, concept: int, parts: Mapping[str, LayerPart]) -> None:
-        """Let concept number `concept` begin with what `parts` hold, if that is what was trained, as of a LoRA.
-
-        Raises:
-            InputError: what is kept is the change, not the tensors that were trained.
-        """
+        """Let concept number `concept` begin with what `parts` hold of a LoRA, the only one kept as it was trained."""
         for key, beginning in self.concepts[concept].items():
-            if beginning.tensors.keys() != parts[key].tensors.keys():
-                _refuse_start()
             for name, tensor in beginning.tensors.items():
                 tensor.copy_(parts[key].tensors[name])
 
@@ -237,7 +227,7 @@ class Tuned:
 
     def start(self, concept: int, parts: Mapping[str, LayerPart]) -> None:
         """Refuse: what is kept is the change, not the tensors that were trained."""
-        _refuse_start()
+        raise NotImplementedError
 
     def after_step(self, step: int) -> None:
         """Let PEFT do what its method asks for."""
@@ -258,10 +248,6 @@ class Tuned:
     def result(self, concept: int) -> TrainedLayers:
         """Return the changes; see `_kept`."""
         return _kept(self.tuner.deltas())
-
-
-def _refuse_start() -> NoReturn:
-    raise InputError(f"Only what was trained as {', '.join(SPECTRAL)} or lora can be trained on; start this one anew.")
 
 
 def _kept(deltas: dict[str, LowRank]) -> TrainedLayers:
