@@ -10,6 +10,9 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
+_COLOURS = 10
+"""Colours of curves before they begin again, then dashed."""
+
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Return a table as Markdown."""
@@ -36,15 +39,17 @@ def lines(
     title: str, x_label: str, y_label: str, curves: Mapping[str, Sequence[tuple[float, float]]], *, log: bool = False
 ) -> Figure:
     """Return one curve `(x, y)` per name; `log` for a logarithmic x axis."""
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    figure = Figure(figsize=(8.5, 4.2), layout="constrained")
     axes = figure.subplots()
-    for name, points in curves.items():
+    for number, (name, points) in enumerate(curves.items()):
         ordered = sorted(points)
-        axes.plot([x for x, _ in ordered], [y for _, y in ordered], marker="o" if len(ordered) < 12 else None, label=name)
+        style = "-" if number < _COLOURS else "--"
+        marker = "o" if len(ordered) < 12 else None
+        axes.plot([x for x, _ in ordered], [y for _, y in ordered], style, marker=marker, label=name)
     if log:
         axes.set_xscale("log")
     axes.set(title=title, xlabel=x_label, ylabel=y_label)
-    axes.legend(fontsize="small")
+    figure.legend(loc="outside right upper", fontsize="small")
     return figure
 
 
