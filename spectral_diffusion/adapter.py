@@ -72,6 +72,14 @@ class ConceptPart:
         return max((len(vectors) for vectors in self.embeddings.values()), default=0)
 
     @property
+    def rank(self) -> int | None:
+        """The rank that it was trained with: the band's, or a LoRA's columns; None where a layer's differ or it is dense."""
+        if self.band is not None:
+            return self.band.rank
+        ranks = {part.tensors["down"].shape[1] if "down" in part.tensors else None for part in self.layers.values()}
+        return ranks.pop() if len(ranks) == 1 else None
+
+    @property
     def words(self) -> str:
         """What the token is written as for the text encoder: a word per vector, or the class word."""
         return token_words(self.token, self.token_vectors) if self.embeddings else self.class_word

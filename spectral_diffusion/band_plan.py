@@ -118,3 +118,8 @@ def _adapter_files(places: Sequence[Path]) -> Iterator[Path]:
             yield from (path for path in sorted(place.glob("*.safetensors")) if path.is_file() and is_adapter_file(path))
         else:
             yield place
+
+
+def band_again(part: ConceptPart, rank: int) -> Band:
+    """Return the band on which `part` is trained longer; a form without one needs a rank only, and gets the first directions."""
+    return part.band or Band(start=0, rank=rank)

@@ -18,7 +18,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from narrow_bases import FAMILIES, NarrowBase, save_narrow_base
 from PIL import Image, ImageDraw
 from shared_bases import shared_base
-from short_trainings import prepare_less
+from short_trainings import follow_gradients, prepare_less
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from spectral_diffusion.base import EMBEDDED_BASE, Base, load_base
@@ -138,6 +138,14 @@ def less_preparation() -> Iterator[None]:
     """Let a module's trainings prepare little."""
     with pytest.MonkeyPatch.context() as patch:
         prepare_less(patch)
+        yield
+
+
+@pytest.fixture(scope="module")
+def followed_gradients() -> Iterator[None]:
+    """Let a module's trainings be compared number by number, whatever the processor rounds."""
+    with pytest.MonkeyPatch.context() as patch:
+        follow_gradients(patch)
         yield
 
 

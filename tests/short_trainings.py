@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from importlib import import_module
 
 import pytest
@@ -31,6 +32,11 @@ def prepare_less(patch: pytest.MonkeyPatch) -> None:
         patch.setattr(import_module(f"spectral_diffusion.{module}"), name, value)
 
 
+def follow_gradients(patch: pytest.MonkeyPatch) -> None:
+    """Let AdamW move a number by its gradient where that is tiny, where it would follow the sign of what rounding left."""
+    patch.setattr(torch.optim, "AdamW", partial(torch.optim.AdamW, eps=1e-5))
+
+
 def first_step(base: Base, concept: Concept, settings: TrainingSettings = SHORT) -> TrainingProgress:
     """Return what the first step of a training reports."""
     events: list[TrainingProgress] = []
@@ -49,12 +55,8 @@ def assert_near(one: Adapter, other: Adapter) -> None:
     measured = one.concepts[0].activations  # eigenvectors, of which the last are anything
     first, second = trained_tensors(one), trained_tensors(other)
     assert first.keys() == second.keys()
-    names = first.keys() - measured.keys()
-    strayed = {name: (first[name] - second[name]).norm() for name in names}
-    for name in names:  # of a few dozen numbers, one of which may have a gradient that is all rounding
-        assert strayed[name] <= 5e-2 * second[name].norm().clamp(min=1e-6), name
-    whole = torch.stack([second[name].norm() for name in names]).norm()
-    assert torch.stack(list(strayed.values())).norm() <= 5e-3 * whole
+    for name in first.keys() - measured.keys():
+        assert (first[name] - second[name]).norm() <= 1e-2 * second[name].norm().clamp(min=1e-6), name
 
 
 def assert_bit_equal(one: Adapter, other: Adapter) -> None:

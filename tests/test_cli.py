@@ -161,6 +161,34 @@ def test_a_folder_is_avoided_with_every_adapter_in_it(
     assert "can never be fused" in run.err
 
 
+def test_a_lora_is_trained_longer_at_its_rank_only(run: Commands, photo_folder: Path, tmp_path: Path) -> None:
+    lora, longer = tmp_path / "lora.safetensors", tmp_path / "longer.safetensors"
+    words = ("--token", "<V1>", "--parametrisation", "lora")
+    run.train(photo_folder, lora, *words)
+    run.train(photo_folder, longer, *words, "--start", lora)
+    assert load_adapter(longer).concepts[0].settings["steps_done"] == 4
+    run.train(photo_folder, longer, *words, "--start", lora, "--rank", 3, "--force", expect=1)
+    assert "'<V1>' was trained with rank 2, not 3; choose that, or start it anew" in run.error
+    run.train(photo_folder, longer, "--token", "<V1>", "--start", lora, "--force", expect=1)
+    assert "'<V1>' was trained with parametrisation lora, not additive" in run.error
+
+
+def test_what_cannot_be_fused_is_refused_before_it_is_settled(
+    run: Commands, adapters: tuple[Path, Path], photo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def settle(*anything: object, **named: object) -> None:
+        pytest.fail("It was settled.")
+
+    three, pair = tmp_path / "three.safetensors", tmp_path / "pair.safetensors"
+    run.train(photo_folder, three, "--token", "<V3>", "--band", 1)
+    monkeypatch.setattr("spectral_diffusion.training.settling.settle", settle)
+    how = ("--out", pair, "--settle", 2, "--base", run.base, "--device", "cpu")
+    run("fuse", adapters[0], three, *how, expect=1)
+    assert "share singular directions" in run.error
+    run("fuse", *adapters, *how, "--strength", 1, 1, 1, expect=1)
+    assert "2 adapters need as many strengths, got 3" in run.error
+
+
 def test_a_taken_band_is_refused_unless_allowed(
     run: Commands, adapters: tuple[Path, Path], photo_folder: Path, tmp_path: Path
 ) -> None:

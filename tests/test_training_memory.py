@@ -19,7 +19,7 @@ from spectral_diffusion.training.run import Run
 SETTINGS = replace(SHORT, steps=2, batch=2)
 
 
-pytestmark = pytest.mark.usefixtures("less_preparation")
+pytestmark = pytest.mark.usefixtures("less_preparation", "followed_gradients")
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ from spectral_diffusion.training.batches import Batch, draw_batch
 BANDS = (Band(start=0, rank=2), Band(start=2, rank=2), Band(start=20, rank=2))
 
 
-pytestmark = pytest.mark.usefixtures("less_preparation")
+pytestmark = pytest.mark.usefixtures("less_preparation", "followed_gradients")
 
 
 @pytest.fixture(scope="module")
@@ -180,6 +180,9 @@ def test_a_rival_and_other_layers_are_not_gone_on_from(base: Base, concepts: lis
     rival = replace(SHORT, parametrisation="lidb", steps=1)
     with pytest.raises(AdapterError, match="'<V0>' was trained with parametrisation lora, not lidb"):
         train(base, *concepts[0], rival, start=train(base, *concepts[0], rival).adapter)
+    with pytest.raises(AdapterError, match="'<V0>' was trained with rank 2, not 4; choose that, or start it anew"):
+        lora = replace(SHORT, parametrisation="lora", steps=1)
+        train(base, concepts[0][0], Band(start=0, rank=4), replace(lora, rank=4), start=train(base, *concepts[0], lora).adapter)
     fewer = replace(SHORT, layers=("to_v",))
     with pytest.raises(AdapterError, match="'<V0>' was trained on other layers"):
         train(base, *concepts[0], fewer, start=random_adapter(base, token="<V0>"))

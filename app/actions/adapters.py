@@ -120,22 +120,20 @@ def fuse(
     return studio.jobs.submit("fuse", f"Fuse {' and '.join(tokens)}", arguments)
 
 
-def report(studio: Studio, name: str) -> str:
+def report(studio: Studio, name: str, settings: dict[str, Any] | None = None) -> str:
     """Queue a report of what the fused adapter called `name` kept of its concepts and return the job's name.
 
+    Args:
+        settings: the studio's at another time, as plain data; those of now when missing.
+
     Raises:
-        InputError: there is no such adapter, or its report is already queued.
+        InputError: there is no such adapter, or its report is already under way.
     """
     adapter_path(studio, name)
-    return queue_report(studio, name, asdict(studio.settings))
-
-
-def queue_report(studio: Studio, name: str, settings: dict[str, Any]) -> str:
-    """Queue the report of a fused adapter, drawn with `settings`; see `report`."""
     title = f"Report on {Path(name).stem}"
     if any(job.title == title and not job.state.ended for job in studio.jobs.jobs()):
-        raise InputError(f"The report on '{Path(name).stem}' is already under way.")
-    return studio.jobs.submit("report", title, {"adapter": name, "settings": settings})
+        raise InputError(f"The report on '{Path(name).stem}' is already under way; it appears when it is done.")
+    return studio.jobs.submit("report", title, {"adapter": name, "settings": settings or asdict(studio.settings)})
 
 
 def report_file(studio: Studio, card: AdapterCard) -> Path | None:

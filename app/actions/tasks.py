@@ -9,14 +9,14 @@ import zipfile
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 
-from app.actions.adapters import adapter_path, queue_report
+from app.actions.adapters import adapter_path, report
 from app.actions.concepts import concepts_of_tokens
 from app.actions.pictures import PREVIEW_ENDING, drawing_of_record, picture_card
 from app.actions.studio import Studio
@@ -60,19 +60,16 @@ def fuse_task(arguments: dict[str, Any], context: TaskContext) -> dict[str, Any]
     """Fuse adapters, settled first if asked for; that goes on from a checkpoint."""
     studio = studio_of(context)
     adapters = [load_adapter(adapter_path(studio, name)) for name in arguments["adapters"]]
+    join = partial(fuse, strengths=arguments["strengths"], allow_overlap=arguments["allow_overlap"])
     if arguments.get("settle"):
+        join(adapters, method=arguments["method"] or "sum")  # what cannot be fused is refused before it is settled
         adapters = settled(adapters, chosen_base(arguments["settings"]), arguments["settle"], context)
-    fused = fuse(
-        adapters,
-        strengths=arguments["strengths"],
-        method=arguments["method"],
-        allow_overlap=arguments["allow_overlap"],
-    )
+    fused = join(adapters, method=arguments["method"])
     save_adapter(fused, studio.folder("fused") / arguments["out"])
     name = f"fused/{arguments['out']}"
     if arguments.get("report"):
         with suppress(InputError):  # one that waits already finds the adapter as it is now
-            queue_report(studio, name, arguments["settings"])
+            report(studio, name, arguments["settings"])
     return {"adapter": name, "tokens": list(fused.tokens)}
 
 
@@ -89,10 +86,10 @@ def report_task(arguments: dict[str, Any], context: TaskContext) -> dict[str, An
 
     folders = concepts_of_tokens(studio, fused.tokens)
     photos = {token: [photo.image for photo in read_photos(folder).photos] for token, folder in folders.items()}
-    report = report_fusion(base, fused, _scorer(settings["clip"], str(base.device)), photos, on_picture=count)
+    made = report_fusion(base, fused, _scorer(settings["clip"], str(base.device)), photos, on_picture=count)
     page = studio.folder("reports") / f"{path.stem}.html"
-    save_report(report, page)
-    return {"report": page.name, "verdicts": [concept.verdict for concept in report.concepts]}
+    save_report(made, page)
+    return {"report": page.name, "verdicts": [concept.verdict for concept in made.concepts]}
 
 
 def generate_task(arguments: dict[str, Any], context: TaskContext) -> dict[str, Any]:

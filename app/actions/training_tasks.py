@@ -20,6 +20,7 @@ from spectral_diffusion.adapter_file import load_adapter, save_adapter
 from spectral_diffusion.album import save_samples
 from spectral_diffusion.band_plan import (
     TakenBand,
+    band_again,
     choose_band,
     fewest_directions,
     known_adapters,
@@ -76,7 +77,8 @@ def train_task(arguments: dict[str, Any], context: TaskContext) -> dict[str, Any
     known = known_adapters([studio.folder("adapters")], base, except_for=outs)
     start = [load_adapter(out) for out in outs] if arguments["longer"] else []
     if start:
-        bands = [adapter.concept(concept.token).band for adapter, concept in zip(start, concepts, strict=True)]
+        parts = [adapter.concept(concept.token) for adapter, concept in zip(start, concepts, strict=True)]
+        bands = [band_again(part, settings.rank) for part in parts]
     else:
         bands = [
             _reserved_band(studio, base, settings, concept.token, out, known) for concept, out in zip(concepts, outs, strict=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -76,17 +77,14 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
 
     adapters = [load_adapter(path) for path in arguments.adapters]
     checkpoint = arguments.out.with_name(f"{arguments.out.name}.checkpoint")
+    join = partial(fuse, strengths=arguments.strength, allow_overlap=arguments.allow_overlap)
     if arguments.settle is not None:
+        join(adapters, method=arguments.method or "sum")  # what cannot be fused is refused before it is settled
         results = _settle(arguments, adapters, checkpoint)
         if not results[0].finished:
             return how_to_resume(results[0].steps_done, arguments.settle, checkpoint)
         adapters = [result.adapter for result in results]
-    fused = fuse(
-        adapters,
-        strengths=arguments.strength,
-        method=arguments.method,
-        allow_overlap=arguments.allow_overlap,
-    )
+    fused = join(adapters, method=arguments.method)
     save_adapter(fused, arguments.out)
     checkpoint.unlink(missing_ok=True)
     data = adapter_data(fused, arguments.out)

@@ -111,7 +111,7 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
         check_output(out, force=arguments.force)
     quiet_libraries()
     from spectral_diffusion.adapter_file import load_adapter, save_adapter
-    from spectral_diffusion.band_plan import known_adapters, neighbours
+    from spectral_diffusion.band_plan import band_again, known_adapters, neighbours
     from spectral_diffusion.concept import load_concept
 
     named = zip(arguments.photos, tokens, class_words, strict=True)
@@ -122,7 +122,7 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
     known = known_adapters(arguments.avoid, base, except_for=[*outs, *(arguments.start or ())])
     start = [load_adapter(path) for path in starts if path]
     if start:
-        bands = [adapter.concept(word).band for adapter, word in zip(start, words, strict=True)]
+        bands = [band_again(adapter.concept(word), settings.rank) for adapter, word in zip(start, words, strict=True)]
     else:
         bands = _chosen_bands(arguments, base, settings, words, known, console)
     among = neighbours(known, words)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import nn
@@ -119,18 +119,18 @@ def _columns(spectrum: Spectrum, columns: list[int], device: torch.device) -> Sp
     return Spectrum(U=take(spectrum.U), s=take(spectrum.s), V=take(spectrum.V))
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Rivals:
     """A parametrisation without a band of singular directions at work on `layers`, of one concept or several; see `Adaptation`.
 
     Attributes:
         concepts: per concept what is trained in each layer, and the factors as a function of it.
-        shown: the only concept that the model works with, `_SUM` or `_SHARES`.
+        shown: the number of the only concept that the model works with, `sum` of all, or all on their `shares` of the batch.
     """
 
     layers: dict[str, nn.Linear]
     concepts: tuple[dict[str, Beginning], ...]
-    shown: list[int]
+    shown: int | Literal["sum", "shares"] = "shares"
 
     @property
     def fixed(self) -> torch.Tensor:
@@ -143,19 +143,22 @@ class Rivals:
 
     def show(self, dtype: torch.dtype, concept: int | None = None, *, summed: bool = False) -> None:
         """Choose what the model works with: always the tensors as they are at that moment."""
-        self.shown[0] = _SUM if summed else _SHARES if concept is None else concept
+        self.shown = "sum" if summed else "shares" if concept is None else concept
 
     def _factors(self, concept: int, key: str) -> tuple[torch.Tensor, torch.Tensor]:
         beginning = self.concepts[concept][key]
         return beginning.factors(beginning.tensors)
 
     def _now(self, key: str) -> tuple[torch.Tensor, torch.Tensor]:
-        shown = self.shown[0]
-        if shown >= 0:
-            up, down = self._factors(shown, key)
+        if isinstance(self.shown, int):
+            up, down = self._factors(self.shown, key)
             return up.detach(), down.detach()
+        if len(self.concepts) == 1:
+            return self._factors(0, key)
         ups, downs = zip(*(self._factors(number, key) for number in range(len(self.concepts))), strict=True)
-        return (torch.cat(ups, dim=1), torch.cat(downs, dim=1)) if shown == _SUM else (torch.stack(ups), torch.stack(downs))
+        if self.shown == "sum":
+            return torch.cat(ups, dim=1), torch.cat(downs, dim=1)
+        return torch.stack(ups), torch.stack(downs)
 
     def named(self) -> dict[str, torch.Tensor]:
         """Return every trained tensor by layer key, number of the concept and name."""
@@ -199,15 +202,17 @@ class Rivals:
         return _kept({key: LowRank(up=up, down=down) for key, (up, down) in factors.items()})
 
 
-_SUM, _SHARES = -1, -2
-
-
 @dataclass(frozen=True, kw_only=True)
 class Tuned:
-    """A parametrisation of PEFT at work, of one concept; see `Adaptation`."""
+    """A parametrisation of PEFT at work, of one concept; see `Adaptation`.
+
+    Attributes:
+        tensors: the trained tensors by layer key and name.
+    """
 
     tuner: TunedLayers
     layers: dict[str, nn.Linear]
+    tensors: dict[str, torch.Tensor]
     fixed: torch.Tensor
 
     def attached(self) -> AbstractContextManager[None]:
@@ -219,15 +224,19 @@ class Tuned:
 
     def named(self) -> dict[str, torch.Tensor]:
         """Return every trained tensor by layer key and name."""
-        return {f"{key}/{name}": tensor for key, tensors in self.tuner.tensors().items() for name, tensor in tensors.items()}
+        return dict(self.tensors)
 
     def gradients(self, concept: int) -> list[torch.Tensor]:
         """Return the gradients, to be changed in place."""
-        return [tensor.grad for tensor in self.named().values() if tensor.grad is not None]
+        return [tensor.grad for tensor in self.tensors.values() if tensor.grad is not None]
 
     def start(self, concept: int, parts: Mapping[str, LayerPart]) -> None:
-        """Refuse: what is kept is the change, not the tensors that were trained."""
-        raise NotImplementedError
+        """Refuse: what is kept is the change, not the tensors that were trained.
+
+        Raises:
+            InputError: always.
+        """
+        raise InputError(f"Of '{self.tuner.method}' only the change is kept, which cannot be trained on; start it anew.")
 
     def after_step(self, step: int) -> None:
         """Let PEFT do what its method asks for."""
@@ -270,7 +279,7 @@ def _rivals(layers: dict[str, nn.Linear], bands: Sequence[Band], settings: Train
         {key: _begun(key, layer, band, settings, settings.seed + 1000 * number) for key, layer in layers.items()}
         for number, band in enumerate(bands)
     )
-    return Rivals(layers=layers, concepts=concepts, shown=[_SHARES])
+    return Rivals(layers=layers, concepts=concepts)
 
 
 def _begun(key: str, layer: nn.Linear, band: Band, settings: TrainingSettings, seed: int) -> Beginning:
@@ -284,5 +293,6 @@ def _begun(key: str, layer: nn.Linear, band: Band, settings: TrainingSettings, s
 
 def _tuned(layers: dict[str, nn.Linear], settings: TrainingSettings) -> Tuned:
     tuner = tuned_layers(settings.parametrisation, layers, settings.rank, settings.steps, settings.seed)
-    first = next(iter(next(iter(tuner.tensors().values())).values()))
-    return Tuned(tuner=tuner, layers=layers, fixed=first.detach().clone())
+    tensors = {f"{key}/{name}": tensor for key, own in tuner.tensors().items() for name, tensor in own.items()}
+    first = next(iter(tensors.values()))
+    return Tuned(tuner=tuner, layers=layers, tensors=tensors, fixed=first.detach().clone())

@@ -10,8 +10,7 @@ import torch
 from PIL import Image
 
 from spectral_diffusion.base import Base
-from spectral_diffusion.concept import PLACEHOLDER, Concept
-from spectral_diffusion.concept import Example as PhotoExample
+from spectral_diffusion.concept import PLACEHOLDER, Concept, Example
 from spectral_diffusion.training.captions import vary_caption
 
 CROPS_PER_PHOTO = 8
@@ -55,7 +54,7 @@ class EncodedExamples:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Example:
+class Crop:
     """A picture of the base's size before it is encoded, with where something is to be learnt and where the concept is."""
 
     picture: Image.Image
@@ -73,29 +72,29 @@ def encode_examples(base: Base, concept: Concept, seed: int, caption_dropout: fl
         for _ in range(CROPS_PER_PHOTO):
             picture, cropped_mask = random_crop(example.photo.image, mask, base.resolution, rng)
             caption = vary_caption(example.caption, caption_dropout, words).replace(PLACEHOLDER, concept.token)
-            crops.append(Example(picture=picture, mask=cropped_mask, place=cropped_mask, caption=caption))
+            crops.append(Crop(picture=picture, mask=cropped_mask, place=cropped_mask, caption=caption))
     return replace(encoded(base, crops), alone=len(crops))
 
 
-def mask_of(example: PhotoExample) -> Image.Image:
+def mask_of(example: Example) -> Image.Image:
     """Return the photo's mask, white everywhere where it has none."""
     return example.mask or Image.new("L", example.photo.image.size, 255)
 
 
 @torch.no_grad()
-def encoded(base: Base, examples: Sequence[Example]) -> EncodedExamples:
-    """Return `examples` as the trainer sees them, none of them alone."""
+def encoded(base: Base, crops: Sequence[Crop]) -> EncodedExamples:
+    """Return `crops` as the trainer sees them, none of them alone."""
     vae = base.pipeline.vae
     latents = []
-    for example in examples:
-        pixels = torch.from_numpy(np.array(example.picture)).permute(2, 0, 1)[None].float() / 127.5 - 1
+    for crop in crops:
+        pixels = torch.from_numpy(np.array(crop.picture)).permute(2, 0, 1)[None].float() / 127.5 - 1
         latents.append(vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mean.float() * vae.config.scaling_factor)
     size, device = latents[0].shape[-2:], latents[0].device
     return EncodedExamples(
         latents=torch.cat(latents),
-        masks=torch.cat([_shrunk(example.mask, size) for example in examples]).to(device),
-        places=torch.cat([_shrunk(example.place, size) for example in examples]).to(device),
-        captions=tuple(example.caption for example in examples),
+        masks=torch.cat([_shrunk(crop.mask, size) for crop in crops]).to(device),
+        places=torch.cat([_shrunk(crop.place, size) for crop in crops]).to(device),
+        captions=tuple(crop.caption for crop in crops),
         alone=0,
     )
 

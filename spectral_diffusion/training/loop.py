@@ -100,7 +100,7 @@ def train_together(
         TrainingError: the loss is not a number (the last good state is in `checkpoint`), or memory does not suffice.
     """
     subjects = [Subject(token=concept.token, class_word=concept.class_word, band=band) for concept, band in concepts]
-    _check_tokens(base, [subject.token for subject in subjects], among.tokens if among else ())  # before photos are encoded
+    _check_tokens(base, [subject.token for subject in subjects], among.tokens if among else ())
     examples = [encode_examples(base, concept, settings.seed, settings.caption_dropout) for concept, _ in concepts]
     if settings.mixing and settings.presence and len(concepts) > 1:
         beside_others = mixed_examples(base, [concept for concept, _ in concepts], settings.seed)
@@ -150,10 +150,9 @@ def train_subjects(
             attached; returns one source per subject.
     """
     among = among or Adapter(family=base.family, fingerprint=base.fingerprint, concepts=(), weights=())
-    _check_tokens(base, [subject.token for subject in subjects], among.tokens)
     class_vectors = [class_word_vectors(base, subject.class_word) for subject in subjects]
-    trainable = build_trainable(base, [subject.band for subject in subjects], class_vectors, settings)
     started = [_started(base, subject, settings, adapter) for subject, adapter in zip(subjects, start, strict=bool(start))]
+    trainable = build_trainable(base, [subject.band for subject in subjects], class_vectors, settings)
     for number, part in enumerate(started):
         trainable.start(number, part)
     steps_before = [part.settings.get("steps_done", 0) for part in started] or [0] * len(subjects)
@@ -235,6 +234,7 @@ def _started(base: Base, subject: Subject, settings: TrainingSettings, adapter: 
     for what, was, wanted in (
         ("parametrisation", part.parametrisation, settings.parametrisation),
         ("directions", part.band, subject.band if part.band else None),
+        ("rank", part.rank, settings.rank),
         ("token_vectors", part.token_vectors, settings.token_vectors),
     ):
         if was != wanted:

@@ -12,9 +12,8 @@ import numpy as np
 from PIL import Image
 
 from spectral_diffusion.base import Base
-from spectral_diffusion.concept import Concept
-from spectral_diffusion.concept import Example as PhotoExample
-from spectral_diffusion.training.examples import EncodedExamples, Example, encoded, mask_of
+from spectral_diffusion.concept import Concept, Example
+from spectral_diffusion.training.examples import Crop, EncodedExamples, encoded, mask_of
 
 PICTURES = 48
 """Pictures of each concept beside another that are made."""
@@ -37,14 +36,14 @@ def _beside_others(base: Base, concepts: Sequence[Concept], own: int, rng: np.ra
     return encoded(base, mixes)
 
 
-def _mix(concepts: Sequence[Concept], sides: tuple[int, int], own: int, side: int, rng: np.random.Generator) -> Example:
+def _mix(concepts: Sequence[Concept], sides: tuple[int, int], own: int, side: int, rng: np.random.Generator) -> Crop:
     """Return a picture of the concepts with the numbers `sides`, left and right."""
     chosen = [concepts[number].examples[rng.integers(len(concepts[number].examples))] for number in sides]
     halves = [half(example, side, rng) for example in chosen]
     nothing = np.zeros((side, side // 2), np.uint8)
     masks = [mask for _, mask in halves]
     caption = CAPTIONS[rng.integers(len(CAPTIONS))].format(*(concepts[number].token for number in sides))
-    return Example(
+    return Crop(
         picture=Image.fromarray(np.concatenate([picture for picture, _ in halves], axis=1)),
         mask=Image.fromarray(np.concatenate(masks, axis=1)),
         place=Image.fromarray(
@@ -54,7 +53,7 @@ def _mix(concepts: Sequence[Concept], sides: tuple[int, int], own: int, side: in
     )
 
 
-def half(example: PhotoExample, side: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def half(example: Example, side: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Return a photo around its mask as half a picture, `(side, side // 2, 3)`, and the mask, `(side, side // 2)`.
 
     What lies beyond the photo's edges repeats them and counts as background.

@@ -161,7 +161,7 @@ class Run:
             torch._foreach_mul_(own, (self.settings.gradient_norm / (norm + 1e-6)).clamp(max=1.0))
         read = self._read(losses, norms) if self._looks() else None
         if self.settings.token_norm:
-            self.trainable.settle_tokens(self.settings.token_norm)
+            self.trainable.stop_tokens(self.settings.token_norm)
         self.optimizer.step()
         self.step += 1
         self.trainable.adaptation.after_step(self.step)

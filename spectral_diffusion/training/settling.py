@@ -17,7 +17,7 @@ import torch
 from spectral_diffusion.activations import PROMPTS
 from spectral_diffusion.adapter import Adapter, ConceptPart
 from spectral_diffusion.attach import beside
-from spectral_diffusion.bands import Band
+from spectral_diffusion.band_plan import band_again
 from spectral_diffusion.base import Base
 from spectral_diffusion.errors import AdapterError
 from spectral_diffusion.parametrisations import SPECTRAL
@@ -53,8 +53,8 @@ def settle(
     """
     parts = _alike(adapters)
     settings = _settings(parts[0], steps)
-    nowhere = Band(start=0, rank=settings.rank)
-    subjects = [Subject(token=part.token, class_word=part.class_word, band=part.band or nowhere) for part in parts]
+    bands = [band_again(part, settings.rank) for part in parts]
+    subjects = [Subject(token=part.token, class_word=part.class_word, band=band) for part, band in zip(parts, bands, strict=True)]
 
     def own_pictures(written: dict[str, str]) -> list[Source]:
         pools = []
@@ -91,7 +91,7 @@ def _alike(adapters: Sequence[Adapter]) -> list[ConceptPart]:
     for part in parts[1:]:
         for name, first, own in (
             ("parametrisation", parts[0].parametrisation, part.parametrisation),
-            ("rank", parts[0].settings["rank"], part.settings["rank"]),
+            ("rank", parts[0].rank, part.rank),
             ("token_vectors", parts[0].token_vectors, part.token_vectors),
         ):
             if first != own:

@@ -40,7 +40,7 @@ class Trainable:
         return [*self.adaptation.gradients(concept), *(own for own in tokens if own is not None)]
 
     @torch.no_grad()
-    def settle_tokens(self, norm: float) -> None:
+    def stop_tokens(self, norm: float) -> None:
         """Take the gradients from every token whose vectors' mean norm has come to `norm`, so that it moves no more."""
         for own in self.embeddings:
             for vectors in own.values():
