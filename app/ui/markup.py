@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from urllib.parse import quote
 
@@ -54,7 +55,13 @@ def link(path: Path, label: str, *, download: bool = False) -> str:
 
 def frame(path: Path, title: str) -> str:
     """Return a page of the studio within the page, where its style and ours do not meet; scripts in it do not run."""
-    return f'<iframe class="sd-frame" sandbox srcdoc="{text(path.read_text(encoding="utf-8"))}" title="{text(title)}"></iframe>'
+    return f'<iframe class="sd-frame" sandbox srcdoc="{_page(path, path.stat().st_mtime_ns)}" title="{text(title)}"></iframe>'
+
+
+@lru_cache(maxsize=4)
+def _page(path: Path, changed: int) -> str:
+    """Return the page at `path` as text of an attribute; it holds pictures, and is asked for once a second."""
+    return text(path.read_text(encoding="utf-8"))
 
 
 def muted(words: str) -> str:
