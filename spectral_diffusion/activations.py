@@ -10,7 +10,7 @@ from torch import nn
 
 from spectral_diffusion.adapter import input_group
 from spectral_diffusion.base import Base, linear_layers
-from spectral_diffusion.conditioning import prompts
+from spectral_diffusion.conditioning import read
 
 DRAWING_STEPS = 5
 GUIDANCE = 4.0
@@ -58,7 +58,8 @@ def measure_activations(base: Base, token: str, layer_keys: tuple[str, ...], see
     captions = [prompt.format(token) for prompt in PROMPTS]
     texts = {group: layer for group, layer in watched.items() if group.startswith("text_encoder")}
     with _recorded(texts, grams):
-        encoded = prompts(base, captions)
+        wanted = read(base, captions)
+    encoded = wanted | read(base, [""] * len(captions), "negative_")
     generator, batch = torch.Generator().manual_seed(seed), base.pictures_at_once
     with _recorded({group: layer for group, layer in watched.items() if group not in texts}, grams, paired=True):
         for start in range(0, len(captions), batch):

@@ -50,7 +50,8 @@ class ConceptPart:
         band: the directions that are its own, in every layer; none for a LoRA.
         parametrisation: a key of `FORMS`.
         embeddings: the vectors that the token stands for, per text encoder (`text_encoder`, in SDXL also `text_encoder_2`),
-            each `(n, width of that encoder)` with one `n`; where there are none, the token stands for the class word.
+            each `(n, width of that encoder)` with one `n`, or layer-wise `(cross-attention layers, n, width)`; where there are
+            none, the token stands for the class word.
         layers: its part in each adapted layer, by layer key.
         activations: per group of layers with one input, a factor `(in, k)` of the Gram matrix of that input (see
             `joining.aligned_sum`), in float16 or float32; empty when it was not measured.
@@ -69,7 +70,17 @@ class ConceptPart:
     @property
     def token_vectors(self) -> int:
         """How many vectors the token stands for; 0 when it has none of its own."""
-        return max((len(vectors) for vectors in self.embeddings.values()), default=0)
+        return max((vectors.shape[-2] for vectors in self.embeddings.values()), default=0)
+
+    @property
+    def is_layerwise(self) -> bool:
+        """Whether the token stands for other vectors in every cross-attention layer."""
+        return any(vectors.ndim == 3 for vectors in self.embeddings.values())
+
+    @property
+    def shared_embeddings(self) -> dict[str, torch.Tensor]:
+        """The vectors `(n, width)` per text encoder that other tools can hold: of layer-wise ones the mean over the layers."""
+        return {part: own.mean(0) if own.ndim == 3 else own for part, own in self.embeddings.items()}
 
     @property
     def rank(self) -> int | None:

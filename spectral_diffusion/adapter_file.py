@@ -186,9 +186,11 @@ def _check_embeddings(token: str, embeddings: dict[str, torch.Tensor]) -> None:
     if not embeddings:
         raise AdapterError(f"the concept '{token}' has no embedding.")
     for vectors in embeddings.values():
-        if vectors.ndim != 2 or not len(vectors):
-            raise AdapterError(f"the embedding of '{token}' has shape {tuple(vectors.shape)}, expected (n, width).")
-    if len({len(vectors) for vectors in embeddings.values()}) > 1:
+        if vectors.ndim not in (2, 3) or not vectors.numel():
+            raise AdapterError(
+                f"the embedding of '{token}' has shape {tuple(vectors.shape)}, expected (n, width) or (layers, n, width)."
+            )
+    if len({vectors.shape[:-1] for vectors in embeddings.values()}) > 1:
         raise AdapterError(f"the embeddings of '{token}' have differing numbers of vectors.")
 
 

@@ -17,6 +17,7 @@ from torch import nn
 from spectral_diffusion.adapter import Adapter, token_words
 from spectral_diffusion.base import Base, linear_layers, tokenizer_name
 from spectral_diffusion.concept import check_new_word
+from spectral_diffusion.cross_attention import cross_attention_layers, each_reading_its_own
 from spectral_diffusion.errors import AdapterError, InputError
 from spectral_diffusion.joining import LowRank
 
@@ -86,17 +87,29 @@ def folded(layers: dict[str, nn.Linear], deltas: dict[str, LowRank]) -> Iterator
 
 
 class ExtendedEmbedding(nn.Module):
-    """A frozen embedding followed by the vectors of new tokens, each `(n, width)`; they may be in training."""
+    """A frozen embedding followed by the vectors of new tokens, each `(n, width)`; they may be in training.
+
+    Those that are layer-wise, `(layers, n, width)`, count by their mean over the layers, but while `spread`.
+
+    Attributes:
+        layers: for how many cross-attention layers there are vectors of their own, 1 where all are shared.
+        spread: whether a batch holds every sample `layers` times, one after the other, each to be read for the next layer.
+    """
 
     def __init__(self, frozen: nn.Embedding, vectors: list[torch.Tensor]):
         super().__init__()
         self.frozen, self.first = frozen, frozen.num_embeddings
         self.vectors = vectors
+        self.layers = max((len(own) for own in vectors if own.ndim == 3), default=1)
+        self.spread = False
 
     @property
     def rows(self) -> torch.Tensor:
-        """The vectors of all new tokens, `(new, width)`."""
-        return torch.cat([self.frozen.weight[:0], *(vectors.to(self.frozen.weight) for vectors in self.vectors)])
+        """The vectors of all new tokens, `(new, width)`; while spread of every layer, `(layers * new, width)`."""
+        known = [own.to(self.frozen.weight) for own in self.vectors]
+        if self.spread:
+            return torch.cat([own.expand(self.layers, -1, -1) for own in known], dim=1).flatten(0, 1)
+        return torch.cat([self.frozen.weight[:0], *(own.mean(0) if own.ndim == 3 else own for own in known)])
 
     @property
     def weight(self) -> torch.Tensor:
@@ -104,12 +117,16 @@ class ExtendedEmbedding(nn.Module):
         return torch.cat([self.frozen.weight, self.rows])
 
     def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
-        """Look up `token_ids`."""
+        """Look up `token_ids (batch, length)`."""
         is_new = token_ids >= self.first
         old = self.frozen(token_ids.where(~is_new, 0))
         if not self.vectors:
             return old
-        new = nn.functional.embedding((token_ids - self.first).clamp(min=0), self.rows)
+        rows, numbers = self.rows, (token_ids - self.first).clamp(min=0)
+        if self.spread:
+            layer = torch.arange(len(token_ids), device=token_ids.device) % self.layers
+            numbers = numbers + (layer * (len(rows) // self.layers))[:, None]
+        new = nn.functional.embedding(numbers, rows)
         return torch.where(is_new[..., None], new, old)
 
 
@@ -141,15 +158,34 @@ def check_new_tokens(base: Base, tokens: Collection[str]) -> None:
 
 @contextmanager
 def with_tokens(base: Base, embeddings: dict[str, dict[str, torch.Tensor]]) -> Iterator[None]:
-    """While entered, the base knows the tokens of `embeddings`, each with its vectors `(n, width)` per text encoder."""
+    """While entered, the base knows the tokens of `embeddings`, each with its vectors per text encoder.
+
+    Args:
+        embeddings: `(n, width)`, or with vectors for every cross-attention layer `(layers, n, width)`.
+
+    Raises:
+        AdapterError: the vectors belong to a base of another family.
+        InputError: a token is a word already, or stands for two concepts.
+    """
     check_new_tokens(base, embeddings)
+    reading = cross_attention_layers(base.pipeline.unet)
+    is_layerwise = False
     for token, vectors in embeddings.items():
         if vectors.keys() != base.text_encoders.keys():
             raise AdapterError(
                 f"The token '{token}' has vectors for {', '.join(vectors)}, the base '{base.source}' has "
                 f"{', '.join(base.text_encoders)}; the adapter belongs to a base of another family."
             )
+        for own in vectors.values():
+            is_layerwise |= own.ndim == 3
+            if own.ndim == 3 and len(own) != len(reading):
+                raise AdapterError(
+                    f"The token '{token}' has vectors for {len(own)} cross-attention layers, the base '{base.source}' has "
+                    f"{len(reading)}; the adapter belongs to a base of another family."
+                )
     with ExitStack() as stack:
+        if is_layerwise:
+            stack.enter_context(each_reading_its_own(base.pipeline.unet))
         for part in base.text_encoders:
             stack.enter_context(_one_encoder_with_tokens(base, part, {token: own[part] for token, own in embeddings.items()}))
         yield
@@ -161,12 +197,12 @@ def _one_encoder_with_tokens(base: Base, part: str, embeddings: dict[str, torch.
     frozen = holder.token_embedding
     extended_tokenizer = copy.deepcopy(tokenizer)
     for token, vectors in embeddings.items():
-        if vectors.shape[1] != frozen.embedding_dim:
+        if vectors.shape[-1] != frozen.embedding_dim:
             raise AdapterError(
-                f"The embedding of '{token}' is {vectors.shape[1]} wide, the base's text encoder {frozen.embedding_dim}; "
+                f"The embedding of '{token}' is {vectors.shape[-1]} wide, the base's text encoder {frozen.embedding_dim}; "
                 "the adapter belongs to a base of another family."
             )
-        words = token_words(token, len(vectors)).split()
+        words = token_words(token, vectors.shape[-2]).split()
         if extended_tokenizer.add_tokens(words) != len(words):
             raise InputError(f"Two concepts use the token '{token}'; train one of them again with another token.")
     setattr(base.pipeline, tokenizer_name(part), extended_tokenizer)
@@ -178,8 +214,23 @@ def _one_encoder_with_tokens(base: Base, part: str, embeddings: dict[str, torch.
         holder.token_embedding = frozen
 
 
+@contextmanager
+def layer_by_layer(base: Base) -> Iterator[int]:
+    """Give how many cross-attention layers the tokens' vectors are for; while entered, text encoders read as many copies of each
+    sample, one after the other, each with the vectors of the next layer."""
+    tables = [_embedding_holder(encoder).token_embedding for encoder in base.text_encoders.values()]
+    tables = [table for table in tables if isinstance(table, ExtendedEmbedding) and table.layers > 1]
+    for table in tables:
+        table.spread = True
+    try:
+        yield tables[0].layers if tables else 1
+    finally:
+        for table in tables:
+            table.spread = False
+
+
 def _embedding_holder(text_encoder: nn.Module) -> nn.Module:
-    return next(module for module in text_encoder.modules() if isinstance(getattr(module, "token_embedding", None), nn.Embedding))
+    return next(module for module in text_encoder.modules() if isinstance(getattr(module, "token_embedding", None), nn.Module))
 
 
 @contextmanager

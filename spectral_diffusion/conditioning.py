@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from transformers import CLIPTokenizer
 
-from spectral_diffusion.attach import expand_prompt
+from spectral_diffusion.attach import expand_prompt, layer_by_layer
 from spectral_diffusion.base import Base
+from spectral_diffusion.cross_attention import side_by_side
 from spectral_diffusion.prompt_weights import Piece, parse_prompt
 
 
@@ -33,14 +34,23 @@ def encode(base: Base, ids: torch.Tensor) -> dict[str, Any]:
 
     SDXL reads the states before the last layer of both text encoders side by side, the second one's pooled output, and six
     numbers: size of the original, corner of the crop, size of the picture (Podell et al. 2023, arXiv 2307.01952, section 2.2).
+    Where a token has vectors for every cross-attention layer, the states are those of `cross_attention.side_by_side`, and the
+    pooled output is the mean over the layers.
     """
-    if base.family != "sdxl":
-        return {"encoder_hidden_states": base.pipeline.text_encoder(ids[:, 0]).last_hidden_state}
-    first, second = (model(ids[:, number], output_hidden_states=True) for number, model in enumerate(base.text_encoders.values()))
+    with layer_by_layer(base) as layers:
+        each = ids.repeat_interleave(layers, dim=0)
+        if base.family != "sdxl":
+            return {"encoder_hidden_states": side_by_side(base.pipeline.text_encoder(each[:, 0]).last_hidden_state, layers)}
+        encoders = enumerate(base.text_encoders.values())
+        first, second = (model(each[:, number], output_hidden_states=True) for number, model in encoders)
     states = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)
+    pooled = second.text_embeds.unflatten(0, (-1, layers)).mean(1)
     side = base.resolution
     sizes = torch.tensor([side, side, 0, 0, side, side], dtype=torch.float32, device=states.device).repeat(len(ids), 1)
-    return {"encoder_hidden_states": states, "added_cond_kwargs": {"text_embeds": second.text_embeds, "time_ids": sizes}}
+    return {
+        "encoder_hidden_states": side_by_side(states, layers),
+        "added_cond_kwargs": {"text_embeds": pooled, "time_ids": sizes},
+    }
 
 
 def encode_prompts(base: Base, texts: Sequence[str], words: Mapping[str, str]) -> dict[str, Any]:
@@ -59,10 +69,10 @@ def encode_prompts(base: Base, texts: Sequence[str], words: Mapping[str, str]) -
     parsed = [parse_prompt(text, words) for text in texts]
     most = max(1, *map(len, parsed))
     parts = [part for own in parsed for part in (*own, *((),) * (most - len(own)))]
-    read = [[_read(tokenizer, part, words) for tokenizer in base.tokenizers.values()] for part in parts]
-    conditioning = encode(base, torch.tensor([[ids for ids, _ in part] for part in read], device=base.device))
+    pieces = [[_pieces(tokenizer, part, words) for tokenizer in base.tokenizers.values()] for part in parts]
+    conditioning = encode(base, torch.tensor([[ids for ids, _ in part] for part in pieces], device=base.device))
     states = conditioning["encoder_hidden_states"]
-    weights = torch.tensor([part[0][1] for part in read]).to(states)[..., None]
+    weights = torch.tensor([part[0][1] for part in pieces]).to(states)[..., None]
     if (weights != 1).any():
         empty = encode(base, tokenize(base, [""]))["encoder_hidden_states"]
         states = torch.where(weights == 1, states, torch.lerp(empty.expand_as(states), states, weights))
@@ -72,7 +82,7 @@ def encode_prompts(base: Base, texts: Sequence[str], words: Mapping[str, str]) -
     return conditioning
 
 
-def _read(tokenizer: CLIPTokenizer, part: Sequence[Piece], words: Mapping[str, str]) -> tuple[list[int], list[float]]:
+def _pieces(tokenizer: CLIPTokenizer, part: Sequence[Piece], words: Mapping[str, str]) -> tuple[list[int], list[float]]:
     """Return the token ids of one part of a prompt and their weights, padded and cut as the pipeline does."""
     ids, weights, room = [], [], tokenizer.model_max_length - 2
     for piece in part:
@@ -84,15 +94,16 @@ def _read(tokenizer: CLIPTokenizer, part: Sequence[Piece], words: Mapping[str, s
 
 
 def prompts(base: Base, captions: Sequence[str], negative: Sequence[str] | None = None) -> dict[str, torch.Tensor]:
-    """Return what the pipeline takes in place of `captions` and `negative` ones, by the names of its arguments.
+    """Return what the pipeline takes in place of `captions` and `negative` ones (none: empty), by the names of its arguments.
 
-    The pipeline's own reading would expand the tokens of several vectors a second time.
+    The pipeline's own reading would expand the tokens of several vectors a second time, and knows no vectors by layer.
     """
-    named = {}
-    for prefix, texts in (("", captions), ("negative_", negative)):
-        if texts is not None:
-            named |= pipeline_arguments(encode(base, tokenize(base, texts)), prefix)
-    return named
+    return read(base, captions) | read(base, negative or [""] * len(captions), "negative_")
+
+
+def read(base: Base, captions: Sequence[str], prefix: str = "") -> dict[str, torch.Tensor]:
+    """Return what the pipeline takes in place of `captions`; see `pipeline_arguments`."""
+    return pipeline_arguments(encode(base, tokenize(base, captions)), prefix)
 
 
 def pipeline_arguments(conditioning: dict[str, Any], prefix: str = "") -> dict[str, torch.Tensor]:

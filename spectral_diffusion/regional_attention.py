@@ -18,6 +18,7 @@ from torch import nn
 
 from spectral_diffusion.adapter import Adapter
 from spectral_diffusion.attach import Gate
+from spectral_diffusion.cross_attention import cross_attention_layers, own_states
 from spectral_diffusion.regions import shares_at
 
 
@@ -160,12 +161,14 @@ def regional_attention(unet: nn.Module, layout: Layout, texts: Sequence[torch.Te
     """While entered, the cross-attention of `unet` reads `texts` inside the regions of `layout`.
 
     Args:
-        texts: per region the states of its negative and its prompt, `(2, length, width)`; `(1, length, width)` without guidance.
+        texts: per region the states of its negative and its prompt, `(2, length, width)`; `(1, length, width)` without guidance;
+            `layers * width` wide where tokens have vectors for every layer.
     """
-    replaced = [(module, module.processor) for name, module in unet.named_modules() if name.endswith(".attn2")]
+    replaced = [(module, module.processor) for module in cross_attention_layers(unet).values()]
     try:
-        for module, processor in replaced:
-            module.set_processor(_RegionalProcessor(processor, layout, texts))
+        for number, (module, processor) in enumerate(replaced):
+            own = [own_states(module, number, text) for text in texts]
+            module.set_processor(_RegionalProcessor(processor, layout, own))
         yield
     finally:
         for module, processor in replaced:

@@ -35,13 +35,13 @@ from spectral_diffusion.drawing import Picture
 from spectral_diffusion.errors import InputError, SpectralDiffusionError
 from spectral_diffusion.exactness import export_error
 from spectral_diffusion.export import (
-    ONLY_DIFFUSERS,
     Export,
     export_checkpoint,
     export_diffusers,
     export_embeddings,
     export_kohya,
     places,
+    remarks,
 )
 from spectral_diffusion.files import write_atomically
 from spectral_diffusion.fusion import fuse
@@ -173,7 +173,7 @@ def export_task(arguments: dict[str, Any], context: TaskContext) -> dict[str, An
         files = Path(folder)
         made = _export(adapter, arguments, files, _preview(studio, arguments["adapter"]))
         error = _export_error(arguments["settings"], adapter, made)
-        notes = [*places(made), *([ONLY_DIFFUSERS] if adapter.family == "mini" else [])]
+        notes = [*places(made), *remarks(adapter)]
         (files / "where-to-put-it.txt").write_text("\n".join(notes) + "\n", encoding="utf-8")
         names = sorted(path.name for path in files.iterdir())
         write_atomically(studio.folder("exports") / arguments["out"], lambda path: _zip(files, path))

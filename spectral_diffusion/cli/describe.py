@@ -29,6 +29,7 @@ def adapter_data(adapter: Adapter, path: Path) -> dict[str, Any]:
                 "parameters": concept.parameters(),
                 "layers": len(concept.layers),
                 "token_vectors": concept.token_vectors,
+                "layerwise_token": concept.is_layerwise,
                 "settings": concept.settings,
             }
             for concept, strength in zip(adapter.concepts, adapter.weights, strict=True)
@@ -50,6 +51,8 @@ def adapter_lines(data: dict[str, Any]) -> Iterator[str]:
             f"{concept['parametrisation']}, {where}{concept['layers']} layers, "
             f"{concept['parameters']:,} parameters"
         )
+        if concept["layerwise_token"]:
+            yield "    a token with vectors of its own for every cross-attention layer; other tools get their mean"
         if among := concept["settings"].get("among"):
             yield f"    trained among {', '.join(among)}"
 

@@ -61,16 +61,14 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
     _check_use(arguments)
     quiet_libraries()
     from spectral_diffusion.adapter_file import load_adapter
-    from spectral_diffusion.export import ONLY_DIFFUSERS, places
+    from spectral_diffusion.export import places, remarks
 
     adapter = load_adapter(arguments.adapter).strengthened(_strengths(arguments))
     export = _export(adapter, arguments)
     for group, error in export.errors.items():
         console.say(f"relative error of rank {export.rank}, {group}: {error:.2e}")
-    for line in places(export):
+    for line in (*places(export), *remarks(adapter)):
         console.say(line)
-    if adapter.family == "mini":
-        console.say(ONLY_DIFFUSERS)
     console.give(
         {
             "format": export.format,

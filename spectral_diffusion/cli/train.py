@@ -97,6 +97,8 @@ def _setting_options(field: Field[Any]) -> dict[str, Any]:
     if isinstance(field.default, tuple):
         return {"nargs": "+", "metavar": "NAME", "help": help_text}
     kind = type(field.default)
+    if kind is bool:
+        return {"action": argparse.BooleanOptionalAction, "help": help_text}
     metavar = None if kind is str else {int: "N", float: "X"}[kind]
     return {"type": kind, "metavar": metavar, "help": help_text}
 

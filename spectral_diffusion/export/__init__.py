@@ -4,14 +4,14 @@ from spectral_diffusion.export.checkpoint import export_checkpoint
 from spectral_diffusion.export.embedding import export_embeddings
 from spectral_diffusion.export.kohya import export_kohya
 from spectral_diffusion.export.peft import export_diffusers
-from spectral_diffusion.export.result import ONLY_DIFFUSERS, Export, places
+from spectral_diffusion.export.result import Export, places, remarks
 
 __all__ = [
-    "ONLY_DIFFUSERS",
     "Export",
     "export_checkpoint",
     "export_diffusers",
     "export_embeddings",
     "export_kohya",
     "places",
+    "remarks",
 ]

@@ -81,7 +81,9 @@ def embedding_writers(adapter: Adapter, files: dict[str, Path], dtype: torch.dty
     for concept in adapter.concepts:
         if concept.token in files:
             names = _NAMES_OF_TWO if "text_encoder_2" in concept.embeddings else _NAMES
-            tensors = {names[part]: in_precision(value, dtype, concept.token) for part, value in concept.embeddings.items()}
+            tensors = {
+                names[part]: in_precision(value, dtype, concept.token) for part, value in concept.shared_embeddings.items()
+            }
             writers[files[concept.token]] = lambda temporary, tensors=tensors: save_file(tensors, temporary)
     return writers
 

@@ -6,10 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from spectral_diffusion.adapter import Adapter
 from spectral_diffusion.errors import InputError
-
-ONLY_DIFFUSERS = "This adapter belongs to the embedded base, which only diffusers loads."
-"""What is said of exports of the family `mini`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +44,20 @@ def check_targets(targets: Sequence[Path], *, overwrite: bool) -> None:
             raise InputError(f"'{target}' is a folder; give a file name.")
         if target.exists() and not overwrite:
             raise InputError(f"'{target}' exists already; give --force to overwrite it, or choose another --out.")
+
+
+def remarks(adapter: Adapter) -> list[str]:
+    """Return what other tools cannot do with what is exported of `adapter`."""
+    said = []
+    if adapter.family == "mini":
+        said.append("This adapter belongs to the embedded base, which only diffusers loads.")
+    layerwise = [concept.token for concept in adapter.concepts if concept.is_layerwise]
+    if layerwise:
+        said.append(
+            f"{', '.join(layerwise)}: no other tool holds vectors for each cross-attention layer. The embedding is their mean, "
+            "the layer-shared form, with which pictures differ; train without --layerwise-token for the same pictures elsewhere."
+        )
+    return said
 
 
 def places(export: Export) -> tuple[str, str]:

@@ -15,6 +15,8 @@ import torch
 from torch import nn
 from torch.nn.functional import adaptive_avg_pool2d
 
+from spectral_diffusion.cross_attention import cross_attention_layers
+
 
 @dataclass
 class CrossAttention:
@@ -75,9 +77,8 @@ def watched_attention(unet: nn.Module) -> Iterator[CrossAttention]:
         return hook
 
     with ExitStack() as stack:
-        for name, module in unet.named_modules():
-            if name.endswith(".attn2"):
-                seen.heads[name] = module.heads
-                stack.callback(module.to_q.register_forward_hook(keep(seen.queries, name)).remove)
-                stack.callback(module.to_k.register_forward_hook(keep(seen.keys, name)).remove)
+        for name, module in cross_attention_layers(unet).items():
+            seen.heads[name] = module.heads
+            stack.callback(module.to_q.register_forward_hook(keep(seen.queries, name)).remove)
+            stack.callback(module.to_k.register_forward_hook(keep(seen.keys, name)).remove)
         yield seen

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 
 from spectral_diffusion.base import Base
-from spectral_diffusion.conditioning import tokenize
+from spectral_diffusion.conditioning import prompts, tokenize
 from spectral_diffusion.training.batches import Pool
 from spectral_diffusion.training.prediction import predict
 
@@ -85,7 +85,7 @@ def build_pool(base: Base, captions: Sequence[str], generator: torch.Generator) 
     drawn = torch.cat(
         [
             pipeline(
-                to_draw[start : start + base.pictures_at_once],
+                **prompts(base, to_draw[start : start + base.pictures_at_once]),
                 num_inference_steps=DRAWING_STEPS,
                 guidance_scale=GUIDANCE,
                 height=base.resolution,

@@ -236,6 +236,7 @@ def _started(base: Base, subject: Subject, settings: TrainingSettings, adapter: 
         ("directions", part.band, subject.band if part.band else None),
         ("rank", part.rank, settings.rank),
         ("token_vectors", part.token_vectors, settings.token_vectors),
+        ("layerwise_token", part.is_layerwise, settings.layerwise_token),
     ):
         if was != wanted:
             raise AdapterError(f"'{subject.token}' was trained with {what} {was}, not {wanted}; choose that, or start it anew.")

@@ -40,7 +40,10 @@ class TrainingSettings:
     unet_rate: float = _setting(1e-4, "learning rate of the UNet's layers")
     text_encoder_rate: float = _setting(1e-5, "learning rate of the text encoder's layers")
     token_rate: float = _setting(1e-3, "learning rate of the token embedding")
-    token_vectors: int = _setting(1, "vectors that the token stands for")
+    token_vectors: int = _setting(1, "vectors that the token stands for; the last begins as the class word, the others at random")
+    layerwise_token: bool = _setting(
+        False, "let the token have vectors of its own for every cross-attention layer; other tools can hold their mean only"
+    )
     token_norm: float = _setting(0.0, "the token stays as it is once its vectors' mean norm reaches this; 0: it never does")
     caption_dropout: float = _setting(0.0, "share of the crops that are called by the token alone, whatever their caption says")
     weight_decay: float = _setting(0.01, "AdamW's weight decay of the layers")

@@ -93,6 +93,7 @@ def _alike(adapters: Sequence[Adapter]) -> list[ConceptPart]:
             ("parametrisation", parts[0].parametrisation, part.parametrisation),
             ("rank", parts[0].rank, part.rank),
             ("token_vectors", parts[0].token_vectors, part.token_vectors),
+            ("layerwise_token", parts[0].is_layerwise, part.is_layerwise),
         ):
             if first != own:
                 raise AdapterError(

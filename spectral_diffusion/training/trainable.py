@@ -11,6 +11,7 @@ import torch
 from spectral_diffusion.adapter import ConceptPart
 from spectral_diffusion.bands import Band
 from spectral_diffusion.base import Base, linear_layers
+from spectral_diffusion.cross_attention import cross_attention_layers
 from spectral_diffusion.errors import InputError
 from spectral_diffusion.parametrisations import SPECTRAL
 from spectral_diffusion.spectrum import base_spectrum
@@ -23,7 +24,7 @@ class Trainable:
     """Everything that an optimiser step moves, of one concept or several side by side.
 
     Attributes:
-        embeddings: per concept, its token's vectors `(n, width)` per text encoder.
+        embeddings: per concept, its token's vectors `(n, width)` per text encoder; layer-wise `(layers, n, width)`.
         adaptation: the adapted layers.
     """
 
@@ -44,7 +45,7 @@ class Trainable:
         """Take the gradients from every token whose vectors' mean norm has come to `norm`, so that it moves no more."""
         for own in self.embeddings:
             for vectors in own.values():
-                if vectors.norm(dim=1).mean() >= norm:
+                if vectors.norm(dim=-1).mean() >= norm:
                     vectors.grad = None
 
     def parameter_count(self) -> int:
@@ -85,7 +86,9 @@ class Trainable:
 def build_trainable(
     base: Base, bands: Sequence[Band], class_vectors: Sequence[dict[str, torch.Tensor]], settings: TrainingSettings
 ) -> Trainable:
-    """Return what will be trained, at its start: no change of the base, each token's vectors those of its class word.
+    """Return what will be trained, at its start: no change of the base, a token's last vector that of its class word.
+
+    Vectors before that one are random, as far apart as words are (ED-LoRA, Gu et al. 2023, section 3.2).
 
     Args:
         bands, class_vectors: one per concept.
@@ -99,10 +102,20 @@ def build_trainable(
         raise InputError(f"No layer of '{base.source}' ends in {', '.join(settings.layers)}; choose others as layers.")
     spectra = base_spectrum(base, layers) if settings.parametrisation in SPECTRAL else {}
     embeddings = tuple(
-        {part: vector.repeat(settings.token_vectors, 1).requires_grad_(True) for part, vector in vectors.items()}
-        for vectors in class_vectors
+        {part: _first_vectors(base, part, vector, settings, number) for part, vector in vectors.items()}
+        for number, vectors in enumerate(class_vectors)
     )
     return Trainable(embeddings=embeddings, adaptation=adapt(layers, spectra, bands, settings))
+
+
+def _first_vectors(base: Base, part: str, class_vector: torch.Tensor, settings: TrainingSettings, concept: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(settings.seed + 1000 * concept)
+    spread = base.text_encoders[part].get_input_embeddings().weight.std().item()
+    before = spread * torch.randn(settings.token_vectors - 1, class_vector.shape[1], generator=generator)
+    vectors = torch.cat([before.to(class_vector), class_vector])
+    if settings.layerwise_token:
+        vectors = vectors.repeat(len(cross_attention_layers(base.pipeline.unet)), 1, 1)
+    return vectors.requires_grad_(True)
 
 
 def class_word_vectors(base: Base, class_word: str) -> dict[str, torch.Tensor]:
