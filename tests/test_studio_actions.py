@@ -8,6 +8,7 @@ import os
 import time
 import zipfile
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,16 @@ from app.actions.pictures import compare, drawing_from, forming, generate, liken
 from app.actions.regions import added, boxed, formed, moved, named, removed, suggested
 from app.actions.studio import Studio, open_studio
 from app.actions.tour import queue_tour
-from app.actions.trainings import base_facts, expectations, look_at_base, train, train_again, training_view
+from app.actions.trainings import (
+    base_facts,
+    changes_from,
+    expectations,
+    further_settings,
+    look_at_base,
+    train,
+    train_again,
+    training_view,
+)
 from app.jobs import State, WorkerProcess
 from app.jobs.worker import TaskContext
 from spectral_diffusion.adapter_file import load_adapter
@@ -35,6 +45,7 @@ from spectral_diffusion.axis import Axis
 from spectral_diffusion.drawing import Drawing
 from spectral_diffusion.errors import InputError
 from spectral_diffusion.picture_file import read_drawing
+from spectral_diffusion.training import TrainingSettings
 
 
 def test_regions_are_changed_one_step_at_a_time_and_reach_the_picture(tiny_studio: Studio, photo_folder: Path) -> None:
@@ -79,13 +90,28 @@ def test_regions_are_changed_one_step_at_a_time_and_reach_the_picture(tiny_studi
     assert not list(tiny_studio.folder("pictures").glob("*.webp"))
 
 
+def test_every_setting_of_a_training_can_be_given_as_text() -> None:
+    assert {*further_settings(), "steps", "sample_every", "checkpoint_every"} == {f.name for f in fields(TrainingSettings)}
+    written = {"rank": " 4 ", "unet_rate": "1e-3", "layerwise_token": "Yes", "layers": "to_q, to_k", "seed": ""}
+    wanted = {"rank": 4, "unet_rate": 1e-3, "layerwise_token": True, "layers": ("to_q", "to_k")}
+    assert changes_from(written) == wanted
+    for name, text, sentence in (
+        ("rank", "4.5", "rank must be a whole number, got '4.5'; leave it empty"),
+        ("mixing", "much", "mixing must be a number, got 'much'"),
+        ("layerwise_token", "1", "layerwise_token must be yes or no, got '1'"),
+        ("mixing", "2", "mixing must be from 0 to 1"),
+    ):
+        with pytest.raises(InputError, match=sentence):
+            changes_from({name: text})
+
+
 def test_from_photos_to_a_file_that_diffusers_loads(tiny_studio: Studio, photo_folder: Path, tmp_path: Path) -> None:
     studio = tiny_studio
     look_at_base(studio)
     assert look_at_base(studio) is None
     names = [concept_of(studio, token, photo_folder) for token in ("<one>", "<two>")]
     for name in names:
-        train(studio, name, changes=QUICK | {"sample_every": 2})
+        train(studio, name, changes=QUICK | {"sample_every": 2} | changes_from({"layers": "to_q to_v", "layerwise_token": "yes"}))
     with pytest.raises(InputError, match="<one> is queued already"):
         train(studio, names[0])
     assert work(studio) == [State.DONE] * 3, [job.reason for job in studio.jobs.jobs()]

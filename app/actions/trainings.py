@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,13 @@ from app.actions.concepts import concept_card, concept_names, trained_by
 from app.actions.studio import Studio
 from app.jobs import Job
 from spectral_diffusion.errors import InputError
-from spectral_diffusion.training import PRESETS
+from spectral_diffusion.training import PRESETS, TrainingSettings
 
 FACTS = "base.json"
 """What the worker found out about the base, in the studio's folder."""
+_OWN_FIELDS = ("steps", "sample_every", "checkpoint_every")
+"""Settings that the page asks for by themselves, or not at all."""
+_WORDS = {"yes": True, "no": False}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +65,33 @@ def expectations(studio: Studio) -> dict[str, Expectation]:
         return {}
     pace, memory = facts["seconds_per_step"], facts["memory"]
     return {name: Expectation(steps=steps, seconds=steps * pace, memory=memory) for name, steps in facts["presets"].items()}
+
+
+def further_settings() -> dict[str, str]:
+    """Return what each setting of a training means that can be given as text, by its name."""
+    return {field.name: field.metadata["help"] for field in fields(TrainingSettings) if field.name not in _OWN_FIELDS}
+
+
+def changes_from(texts: Mapping[str, str]) -> dict[str, Any]:
+    """Return the settings that `texts` write out, by name; an empty text leaves the preset's.
+
+    Raises:
+        InputError: a text is not of its setting's kind, or out of range; the setting is named.
+    """
+    kinds = {field.name: type(field.default) for field in fields(TrainingSettings)}
+    changes = {name: _value(name, kinds[name], text.strip()) for name, text in texts.items() if text.strip()}
+    TrainingSettings(**changes)
+    return changes
+
+
+def _value(name: str, kind: type, text: str) -> Any:
+    try:
+        if kind is bool:
+            return _WORDS[text.lower()]
+        return tuple(text.replace(",", " ").split()) if kind is tuple else kind(text)
+    except (KeyError, ValueError) as error:
+        wanted = {bool: "yes or no", int: "a whole number", float: "a number"}[kind]
+        raise InputError(f"{name} must be {wanted}, got '{text}'; leave it empty for the preset's.") from error
 
 
 def train(

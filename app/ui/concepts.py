@@ -12,7 +12,7 @@ from app.actions import concepts as library
 from app.actions.pictures import likeness_of
 from app.actions.studio import Studio
 from app.actions.tour import queue_tour
-from app.actions.trainings import expectations, train, train_again, training_view
+from app.actions.trainings import changes_from, expectations, further_settings, train, train_again, training_view
 from app.jobs import State
 from app.ui import markup
 from app.ui.activity import wire_jobs
@@ -117,20 +117,27 @@ def _build_training(studio: Studio, live: Live, chosen: gr.State) -> None:
     with live.folded("More settings"):
         steps = gr.Number(0, label="Steps", info="0: what the preset says. More steps, more likeness.", minimum=0, precision=0)
         sample_every = gr.Number(label="Sample pictures every … steps", info="0 draws none.", value=50, minimum=0, precision=0)
+        gr.Markdown("What is left empty is as the preset says.")
+        further = {
+            name: gr.Textbox("", label=name.replace("_", " ").capitalize(), info=f"{help[0].upper()}{help[1:]}.", max_lines=1)
+            for name, help in further_settings().items()
+        }
     start = gr.Button("Train", variant="primary", elem_id="train")
     training = live.add(gr.HTML(elem_id="training", js_on_load=markup.CLICKS), lambda name: _training(studio, name), chosen)
     wire_jobs(studio, training)
 
-    def begin(name: str | None, how: str, others: list[str], count: float | None, every: float | None) -> None:
-        changes = ({"steps": int(count)} if count else {}) | {"sample_every": int(every or 0)}
-        attempt(train, studio, name or "", how, changes, beside=others, done="The training is queued.")
+    def begin(name: str | None, how: str, others: list[str], count: float | None, every: float | None, *texts: str) -> None:
+        changes = attempt(changes_from, dict(zip(further, texts, strict=True)))
+        if changes is not None:
+            changes |= ({"steps": int(count)} if count else {}) | {"sample_every": int(every or 0)}
+            attempt(train, studio, name or "", how, changes, beside=others, done="The training is queued.")
 
     def go_longer(event: gr.EventData) -> None:
         do, name, _ = said(event)
         if do == "longer":
             attempt(train_again, studio, name, longer=True, done="It will be trained on; the adapter stays until that is done.")
 
-    start.click(begin, [chosen, preset, beside, steps, sample_every], **EVENT)
+    start.click(begin, [chosen, preset, beside, steps, sample_every, *further.values()], **EVENT)
     training.click(go_longer, **EVENT)
 
 
