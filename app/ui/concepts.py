@@ -117,11 +117,10 @@ def _build_training(studio: Studio, live: Live, chosen: gr.State) -> None:
     with live.folded("More settings"):
         steps = gr.Number(0, label="Steps", info="0: what the preset says. More steps, more likeness.", minimum=0, precision=0)
         sample_every = gr.Number(label="Sample pictures every … steps", info="0 draws none.", value=50, minimum=0, precision=0)
+    with live.folded("Every setting"):
         gr.Markdown("What is left empty is as the preset says.")
-        further = {
-            name: gr.Textbox("", label=name.replace("_", " ").capitalize(), info=f"{help[0].upper()}{help[1:]}.", max_lines=1)
-            for name, help in further_settings().items()
-        }
+        with gr.Row():
+            further = {name: _further(name, help) for name, help in further_settings().items()}
     start = gr.Button("Train", variant="primary", elem_id="train")
     training = live.add(gr.HTML(elem_id="training", js_on_load=markup.CLICKS), lambda name: _training(studio, name), chosen)
     wire_jobs(studio, training)
@@ -139,6 +138,11 @@ def _build_training(studio: Studio, live: Live, chosen: gr.State) -> None:
 
     start.click(begin, [chosen, preset, beside, steps, sample_every, *further.values()], **EVENT)
     training.click(go_longer, **EVENT)
+
+
+def _further(name: str, help: str) -> gr.Textbox:
+    label, info = name.replace("_", " ").capitalize().replace("Unet", "UNet"), f"{help[0].upper()}{help[1:]}."
+    return gr.Textbox("", label=label, info=info, max_lines=1, min_width=150)
 
 
 def _wire_photos(studio: Studio, chosen: gr.State, photos: gr.HTML, paper: gr.HTML, version: gr.State) -> None:
