@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -20,12 +21,13 @@ from spectral_diffusion.concept import check_new_word
 from spectral_diffusion.cross_attention import cross_attention_layers, each_reading_its_own
 from spectral_diffusion.errors import AdapterError, InputError
 from spectral_diffusion.joining import LowRank
+from spectral_diffusion.low_rank_addition import add_low_rank
 
 Factors = Callable[[], tuple[torch.Tensor, torch.Tensor]]
 """Gives a layer's `up (out, k)` and `down (in, k)` at the moment of the forward pass, or `(concepts, out, k)` and
 `(concepts, in, k)`: then the batch consists of as many equal shares, in order, and each share has factors of its own."""
 Gate = Callable[[str, torch.Tensor], torch.Tensor]
-"""Gives, for a layer's key and what it reads, `(batch, n, k)`, how much each column counts at each position, `(1, n or 1, k)`."""
+"""Gives, for a layer's key and what it reads, `(batch, n, k)`, how much each column counts, `(batch or 1, n or 1, k)`."""
 
 
 @dataclass
@@ -49,12 +51,7 @@ def hooked(
             up, down = (tensor.to(output.dtype) for tensor in factor())
             is_convolution = isinstance(module, nn.Conv2d)
             values, result = (tensor.movedim(1, -1) if is_convolution else tensor for tensor in (inputs[0], output))
-            read = _in_shares(values, down) @ down
-            if gate is not None:
-                positions = read.reshape(len(values), -1, read.shape[-1])
-                read = (positions * gate(key, positions)).view_as(read)
-            add = torch.addmm if up.dim() == 2 else torch.baddbmm
-            changed = add(_in_shares(result, up), read, up.mT).view(result.shape)
+            changed = add_low_rank(result, values, up, down, partial(gate, key) if gate else None)
             return changed.movedim(-1, 1) if is_convolution else changed
 
         return hook
@@ -64,11 +61,6 @@ def hooked(
             handle = layers[key].register_forward_hook(hook_for(key, factor))
             stack.callback(handle.remove)
         yield
-
-
-def _in_shares(values: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    """Return `values (batch, ..., width)` as rows, `(rows, width)`, or for several concepts `(concepts, rows, width)`."""
-    return values.reshape(*factor.shape[:-2], -1, values.shape[-1])
 
 
 @contextmanager

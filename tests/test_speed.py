@@ -27,7 +27,7 @@ def kept(models: Models, name: str, rank: int) -> int:
 def test_a_step_keeps_little_more_than_lora_and_far_less_than_the_dense_form(models: Models) -> None:
     lora = kept(models, "peft_lora", 1)
     # a direction of these layers weighs as much as ten of the true ones
-    assert kept(models, "additive", 1) <= 1.1 * lora
+    assert kept(models, "additive", 1) <= 1.05 * lora
     assert kept(models, "dense", 1) >= 2 * lora
     assert kept(models, "frozen", 1) < lora
 

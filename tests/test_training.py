@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from importlib import import_module
+from itertools import combinations
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -33,7 +34,7 @@ from spectral_diffusion.spectrum import base_spectrum
 from spectral_diffusion.training import PRESETS, TrainingProgress, TrainingSettings, measure_pace, preset, train
 from spectral_diffusion.training.checkpoint import load_checkpoint, save_checkpoint
 from spectral_diffusion.training.examples import EncodedExamples, encode_examples, random_crop
-from spectral_diffusion.training.trainable import class_word_vectors
+from spectral_diffusion.training.trainable import class_word_vectors, first_vectors
 
 pytestmark = pytest.mark.usefixtures("less_preparation")
 
@@ -99,9 +100,14 @@ def test_the_chosen_layers_are_adapted_whichever_they_are(base: Base, concept: C
 
 def test_several_vectors_stand_for_one_token(base: Base, concept: Concept) -> None:
     adapter = train(base, concept, BAND, replace(SHORT, steps=1, token_vectors=3)).adapter
-    start = class_word_vectors(base, "dog")["text_encoder"].expand(3, -1)
+    word = class_word_vectors(base, "dog")
+    start, other = (
+        first_vectors(base, token, word, replace(SHORT, token_vectors=3))["text_encoder"] for token in ("<V1>", "<V2>")
+    )
+    assert torch.equal(start[2:], word["text_encoder"]) and torch.equal(other[2:], start[2:])
+    assert all((one - another).norm() > 0.1 for one, another in combinations([*start, *other[:2]], 2))
     moved = (adapter.concepts[0].embeddings["text_encoder"] - start).abs().sum(1)
-    assert moved.shape == (3,) and (moved > 0).all()
+    assert moved.shape == (3,) and (0 < moved).all() and (moved < 1).all()
 
 
 def test_progress_is_told_after_every_step(base: Base, concept: Concept) -> None:

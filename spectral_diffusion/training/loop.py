@@ -25,7 +25,7 @@ from spectral_diffusion.training.memory import lightened
 from spectral_diffusion.training.mixing import mixed_examples
 from spectral_diffusion.training.run import Run, TrainingProgress
 from spectral_diffusion.training.settings import TrainingSettings
-from spectral_diffusion.training.trainable import build_trainable, class_word_vectors
+from spectral_diffusion.training.trainable import build_trainable, class_word_vectors, first_vectors
 
 INERT_SAMPLES = 512
 
@@ -152,7 +152,8 @@ def train_subjects(
     among = among or Adapter(family=base.family, fingerprint=base.fingerprint, concepts=(), weights=())
     class_vectors = [class_word_vectors(base, subject.class_word) for subject in subjects]
     started = [_started(base, subject, settings, adapter) for subject, adapter in zip(subjects, start, strict=bool(start))]
-    trainable = build_trainable(base, [subject.band for subject in subjects], class_vectors, settings)
+    begun = [first_vectors(base, own.token, vectors, settings) for own, vectors in zip(subjects, class_vectors, strict=True)]
+    trainable = build_trainable(base, [subject.band for subject in subjects], begun, settings)
     for number, part in enumerate(started):
         trainable.start(number, part)
     steps_before = [part.settings.get("steps_done", 0) for part in started] or [0] * len(subjects)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -84,14 +85,12 @@ class Trainable:
 
 
 def build_trainable(
-    base: Base, bands: Sequence[Band], class_vectors: Sequence[dict[str, torch.Tensor]], settings: TrainingSettings
+    base: Base, bands: Sequence[Band], vectors: Sequence[dict[str, torch.Tensor]], settings: TrainingSettings
 ) -> Trainable:
-    """Return what will be trained, at its start: no change of the base, a token's last vector that of its class word.
-
-    Vectors before that one are random, as far apart as words are (ED-LoRA, Gu et al. 2023, section 3.2).
+    """Return what will be trained, at its start: no change of the base, each token's vectors as given.
 
     Args:
-        bands, class_vectors: one per concept.
+        bands, vectors: one per concept; see `first_vectors`.
 
     Raises:
         InputError: no layer of the base is called as the settings ask, or the parametrisation does not take what they ask.
@@ -101,21 +100,26 @@ def build_trainable(
     if not layers:
         raise InputError(f"No layer of '{base.source}' ends in {', '.join(settings.layers)}; choose others as layers.")
     spectra = base_spectrum(base, layers) if settings.parametrisation in SPECTRAL else {}
-    embeddings = tuple(
-        {part: _first_vectors(base, part, vector, settings, number) for part, vector in vectors.items()}
-        for number, vectors in enumerate(class_vectors)
-    )
+    embeddings = tuple({part: own.clone().requires_grad_(True) for part, own in first.items()} for first in vectors)
     return Trainable(embeddings=embeddings, adaptation=adapt(layers, spectra, bands, settings))
 
 
-def _first_vectors(base: Base, part: str, class_vector: torch.Tensor, settings: TrainingSettings, concept: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(settings.seed + 1000 * concept)
-    spread = base.text_encoders[part].get_input_embeddings().weight.std().item()
-    before = spread * torch.randn(settings.token_vectors - 1, class_vector.shape[1], generator=generator)
-    vectors = torch.cat([before.to(class_vector), class_vector])
-    if settings.layerwise_token:
-        vectors = vectors.repeat(len(cross_attention_layers(base.pipeline.unet)), 1, 1)
-    return vectors.requires_grad_(True)
+def first_vectors(
+    base: Base, token: str, class_vectors: dict[str, torch.Tensor], settings: TrainingSettings
+) -> dict[str, torch.Tensor]:
+    """Return per text encoder the vectors that `token` begins with: the last is its class word's.
+
+    Those before it are random, as far apart as words are (ED-LoRA, Gu et al. 2023, section 3.2), others for every token.
+    """
+    generator = torch.Generator().manual_seed(settings.seed + zlib.crc32(token.encode()))
+    begun = {}
+    for part, class_vector in class_vectors.items():
+        spread = base.text_encoders[part].get_input_embeddings().weight.std().item()
+        before = spread * torch.randn(settings.token_vectors - 1, class_vector.shape[1], generator=generator)
+        begun[part] = torch.cat([before.to(class_vector), class_vector])
+        if settings.layerwise_token:
+            begun[part] = begun[part].repeat(len(cross_attention_layers(base.pipeline.unet)), 1, 1)
+    return begun
 
 
 def class_word_vectors(base: Base, class_word: str) -> dict[str, torch.Tensor]:
