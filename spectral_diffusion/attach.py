@@ -26,8 +26,9 @@ from spectral_diffusion.low_rank_addition import add_low_rank
 Factors = Callable[[], tuple[torch.Tensor, torch.Tensor]]
 """Gives a layer's `up (out, k)` and `down (in, k)` at the moment of the forward pass, or `(concepts, out, k)` and
 `(concepts, in, k)`: then the batch consists of as many equal shares, in order, and each share has factors of its own."""
-Gate = Callable[[str, torch.Tensor], torch.Tensor]
-"""Gives, for a layer's key and what it reads, `(batch, n, k)`, how much each column counts, `(batch or 1, n or 1, k)`."""
+Gate = Callable[[str, torch.Tensor], torch.Tensor | None]
+"""Gives, for a layer's key and what it reads, `(batch, n, k)`, how much each column counts, `(batch or 1, n or 1, k)`; None: all
+fully."""
 
 
 @dataclass

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-Counts = Callable[[torch.Tensor], torch.Tensor]
-"""Gives, for what a layer reads `(batch, n, k)`, how much each column counts, `(batch or 1, n or 1, k)`."""
+Counts = Callable[[torch.Tensor], torch.Tensor | None]
+"""Gives, for what a layer reads `(batch, n, k)`, how much each column counts, `(batch or 1, n or 1, k)`; None: all fully."""
 
 
 class _LowRankAddition(torch.autograd.Function):

@@ -187,7 +187,8 @@ def test_several_concepts_stand_side_by_side(form: str) -> None:
     with adaptation.attached():
         for shown, expected in (
             ({}, [changes[0], changes[1]]),
-            ({"summed": True}, [changes[0] + changes[1]] * 2),
+            ({"company": torch.ones(2, 2)}, [changes[0] + changes[1]] * 2),
+            ({"company": torch.tensor([[1.0, 0.0], [1.0, 1.0]])}, [changes[0], changes[0] + changes[1]]),
             ({"concept": 1}, [changes[1]] * 2),
         ):
             adaptation.show(torch.float32, **shown)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, Protocol
 
@@ -19,6 +19,7 @@ from spectral_diffusion.joining import LowRank
 from spectral_diffusion.parametrisations import RIVALS, SPECTRAL
 from spectral_diffusion.parametrisations.site import Beginning, Site
 from spectral_diffusion.spectrum import Spectrum
+from spectral_diffusion.training.company import Company
 from spectral_diffusion.training.settings import TrainingSettings
 from spectral_diffusion.training.stack import ConceptLayer, Stacks, TrainedLayers, stacked
 from spectral_diffusion.training.tuners import TunedLayers, tuned_layers
@@ -36,13 +37,13 @@ class Adaptation(Protocol):
     def attached(self) -> AbstractContextManager[None]:
         """While entered, the model works with what `show` last put there."""
 
-    def show(self, dtype: torch.dtype, concept: int | None = None, *, summed: bool = False) -> None:
+    def show(self, dtype: torch.dtype, concept: int | None = None, *, company: torch.Tensor | None = None) -> None:
         """Let the model work with the tensors as they are now, until the next call.
 
         Args:
             dtype: what the layers compute in.
             concept: the only one to be shown, whatever the batch; all when missing, each on its share of the batch.
-            summed: show the sum of all on the whole batch.
+            company: show on each sample the sum of those that are there, `(samples, concepts)`, 1 or 0.
         """
 
     def named(self) -> dict[str, torch.Tensor]:
@@ -125,12 +126,14 @@ class Rivals:
 
     Attributes:
         concepts: per concept what is trained in each layer, and the factors as a function of it.
-        shown: the number of the only concept that the model works with, `sum` of all, or all on their `shares` of the batch.
+        shown: the number of the only concept that the model works with, the `sum` of those in `company`, or all on their
+            `shares` of the batch.
     """
 
     layers: dict[str, nn.Linear]
     concepts: tuple[dict[str, Beginning], ...]
     shown: int | Literal["sum", "shares"] = "shares"
+    company: Company = field(default_factory=Company)
 
     @property
     def fixed(self) -> torch.Tensor:
@@ -139,11 +142,12 @@ class Rivals:
 
     def attached(self) -> AbstractContextManager[None]:
         """While entered, the model works with what `show` last chose."""
-        return hooked(self.layers, {key: partial(self._now, key) for key in self.layers})
+        return hooked(self.layers, {key: partial(self._now, key) for key in self.layers}, gate=self.company.gate)
 
-    def show(self, dtype: torch.dtype, concept: int | None = None, *, summed: bool = False) -> None:
+    def show(self, dtype: torch.dtype, concept: int | None = None, *, company: torch.Tensor | None = None) -> None:
         """Choose what the model works with: always the tensors as they are at that moment."""
-        self.shown = "sum" if summed else "shares" if concept is None else concept
+        self.shown = "sum" if company is not None else "shares" if concept is None else concept
+        self.company.present = company
 
     def _factors(self, concept: int, key: str) -> tuple[torch.Tensor, torch.Tensor]:
         beginning = self.concepts[concept][key]
@@ -219,7 +223,7 @@ class Tuned:
         """While entered, the model works with the tensors as they are."""
         return self.tuner.attached()
 
-    def show(self, dtype: torch.dtype, concept: int | None = None, *, summed: bool = False) -> None:
+    def show(self, dtype: torch.dtype, concept: int | None = None, *, company: torch.Tensor | None = None) -> None:
         """Do nothing: the layers compute with the tensors themselves."""
 
     def named(self) -> dict[str, torch.Tensor]:

@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 
 from spectral_diffusion.base import Base
+from spectral_diffusion.training.company import draw_company
 from spectral_diffusion.training.examples import EncodedExamples
 from spectral_diffusion.training.prediction import target
 from spectral_diffusion.training.settings import TrainingSettings
@@ -140,7 +141,8 @@ class Batch:
         places: `(concepts, n, 1, h, w)`, 1 where the concept is, everywhere without a mask.
         weights: `(concepts, n, 1, h, w)` of the squared distances, of mean 1 over the photos.
         shares: `(concepts, n, 2)`, how much each sample counts in the concept's loss and in the inertness loss.
-        among: whether every sample passes through the sum of all concepts and those trained before.
+        company: `(concepts, n, concepts)`, 1 where a concept is attached on a sample of a step among the others.
+        among: whether every sample passes through the sum of those concepts and of all trained before.
     """
 
     noisy: torch.Tensor
@@ -151,6 +153,7 @@ class Batch:
     targets: torch.Tensor
     weights: torch.Tensor
     shares: torch.Tensor
+    company: torch.Tensor
     among: bool
 
     def part(self, number: int, parts: int) -> Batch:
@@ -161,23 +164,26 @@ class Batch:
 
 @torch.no_grad()
 def draw_batch(base: Base, concepts: Sequence[Shown], settings: TrainingSettings, step: int, *, among: bool = False) -> Batch:
-    """Return the batch of step number `step`; a concept's share is the same whatever others stand beside it.
+    """Return the batch of step number `step`; what a concept is shown is the same whatever others stand beside it.
 
     Args:
         among: whether this step is made among the others.
     """
-    shares = [_share(base, concept, settings, step, among) for concept in concepts]
+    shares = [_share(base, concepts, number, settings, step, among) for number in range(len(concepts))]
     return Batch(among=among, **{name: torch.stack([share[name] for share in shares]) for name in shares[0]})
 
 
-def _share(base: Base, concept: Shown, settings: TrainingSettings, step: int, among: bool) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
+def _share(
+    base: Base, concepts: Sequence[Shown], number: int, settings: TrainingSettings, step: int, among: bool
+) -> dict[str, torch.Tensor]:
+    concept, generator = concepts[number], torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
     count, pool = settings.batch, concept.pool_among if among else concept.pool
     learnt = concept.learnt.samples(base, settings, count, generator, among=among)
     inert = pool.samples(base, settings, count if settings.inertness else 0, generator, among=among)
     both = {name: torch.cat([own, inert[name]]) for name, own in learnt.items()}
     kinds = torch.block_diag(torch.ones(count, 1), torch.ones(len(inert["times"]), 1))
-    return both | {"shares": _sent(kinds / count, base.device)}
+    company = draw_company(number, len(concepts), len(kinds), generator)
+    return both | {"shares": _sent(kinds / count, base.device), "company": _sent(company, base.device)}
 
 
 def _sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

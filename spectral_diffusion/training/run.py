@@ -224,7 +224,8 @@ class Run:
 
         A concept's loss is the masked denoising loss, and the share of its token's attention outside the mask where that counts.
         """
-        self.trainable.adaptation.show(self.base.pipeline.unet.dtype, summed=batch.among)
+        company = batch.company.flatten(0, 1) if batch.among else None
+        self.trainable.adaptation.show(self.base.pipeline.unet.dtype, company=company)
         inputs = (tensor.flatten(0, 1) for tensor in (batch.noisy, batch.times, batch.ids))
         predicted = predict(self.base, *inputs).view(batch.targets.shape)
         errors = ((predicted - batch.targets) ** 2 * batch.weights).mean((2, 3, 4))

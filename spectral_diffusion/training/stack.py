@@ -15,6 +15,7 @@ from torch.nn.functional import pad
 from spectral_diffusion.adapter import LayerPart
 from spectral_diffusion.attach import hooked
 from spectral_diffusion.spectrum import Spectrum
+from spectral_diffusion.training.company import Company
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,12 +116,14 @@ class Stacks:
         form: the parametrisation's name.
         layers: the adapted layers by key.
         now: each layer's `up` and `down`, as the model works with them at the moment.
+        company: who counts on each sample where they are those of all side by side.
     """
 
     form: str
     layers: dict[str, nn.Linear]
     stacks: tuple[Stack, ...]
     now: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    company: Company = field(default_factory=Company)
 
     @property
     def fixed(self) -> torch.Tensor:
@@ -129,13 +132,14 @@ class Stacks:
 
     def attached(self) -> AbstractContextManager[None]:
         """While entered, the model works with what `show` last put there."""
-        return hooked(self.layers, {key: lambda key=key: self.now[key] for key in self.layers})
+        return hooked(self.layers, {key: lambda key=key: self.now[key] for key in self.layers}, gate=self.company.gate)
 
-    def show(self, dtype: torch.dtype, concept: int | None = None, *, summed: bool = False) -> None:
+    def show(self, dtype: torch.dtype, concept: int | None = None, *, company: torch.Tensor | None = None) -> None:
         """Let the model work with the tensors as they are now, until the next call."""
+        self.company.present = company
         for stack in self.stacks:
             factors = (factor.to(dtype) for factor in stack.factors())
-            if summed:
+            if company is not None:
                 factors = (factor.permute(1, 2, 0, 3).flatten(2) for factor in factors)
             elif concept is not None:
                 factors = (factor[concept].detach() for factor in factors)
