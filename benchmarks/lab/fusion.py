@@ -110,10 +110,11 @@ def show(records: Sequence[Record]) -> tuple[dict[str, Figure], str]:
         kept = f"{value['identity fused'] / value['identity alone']:.2f}" if value["identity alone"] else ""
         identity = [f"{value['identity alone']:.2f}", f"{value['identity fused']:.2f}{spread}", kept]
         joint = [f"{value[name]:.2f}" if (name := f"joint {things}") in value else "" for things in _JOINT]
-        rows.append([str(count), method, *identity, images, texts, *joint])
+        rows.append([str(count), method, str(len(runs)), *identity, images, texts, *joint])
     header = [
         "concepts",
         "method",
+        "seeds",
         "alone",
         "fused",
         "kept",

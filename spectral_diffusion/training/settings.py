@@ -50,7 +50,7 @@ class TrainingSettings:
     gradient_norm: float = _setting(1.0, "gradients are clipped to this norm")
     inertness: float = _setting(1.0, "weight of the loss that keeps prompts without the token as the base draws them")
     presence: float = _setting(
-        0.67, "share of the steps made among the concepts to be drawn with: all are attached, as in the fused adapter"
+        0.67, "share of the steps made among the concepts to be drawn with: some or all are attached, as in the fused adapter"
     )
     mixing: float = _setting(
         0.0, "share of the photos in steps among the others that stand beside one of them, of concepts trained in one go"
