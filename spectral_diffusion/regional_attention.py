@@ -122,13 +122,16 @@ class _RegionalProcessor:
         **options: Any,
     ) -> torch.Tensor:
         """Attend from `hidden_states (batch, positions, width)`."""
-        context = self.original(attention, hidden_states, encoder_hidden_states, *arguments, **options)
         planned = self.layout.at(hidden_states.shape[1])
         if planned is None:
-            return context
-        shares, grid = planned.to(context), tuple(planned.shape[1:])
+            return self.original(attention, hidden_states, encoder_hidden_states, *arguments, **options)
+        shares, grid = planned.to(hidden_states), tuple(planned.shape[1:])
         positions = hidden_states.unflatten(1, grid)
-        result = context.unflatten(1, grid) * (1 - shares.sum(0))[..., None]
+        if _covers_all(planned):  # then the picture's own prompt is read nowhere
+            result = torch.zeros_like(positions)
+        else:
+            context = self.original(attention, hidden_states, encoder_hidden_states, *arguments, **options)
+            result = context.unflatten(1, grid) * (1 - shares.sum(0))[..., None]
         for region, text in enumerate(self.texts):
             window = _window(planned[region])  # on the CPU: asking a GPU would wait for it in every layer
             if window is None:
@@ -138,6 +141,10 @@ class _RegionalProcessor:
                 drawn = self.original(attention, inside.flatten(1, 2), _for_batch(text, len(inside)), *arguments, **options)
             result[:, *window] += drawn.unflatten(1, inside.shape[1:3]) * shares[region][window][..., None]
         return result.flatten(1, 2)
+
+
+def _covers_all(shares: torch.Tensor) -> bool:
+    return bool(shares.sum(0).min() > 1 - 1e-4)
 
 
 def _window(share: torch.Tensor) -> tuple[slice, slice] | None:
