@@ -96,7 +96,7 @@ def opened(browser: Browser, address: str, width: int = 1280, theme: str = "ligh
         yield page
     finally:
         page.close()
-    assert wrong == []
+    assert not wrong, wrong
 
 
 def go_to(page: Page, tab: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -99,8 +100,8 @@ def test_they_are_shown_in_steps_among_the_others_only(base: Base, pair: list[Co
     seen: list[tuple[bool, int]] = []
     draw = batches._share
 
-    def watch(base: Base, concept: batches.Shown, settings: object, step: int, among: bool) -> dict[str, torch.Tensor]:
-        share = draw(base, concept, settings, step, among)
+    def watch(*arguments: Any) -> dict[str, torch.Tensor]:
+        share, among = draw(*arguments), arguments[-1]
         tokens = [(share["ids"][:, 0] == own).any(1) for own in share["ids"][:, 0].unique() if own >= known]
         seen.append((among, sum(int(both) for both in torch.stack(tokens).sum(0) > 1) if len(tokens) > 1 else 0))
         return share
