@@ -24,7 +24,9 @@ SCREENSHOTS = ROOT / "out" / "screenshots"
 TABS = ("Concepts", "Fuse", "Generate", "Compare", "Export", "Settings")
 PATIENCE = 240_000  # milliseconds, for a machine that is busy
 LOGIN = ("ada", "correct horse")
-LEFT_BEHIND = re.compile(r"AbortError: signal is aborted|Connection errored out|ERR_INCOMPLETE_CHUNKED_ENCODING|ERR_ABORTED")
+LEFT_BEHIND = re.compile(
+    r"AbortError: (signal is|BodyStreamBuffer was) aborted|Connection errored out|ERR_INCOMPLETE_CHUNKED_ENCODING|ERR_ABORTED"
+)
 """What Chromium and gradio's client say of answers under way when their page is reloaded; at any other time it is an error."""
 
 DROP = """async (address) => {
