@@ -147,7 +147,7 @@ class Rivals:
     def show(self, dtype: torch.dtype, concept: int | None = None, *, company: torch.Tensor | None = None) -> None:
         """Choose what the model works with: always the tensors as they are at that moment."""
         self.shown = "sum" if company is not None else "shares" if concept is None else concept
-        self.company.present = company
+        self.company.meet(company)
 
     def _factors(self, concept: int, key: str) -> tuple[torch.Tensor, torch.Tensor]:
         beginning = self.concepts[concept][key]

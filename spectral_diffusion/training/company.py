@@ -6,7 +6,7 @@ the others, one or all or any number between, and a concept can lean on none of 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -31,6 +31,12 @@ class Company:
     """
 
     present: torch.Tensor | None = None
+    _counts: dict[tuple[int, int, torch.dtype], torch.Tensor] = field(default_factory=dict)
+
+    def meet(self, present: torch.Tensor | None) -> None:
+        """Let those be there whom `present` tells, until the next call."""
+        self.present = present
+        self._counts.clear()
 
     def gate(self, key: str, read: torch.Tensor) -> torch.Tensor | None:
         """Return how much each column of `read (batch, n, k)` counts, the concepts' columns in their order; see `attach.Gate`.
@@ -40,4 +46,8 @@ class Company:
         if self.present is None:
             return None
         copies, columns = len(read) // len(self.present), read.shape[-1] // self.present.shape[1]
-        return self.present.repeat_interleave(copies, 0).repeat_interleave(columns, 1)[:, None].to(read.dtype)
+        kind = copies, columns, read.dtype
+        if kind not in self._counts:  # the same for all layers of a pass
+            each = self.present.repeat_interleave(copies, 0).repeat_interleave(columns, 1)
+            self._counts[kind] = each[:, None].to(read.dtype)
+        return self._counts[kind]

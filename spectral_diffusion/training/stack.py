@@ -136,7 +136,7 @@ class Stacks:
 
     def show(self, dtype: torch.dtype, concept: int | None = None, *, company: torch.Tensor | None = None) -> None:
         """Let the model work with the tensors as they are now, until the next call."""
-        self.company.present = company
+        self.company.meet(company)
         for stack in self.stacks:
             factors = (factor.to(dtype) for factor in stack.factors())
             if company is not None:
