@@ -51,6 +51,7 @@ def measure_activations(base: Base, token: str, layer_keys: tuple[str, ...], see
 
     The base must have the concept's adapter and token attached. Each of `PROMPTS` is drawn with `token` in few steps;
     only the conditional half of each guidance pair counts. The Gram matrices are scaled to trace `in`.
+    A token with vectors for every cross-attention layer is measured as the first of the adapted ones reads it.
     """
     layers = linear_layers(base, None)
     watched = {input_group(key): layers[key] for key in reversed(layer_keys)}
