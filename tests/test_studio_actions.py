@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 import time
@@ -85,6 +86,7 @@ def test_regions_are_changed_one_step_at_a_time_and_reach_the_picture(tiny_studi
         patch.setattr(TaskContext, "report", look)
         assert work(tiny_studio) == [State.DONE], tiny_studio.jobs.jobs()[0].reason
     assert [now[1] if now else None for now in seen] == [3, 3, 3, 3] and forming(tiny_studio) is None
+    assert all(now and Image.open(io.BytesIO(now[0])).format == "WEBP" for now in seen)
     (card,) = picture_cards(tiny_studio)
     assert read_drawing(card.path).regions == drawing.regions
     assert not list(tiny_studio.folder("pictures").glob("*.webp"))

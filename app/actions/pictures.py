@@ -150,14 +150,20 @@ def picture_cards(studio: Studio, sort: str = "newest", count: int = 24) -> list
     return sorted(cards, key=lambda card: -1.0 if keys[sort](card) is None else keys[sort](card), reverse=True)
 
 
-def forming(studio: Studio) -> tuple[Path, int] | None:
-    """Return what the picture under way looks like so far, and its seed; None when none is being drawn."""
+def forming(studio: Studio) -> tuple[bytes, int] | None:
+    """Return what the picture under way looks like so far, as WebP, and its seed; None when none is being drawn.
+
+    Its file is gone when the picture is there, so a page could not fetch it in time.
+    """
     job = next((job for job in studio.jobs.jobs() if job.kind == "generate" and job.state is State.RUNNING), None)
     if job is None:
         return None
-    path = studio.folder("pictures") / f"{job.name}{PREVIEW_ENDING}"
     seeds = [event["seed"] for event in studio.jobs.progress(job.name) if "forming" in event]
-    return (path, seeds[-1]) if seeds and path.is_file() else None
+    try:
+        content = (studio.folder("pictures") / f"{job.name}{PREVIEW_ENDING}").read_bytes()
+    except FileNotFoundError:
+        return None
+    return (content, seeds[-1]) if seeds else None
 
 
 def likeness_of(studio: Studio, tokens: Sequence[str], count: int = 100) -> dict[str, tuple[float, int]]:

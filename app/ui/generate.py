@@ -190,8 +190,8 @@ def _forming(studio: Studio) -> str:
     now = library.forming(studio)
     if now is None:
         return ""
-    path, seed = now
-    picture = markup.image(path, f"the picture of seed {seed}, as it forms")
+    content, seed = now
+    picture = f'<img src="{markup.webp_address(content)}" alt="the picture of seed {seed}, as it forms">'
     return f'<div class="sd-row sd-forming">{picture}<span class="sd-muted">seed {seed} is forming …</span></div>'
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import html
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
@@ -32,6 +33,11 @@ def text(value: object) -> str:
 def file_url(path: Path) -> str:
     """Return the address under which the page gets a file of the studio; it changes when the file does."""
     return f"gradio_api/file={quote(str(path))}?v={path.stat().st_mtime_ns if path.exists() else 0}"
+
+
+def webp_address(content: bytes) -> str:
+    """Return an address that holds a WebP picture itself."""
+    return f"data:image/webp;base64,{base64.b64encode(content).decode()}"
 
 
 def button(do: str, name: str, label: str, *, kind: str = "", confirm: str = "", title: str = "") -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import io
 
 from PIL import Image
@@ -130,4 +129,4 @@ def coloured(mask: Image.Image) -> str:
 def _inline(picture: Image.Image) -> str:
     content = io.BytesIO()
     picture.save(content, "WEBP", quality=88)
-    return f"data:image/webp;base64,{base64.b64encode(content.getvalue()).decode()}"
+    return markup.webp_address(content.getvalue())
