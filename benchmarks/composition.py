@@ -117,7 +117,7 @@ def draw(
             continue
         pair = pair or fuse([adapters[name] for name in names], method=method, allow_overlap=True)
         prompt = joined_prompt(pair.tokens, list(SCENES)[number % len(SCENES)])
-        regions = suggest_regions(prompt, pair.tokens) if WAYS[way]["regional"] else ()
+        regions = suggest_regions(prompt, pair.class_words) if WAYS[way]["regional"] else ()
         drawing = Drawing(prompt=prompt, seed=1000 + number, regions=regions, confined=WAYS[way]["confined"])
         (picture,) = generate(base, drawing, pair)
         save_picture(picture, file, "mini-sd")
@@ -146,7 +146,7 @@ def speed(base: Base, adapter: Adapter) -> dict[str, float]:
     """Return the processor seconds per drawing of the plain prompt and of a region for each concept, and their ratio."""
     prompt = joined_prompt(adapter.tokens, "near a lake")
     plain = Drawing(prompt=prompt, count=8)
-    ways = {"prompt": plain, "regions": replace(plain, regions=suggest_regions(prompt, adapter.tokens))}
+    ways = {"prompt": plain, "regions": replace(plain, regions=suggest_regions(prompt, adapter.class_words))}
     times: dict[str, list[float]] = {name: [] for name in ways}
     for _, (name, drawing) in product(range(SPEED_ROUNDS + 1), ways.items()):
         started = time.process_time()

@@ -81,7 +81,7 @@ class Assessor:
     def together(self, adapter: Adapter, tokens: Sequence[str], *, in_regions: bool) -> list[JudgedPicture]:
         """Draw `TOGETHER` with both tokens, by the prompt alone or each in its own half of the picture."""
         prompt = TOGETHER.format(*tokens)
-        regions = suggest_regions(prompt, tokens) if in_regions else ()
+        regions = suggest_regions(prompt, adapter.class_words) if in_regions else ()
         drawing = Drawing(prompt=prompt, count=PICTURES_TOGETHER, seed=77_000, regions=regions)
         return self.assess(generate(self.base, drawing, adapter, on_picture=self.on_picture), tokens)
 

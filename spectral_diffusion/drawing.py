@@ -32,7 +32,7 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Drawing:
-    """What to draw and how; `size` is `(width, height)` in pixels, the base's own when missing.
+    """What to draw and how; `size`, `(width, height)` in pixels, and `guidance` are the base's own when missing.
 
     Attributes:
         regions: parts of the picture with prompts of their own, later ones on top; `prompt` is read everywhere else.
@@ -48,7 +48,7 @@ class Drawing:
     count: int = 1
     seed: int = 0
     steps: int = 25
-    guidance: float = 5.0
+    guidance: float | None = None
     scheduler: str = "DDIM"
     size: tuple[int, int] | None = None
     regions: tuple[Region, ...] = ()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 
 import diffusers
 import torch
@@ -51,6 +52,7 @@ def generate(
         InputError: a region names a token that the adapter does not have, a weight in a prompt is malformed, or the condition
             does not suit the picture or the base.
     """
+    drawing = drawing if drawing.guidance is not None else replace(drawing, guidance=base.guidance)
     _check_regions(drawing, adapter.tokens if adapter else ())
     if adapter is not None and not whole:
         adapter = named_only(adapter, drawing.words)

@@ -91,7 +91,7 @@ def read_drawing(path: Path) -> Drawing:
             negative_prompt=negative,
             seed=int(values["Seed"]),
             steps=int(values["Steps"]),
-            guidance=float(values.get("CFG scale", Drawing.guidance)),
+            guidance=float(values["CFG scale"]) if "CFG scale" in values else None,
             scheduler=values["Sampler"] + karras,
             size=(int(width), int(height)) if height else None,
             **_regions(json.loads(chunks.get(OWN_CHUNK, "{}"))),

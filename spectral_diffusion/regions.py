@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -152,28 +152,31 @@ def _read_mask(written: str, folder: Path | None) -> Image.Image:
         return opened.convert("L")
 
 
-def suggest_regions(prompt: str, tokens: Sequence[str]) -> tuple[Region, ...]:
-    """Return columns of equal width, one for each of `tokens` that `prompt` names, in the order in which it names them.
+def suggest_regions(prompt: str, class_words: Mapping[str, str]) -> tuple[Region, ...]:
+    """Return columns of equal width, one for each token that `prompt` names, in the order in which it names them.
 
-    Each column's prompt is the whole one with its own token in place of all: `<V1> and <V2> near a lake` gives
-    `<V1> near a lake` and `<V2> near a lake`, so that the scene goes on from column to column.
+    Each column's prompt is the whole one with class words in place of the other tokens: `<V1> and <V2> near a lake` gives
+    `<V1> and cat near a lake` and `dog and <V2> near a lake`. So every column is drawn as a part of the same scene of as many
+    things; one that is told of a single thing puts it in the middle of the picture, and two columns draw one thing of two halves.
+
+    Args:
+        class_words: token to class word.
     """
-    found = {token: match for token in tokens if (match := re.search(_written(token), prompt, re.IGNORECASE))}
-    named = sorted(found, key=lambda token: found[token].start())
-    if not named:
+    if not class_words:
         return ()
-    before, after = prompt[: found[named[0]].start()], prompt[max(match.end() for match in found.values()) :]
-    edges = [number / len(named) for number in range(len(named) + 1)]
+    longest_first = sorted(class_words, key=len, reverse=True)
+    pattern = re.compile("|".join(re.escape(token) for token in longest_first), re.IGNORECASE)
+    words = {token.lower(): word for token, word in class_words.items()}
+    named = list(dict.fromkeys(match.group().lower() for match in pattern.finditer(prompt)))
+    edges = [number / len(named) for number in range(len(named))] + [1.0]
     return tuple(
-        Region(prompt=f"{before}{found[token].group()}{after}", box=(left, 0.0, right, 1.0))
-        for token, left, right in zip(named, edges[:-1], edges[1:], strict=True)
+        Region(prompt=_naming_only(own, prompt, pattern, words), box=(left, 0.0, right, 1.0))
+        for own, left, right in zip(named, edges[:-1], edges[1:], strict=True)
     )
 
 
-def _written(token: str) -> str:
-    """Return the pattern of `token` as it may stand in a prompt, with a weight of its own or without."""
-    word = re.escape(token)
-    return rf"\({word}(?::[\d.]+)?\)|\[{word}\]|{word}"
+def _naming_only(own: str, prompt: str, pattern: re.Pattern[str], words: Mapping[str, str]) -> str:
+    return pattern.sub(lambda match: match.group() if match.group().lower() == own else words[match.group().lower()], prompt)
 
 
 def coverage(regions: Sequence[Region], width: int, height: int) -> torch.Tensor:

@@ -84,7 +84,7 @@ def test_vectors_that_are_alike_in_all_layers_draw_what_shared_ones_draw(base: B
 def test_a_region_over_the_whole_picture_is_the_plain_prompt(base: Base) -> None:
     adapter = layerwise(random_adapter(base), base, 0.5)
     plain = Drawing(prompt="<V1> near a lake", steps=3)
-    regional = replace(plain, regions=suggest_regions(plain.prompt, adapter.tokens), confined=False)
+    regional = replace(plain, regions=suggest_regions(plain.prompt, adapter.class_words), confined=False)
     (one,), (other,) = generate(base, plain, adapter), generate(base, regional, adapter)
     assert difference(one, other) <= 1
 

@@ -9,7 +9,13 @@ import torch
 from PIL import Image, ImageDraw
 
 from spectral_diffusion.base import EMBEDDED_BASE, load_base
-from spectral_diffusion.toyworld.characters import BASE_CHARACTERS, CHARACTERS, HELD_OUT_CHARACTERS, SAMPLE_CONCEPTS
+from spectral_diffusion.toyworld.characters import (
+    BASE_CHARACTERS,
+    CHARACTERS,
+    EXTRA_CHARACTERS,
+    HELD_OUT_CHARACTERS,
+    SAMPLE_CONCEPTS,
+)
 from spectral_diffusion.toyworld.recipe.autoencoder import encode_all, refine_decoder, train_autoencoder
 from spectral_diffusion.toyworld.recipe.denoiser import assemble, build_text_encoder, build_unet, train_denoiser
 from spectral_diffusion.toyworld.recipe.pictures import PictureSet, is_reserved, load_or_render
@@ -22,16 +28,16 @@ CPU = torch.device("cpu")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> PictureSet:
     """A few pictures of plain discs that stand for the characters."""
     sprites = {}
-    for number, character in enumerate(CHARACTERS):
+    for number, character in enumerate(CHARACTERS + EXTRA_CHARACTERS):
         sprite = Image.new("RGBA", (48, 48), (0, 0, 0, 0))
-        ImageDraw.Draw(sprite).ellipse([2, 2, 46, 46], fill=(4 * number, 255 - 4 * number, 120, 255))
+        ImageDraw.Draw(sprite).ellipse([2, 2, 46, 46], fill=(number, 255 - number, 120, 255))
         sprites[character.name] = sprite
     folder = tmp_path_factory.mktemp("pictures")
     return load_or_render(folder, "some", 24, sprites, seed=1, held_out=False, tints=False, most_things=2)
 
 
 def test_the_bases_pictures_show_neither_held_out_characters_nor_reserved_combinations(pictures: PictureSet) -> None:
-    allowed = {character.name for character in BASE_CHARACTERS}
+    allowed = {character.name for character in BASE_CHARACTERS + EXTRA_CHARACTERS}
     for scene in pictures.scenes:
         names = [thing.character for thing in scene.things]
         assert set(names) <= allowed and len(names) <= 2
@@ -40,8 +46,14 @@ def test_the_bases_pictures_show_neither_held_out_characters_nor_reserved_combin
 
 def test_enough_characters_are_held_out_and_none_is_drawn_as_one_of_the_bases() -> None:
     assert len(HELD_OUT_CHARACTERS) >= 24
-    assert len({character.codepoint for character in CHARACTERS}) == len({character.name for character in CHARACTERS})
+    everybody = CHARACTERS + EXTRA_CHARACTERS
+    assert len({character.codepoint for character in everybody}) == len({character.name for character in everybody})
+    assert len(everybody) == len({character.name for character in everybody})
     assert set(SAMPLE_CONCEPTS) <= {character.name for character in HELD_OUT_CHARACTERS}
+
+
+def test_no_extra_character_bears_a_class_word_that_the_judge_is_asked_for() -> None:
+    assert not {character.class_word for character in EXTRA_CHARACTERS} & {character.class_word for character in CHARACTERS}
 
 
 def test_all_stages_run_and_make_a_base_that_draws(pictures: PictureSet, tmp_path: Path) -> None:

@@ -170,15 +170,19 @@ def test_a_picture_says_where_its_regions_were(base: Base, tmp_path: Path) -> No
 
 
 def test_regions_are_suggested_in_the_order_of_the_prompt() -> None:
-    regions = suggest_regions("a photo of <V2> and <V1> near a lake", ["<V1>", "<V2>", "<V3>"])
+    words = {"<V1>": "dog", "<V2>": "cat", "<V3>": "toy", "<V11>": "vase"}
+    regions = suggest_regions("a photo of <V2> and <v1> near a lake", words)
     assert [(region.prompt, region.box) for region in regions] == [
-        ("a photo of <V2> near a lake", LEFT),
-        ("a photo of <V1> near a lake", RIGHT),
+        ("a photo of <V2> and dog near a lake", LEFT),
+        ("a photo of cat and <v1> near a lake", RIGHT),
     ]
-    weighed = suggest_regions("a photo of (<V1>:1.3) and [<V2>] near a lake", ["<V1>", "<V2>"])
-    assert [region.prompt for region in weighed] == ["a photo of (<V1>:1.3) near a lake", "a photo of [<V2>] near a lake"]
-    assert suggest_regions("<V1> asleep", ["<V1>"]) == (Region(prompt="<V1> asleep"),)
-    assert suggest_regions("a lake", ["<V1>"]) == ()
+    weighed = suggest_regions("a photo of (<V1>:1.3) and [<V11>] near a lake", words)
+    assert [region.prompt for region in weighed] == [
+        "a photo of (<V1>:1.3) and [vase] near a lake",
+        "a photo of (dog:1.3) and [<V11>] near a lake",
+    ]
+    assert suggest_regions("<V1> asleep, <V1> awake", words) == (Region(prompt="<V1> asleep, <V1> awake"),)
+    assert suggest_regions("a lake", words) == suggest_regions("<V1>", {}) == ()
 
 
 def test_regions_are_read_from_text_and_file(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from studios import QUICK, concept_of, work
 
-from app.actions.adapters import adapter_cards, export, fuse, library_tokens, map_bands, report, report_file
+from app.actions.adapters import adapter_cards, export, fuse, library_class_words, map_bands, report, report_file
 from app.actions.concepts import (
     add_samples,
     concept_card,
@@ -130,7 +130,7 @@ def test_from_photos_to_a_file_that_diffusers_loads(tiny_studio: Studio, photo_f
     fuse(studio, adapters, [1.0, 0.5], title="My pair!", settle=2)
     work(studio)
     pair = next(card for card in adapter_cards(studio) if card.name.startswith("fused/"))
-    assert pair.name == "fused/My_pair.safetensors" and library_tokens(studio, pair.name) == ["<one>", "<two>"]
+    assert pair.name == "fused/My_pair.safetensors" and list(library_class_words(studio, pair.name)) == ["<one>", "<two>"]
     assert load_adapter(pair.path).weights == (1.0, 0.5) and pair.method == "sum"
     (job,) = (job for job in studio.jobs.jobs() if job.kind == "fuse")
     assert studio.jobs.progress(job.name)[-1]["step"] == 2 and not list(studio.jobs.folder.glob("*/*.checkpoint"))

@@ -163,9 +163,9 @@ def export(studio: Studio, name: str, precision: str = "fp16", *, format: str = 
     return studio.jobs.submit("export", f"Export {path.stem} as {format}", arguments)
 
 
-def library_tokens(studio: Studio, name: str) -> list[str]:
-    """Return the tokens that a prompt for the adapter called `name` may hold."""
-    return list(_load(studio, name).tokens)
+def library_class_words(studio: Studio, name: str) -> dict[str, str]:
+    """Return the tokens that a prompt for the adapter called `name` may hold, each with its class word."""
+    return _load(studio, name).class_words
 
 
 def _load(studio: Studio, name: str) -> Adapter:

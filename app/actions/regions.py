@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from PIL import Image
 
-from app.actions.adapters import library_tokens
+from app.actions.adapters import library_class_words
 from app.actions.studio import Studio
 from spectral_diffusion.errors import InputError
 from spectral_diffusion.regions import LEAST_SIDE, MOST_REGIONS, SOFT_EDGE, Box, Region, parse_box, suggest_regions
@@ -25,10 +25,10 @@ def suggested(studio: Studio, adapter: str | None, prompt: str) -> Regions:
     Raises:
         InputError: there is no adapter, or the prompt names none of its tokens.
     """
-    tokens = library_tokens(studio, adapter) if adapter else []
-    regions = suggest_regions(prompt, tokens)
+    class_words = library_class_words(studio, adapter) if adapter else {}
+    regions = suggest_regions(prompt, class_words)
     if not regions:
-        which = f"one of {', '.join(tokens)}" if tokens else "a token, after choosing an adapter"
+        which = f"one of {', '.join(class_words)}" if class_words else "a token, after choosing an adapter"
         raise InputError(f"The prompt names no concept to make room for; write {which} into it.")
     return regions
 

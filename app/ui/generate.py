@@ -9,7 +9,7 @@ from typing import Any
 import gradio as gr
 
 from app.actions import pictures as library
-from app.actions.adapters import adapter_cards, library_tokens
+from app.actions.adapters import adapter_cards, library_class_words
 from app.actions.studio import Studio
 from app.ui import markup
 from app.ui.live import EVENT, Live, attempt, choices, said
@@ -134,7 +134,7 @@ def drawing_fields() -> list[Any]:
     with gr.Accordion("More settings", open=False):
         sampler = gr.Dropdown(list(SCHEDULERS), value=Drawing.scheduler, label="Sampler")
         steps = gr.Slider(1, 100, Drawing.steps, step=1, label="Steps", buttons=[])
-        guidance = gr.Slider(1, 15, Drawing.guidance, step=0.5, label="Guidance", buttons=[])
+        guidance = gr.Slider(0, 15, 0, step=0.5, label="Guidance (0: the base's own)", buttons=[])
         size = gr.Textbox("", label="Size", placeholder="the base's own, or 512x768", max_length=12)
     return [negative, count, seed, sampler, steps, guidance, size]
 
@@ -160,7 +160,7 @@ def read_fields(
             "seed": int(-1 if seed is None else seed),
             "scheduler": sampler,
             "steps": int(steps),
-            "guidance": float(guidance),
+            "guidance": float(guidance) or None,
             "size": library.parse_size(size),
             "regions": regions,
             "confined": confined,
@@ -171,7 +171,7 @@ def read_fields(
 def field_values(drawing: Drawing) -> list[Any]:
     """Return the fields of a drawing, in the order that `read_fields` takes them."""
     size = f"{drawing.size[0]}x{drawing.size[1]}" if drawing.size else ""
-    how = [drawing.scheduler, drawing.steps, drawing.guidance, size]
+    how = [drawing.scheduler, drawing.steps, drawing.guidance or 0, size]
     return [drawing.prompt, drawing.negative_prompt, drawing.count, drawing.seed, *how, drawing.regions, drawing.confined]
 
 
@@ -179,7 +179,7 @@ def _chips(studio: Studio, adapter: str | None) -> str:
     if adapter in (None, BARE):
         return markup.muted("Choose an adapter to use its tokens.")
     try:
-        tokens = library_tokens(studio, adapter)
+        tokens = list(library_class_words(studio, adapter))
     except SpectralDiffusionError as error:  # it may be gone by now
         return markup.refusal(str(error))
     buttons = "".join(markup.button("chip", token, token, kind="sd-chip", title=f"Add {token} to the prompt") for token in tokens)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -78,7 +78,7 @@ def add_drawing_options(parser: argparse.ArgumentParser, without: Sequence[str] 
         "guidance": {
             "type": float,
             "metavar": "X",
-            "help": f"how strictly the prompt is followed (default: {default['guidance']:g})",
+            "help": "how strictly the prompt is followed (default: the base's own: 2.5 for the embedded one, else 5)",
         },
         "sampler": {
             "dest": "scheduler",
@@ -101,7 +101,7 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
     from spectral_diffusion.generation import generate
 
     adapter = load_adapter(arguments.adapter) if arguments.adapter else None
-    drawing = _drawing(arguments, adapter.tokens if adapter else ())
+    drawing = _drawing(arguments, adapter.class_words if adapter else {})
     check_writable(arguments.out)
     base = load_chosen_base(arguments)
     if adapter is not None:
@@ -124,25 +124,25 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
     return 0
 
 
-def _drawing(arguments: argparse.Namespace, tokens: Sequence[str]) -> Drawing:
+def _drawing(arguments: argparse.Namespace, class_words: Mapping[str, str]) -> Drawing:
     """Return what to draw: what was given goes before the defaults of `Drawing`."""
     from spectral_diffusion.drawing import Drawing, random_seed
 
     if arguments.batch < 1:
         raise InputError(f"batch must be at least 1, got {arguments.batch}.")
     given = {field.name: getattr(arguments, field.name) for field in fields(Drawing)}
-    given["regions"] = _regions(arguments, tokens)
+    given["regions"] = _regions(arguments, class_words)
     given["condition"] = _condition(arguments)
     given = {"seed": random_seed()} | {name: value for name, value in given.items() if value is not None}
     return Drawing(**given)
 
 
-def _regions(arguments: argparse.Namespace, tokens: Sequence[str]) -> tuple[Region, ...]:
+def _regions(arguments: argparse.Namespace, class_words: Mapping[str, str]) -> tuple[Region, ...]:
     from spectral_diffusion.regions import parse_region, read_regions, suggest_regions
 
     listed: tuple[Region, ...] = ()
     if arguments.regions == "auto":
-        listed = suggest_regions(arguments.prompt, tokens)
+        listed = suggest_regions(arguments.prompt, class_words)
     elif arguments.regions is not None:
         listed = read_regions(Path(arguments.regions))
     return (*listed, *(parse_region(text) for text in arguments.region))

@@ -55,7 +55,8 @@ def _show_picture(path: Path, console: Console) -> int:
     if drawing.negative_prompt:
         console.say(f"  not         {drawing.negative_prompt}")
     size = f", {drawing.size[0]}x{drawing.size[1]} pixels" if drawing.size else ""
-    how = f"{drawing.scheduler}, {drawing.steps} steps, guidance {drawing.guidance:g}"
+    guidance = f", guidance {drawing.guidance:g}" if drawing.guidance is not None else ""
+    how = f"{drawing.scheduler}, {drawing.steps} steps{guidance}"
     console.say(f"  drawn by    {how}, seed {drawing.seed}{size}")
     for region in drawing.regions:
         console.say(f"  region      {','.join(f'{edge:g}' for edge in region.box)}={region.prompt}")

@@ -12,6 +12,10 @@ from spectral_diffusion.toyworld.scenes import draw_scene
 PICTURE_SIZE = 64
 """Side of a toy-world picture in pixels."""
 
+LEAN = 6.0
+"""How far a thing leans to either side at most, in degrees. Nothing is mirrored: a base as small as ours draws what faces
+both ways with a head at both ends."""
+
 TINTS: dict[str, tuple[int, int, int]] = {
     "red": (226, 58, 52),
     "orange": (244, 140, 40),
@@ -108,10 +112,8 @@ def _tinted(sprite: Image.Image, tint: str | None) -> Image.Image:
 
 
 def _pose(sprite: Image.Image, rng: np.random.Generator) -> Image.Image:
-    if rng.random() < 0.5:
-        sprite = sprite.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     small = sprite.resize((max(2, sprite.width // 2), max(2, sprite.height // 2)), Image.Resampling.BOX)
-    turned = small.rotate(rng.uniform(-12, 12), Image.Resampling.BICUBIC, expand=True)
+    turned = small.rotate(rng.uniform(-LEAN, LEAN), Image.Resampling.BICUBIC, expand=True)
     turned = turned.crop(turned.getchannel("A").getbbox())
     alpha = turned.getchannel("A")
     bright = ImageEnhance.Brightness(turned.convert("RGB")).enhance(rng.uniform(0.9, 1.08))

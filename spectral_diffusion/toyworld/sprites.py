@@ -13,7 +13,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from spectral_diffusion.toyworld.characters import CHARACTERS, Character
+from spectral_diffusion.toyworld.characters import CHARACTERS, EXTRA_CHARACTERS, Character
 
 PACKAGE = "@lobehub/fluent-emoji-3d@1.1.0"
 
@@ -35,7 +35,7 @@ def fetch_sprites(folder: Path) -> dict[str, Image.Image]:
     if not archives:
         archives = [_download(folder)]
     with tarfile.open(archives[-1]) as archive:
-        return {character.name: _read(archive, character) for character in CHARACTERS}
+        return {character.name: _read(archive, character) for character in CHARACTERS + EXTRA_CHARACTERS}
 
 
 def _download(folder: Path) -> Path:

@@ -15,8 +15,8 @@ from spectral_diffusion.training.captions import vary_caption
 
 CROPS_PER_PHOTO = 8
 """Random crops of each photo that are encoded."""
-CLOSE_UP = 1.25
-"""The closest crop is this many times as wide as what the mask shows."""
+CLOSE_UP = 2.0
+"""The closest crop is this many times as wide as what the mask shows: what is learnt larger leaves a scene no room."""
 LARGEST_ZOOM = 1.15
 """Where that takes in all of the photo, the closest crop is the photo's short side over this."""
 SHAKE = 0.06

@@ -21,7 +21,7 @@ from transformers import CLIPTokenizer
 from spectral_diffusion.clip_scorer import DEFAULT_CLIP, ClipScorer, load_scorer
 from spectral_diffusion.files import write_atomically
 from spectral_diffusion.toyworld.captions import caption
-from spectral_diffusion.toyworld.characters import CHARACTER_BY_NAME
+from spectral_diffusion.toyworld.characters import CHARACTER_BY_NAME, CHARACTERS
 from spectral_diffusion.toyworld.recipe.pictures import PictureSet, Scene, load_or_render
 from spectral_diffusion.toyworld.recipe.softened import disturbed, load_or_soften, mixed
 from spectral_diffusion.toyworld.recipe.stage import train_stage
@@ -190,7 +190,7 @@ def measure_clip(
 
 
 def _class_word_share(scorer: ClipScorer, images: torch.Tensor, pictures: PictureSet) -> float:
-    words = list(dict.fromkeys(character.class_word for character in CHARACTER_BY_NAME.values()))
+    words = list(dict.fromkeys(character.class_word for character in CHARACTERS))
     texts = scorer.embed_texts([f"a photo of a {word}" for word in words])
     single = [row for row, scene in enumerate(pictures.scenes) if len(scene.things) == 1]
     answers = (images[single] @ texts.T).argmax(dim=1).tolist()

@@ -12,12 +12,14 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from spectral_diffusion.toyworld.characters import BASE_CHARACTERS, CHARACTERS, Character
+from spectral_diffusion.toyworld.characters import BASE_CHARACTERS, CHARACTERS, EXTRA_CHARACTERS, Character
 from spectral_diffusion.toyworld.render import PICTURE_SIZE, TINTS, Thing, render
 from spectral_diffusion.toyworld.scenes import SCENES
 
 COUNT_SHARES = {1: 0.5, 2: 0.4, 3: 0.1}
 """How many things stand in a picture, and how often."""
+EXTRA_SHARE = 0.4
+"""How often a thing is one of the extra characters, where those appear."""
 TINT_SHARE = 0.12
 """How often a thing is washed with a colour, where tints are asked for."""
 
@@ -61,19 +63,25 @@ def load_or_render(
     """Return the picture set `name` from `folder`, rendering it first when it is not there.
 
     Args:
-        held_out: whether held-out characters appear too (for the judge; never for the base).
+        held_out: whether the held-out characters appear (for the judge) or the extra ones (for the base).
         tints: whether some things are washed with a colour.
         most_things: the most things in one picture.
     """
     pixel_file, scene_file = folder / f"{name}.npy", folder / f"{name}.jsonl"
     if not scene_file.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        characters = CHARACTERS if held_out else BASE_CHARACTERS
+        shares = {character: 1 / len(CHARACTERS) for character in CHARACTERS} if held_out else base_shares()
         rng = np.random.default_rng(seed)
-        combinations = [_draw_combination(rng, characters, most_things, reserve=not held_out, tints=tints) for _ in range(count)]
+        combinations = [_draw_combination(rng, shares, most_things, reserve=not held_out, tints=tints) for _ in range(count)]
         _render_set(pixel_file, scene_file, combinations, sprites, rng)
     scenes = [_scene_from_json(line) for line in scene_file.read_text().splitlines()]
     return PictureSet(pixels=np.load(pixel_file, mmap_mode="r"), scenes=scenes)
+
+
+def base_shares() -> dict[Character, float]:
+    """Return how often each character that the base may see is drawn for a place in a picture; the shares sum to 1."""
+    main, extra = (1 - EXTRA_SHARE) / len(BASE_CHARACTERS), EXTRA_SHARE / len(EXTRA_CHARACTERS)
+    return dict.fromkeys(BASE_CHARACTERS, main) | dict.fromkeys(EXTRA_CHARACTERS, extra)
 
 
 def _render_set(
@@ -97,12 +105,13 @@ def _render_set(
 
 
 def _draw_combination(
-    rng: np.random.Generator, characters: Sequence[Character], most_things: int, *, reserve: bool, tints: bool
+    rng: np.random.Generator, shares: dict[Character, float], most_things: int, *, reserve: bool, tints: bool
 ) -> tuple[tuple[Thing, ...], str]:
-    shares = np.array([COUNT_SHARES[count] for count in range(1, most_things + 1)])
+    counts = np.array([COUNT_SHARES[count] for count in range(1, most_things + 1)])
+    characters, weights = list(shares), list(shares.values())
     while True:
-        count = 1 + int(rng.choice(most_things, p=shares / shares.sum()))
-        names = [characters[index].name for index in rng.choice(len(characters), count, replace=False)]
+        count = 1 + int(rng.choice(most_things, p=counts / counts.sum()))
+        names = [characters[index].name for index in rng.choice(len(characters), count, replace=False, p=weights)]
         scene = list(SCENES)[rng.integers(len(SCENES))]
         if not (reserve and is_reserved(names, scene)):
             break
