@@ -43,7 +43,7 @@ from spectral_diffusion.attach import folded
 from spectral_diffusion.base import ATTENTION_LAYERS, layer_key
 from spectral_diffusion.checkpoint.single_file import CONFIGURATIONS
 from spectral_diffusion.joining import LowRank
-from spectral_diffusion.spectrum import singular_directions
+from spectral_diffusion.spectrum import spectra
 from spectral_diffusion.training.memory import checkpointing
 
 CONCEPTS = 4
@@ -227,7 +227,7 @@ def measure_drawing(models: Models, rank: int, side: int, rounds: int) -> dict[s
 
 def measure_spectrum(models: Models) -> dict[str, Any]:
     """Return the seconds of the exact spectrum of all adapted layers."""
-    exact = seconds_of(lambda: [singular_directions(layer.weight) for layer in models.layers.values()])
+    exact = seconds_of(lambda: list(spectra([layer.weight for layer in models.layers.values()])))
     return {"layers": len(models.layers), "exact_seconds": round(exact, 1)}
 
 

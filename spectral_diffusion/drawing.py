@@ -78,7 +78,7 @@ class Drawing:
 
 @dataclass(frozen=True, kw_only=True)
 class Picture:
-    """A drawn picture with the seed that draws it again and the settings of its drawing."""
+    """A drawn picture with the seed that draws it again and the settings of its drawing, the guidance that it had among them."""
 
     image: Image.Image
     seed: int

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -48,6 +49,19 @@ def singular_directions(weight: torch.Tensor, count: int = MAX_DIRECTIONS) -> Sp
     return Spectrum(U=U[:, :count].contiguous(), s=s[:count].contiguous(), V=Vh[:count].T.contiguous())
 
 
+def spectra(weights: Sequence[torch.Tensor]) -> Iterator[Spectrum]:
+    """Yield the leading singular directions of each of `weights (out, in)`, in their order.
+
+    As many layers are decomposed at once as there are threads, each by one: two threads at one layer take longer than at two.
+    """
+    threads = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            yield from pool.map(singular_directions, weights)
+    finally:
+        torch.set_num_threads(threads)  # what a worker sets holds for those who come after it too
+
+
 def base_spectrum(
     base: Base, layers: dict[str, nn.Linear], on_layer: Callable[[int, int], None] = lambda done, total: None
 ) -> dict[str, Spectrum]:
@@ -65,7 +79,7 @@ def base_spectrum(
             return _load_or_compute(file, layers, on_layer)
     except (OSError, StorageError) as error:
         logger.warning("The spectrum could not be kept in '%s' (%s); it is computed each time.", file.parent, error)
-        return {key: singular_directions(layer.weight) for key, layer in layers.items()}
+        return dict(zip(layers, spectra([layer.weight for layer in layers.values()]), strict=True))
 
 
 def _load_or_compute(file: Path, layers: dict[str, nn.Linear], on_layer: Callable[[int, int], None]) -> dict[str, Spectrum]:
@@ -73,8 +87,8 @@ def _load_or_compute(file: Path, layers: dict[str, nn.Linear], on_layer: Callabl
     missing = [key for key in layers if f"{key}.s" not in cached]
     if missing:
         logger.info("Computing the spectrum of %d layers (once per base).", len(missing))
-        for number, key in enumerate(missing, start=1):
-            spectrum = singular_directions(layers[key].weight)
+        found = spectra([layers[key].weight for key in missing])
+        for number, (key, spectrum) in enumerate(zip(missing, found, strict=True), start=1):
             cached |= {f"{key}.U": spectrum.U.cpu(), f"{key}.s": spectrum.s.cpu(), f"{key}.V": spectrum.V.cpu()}
             on_layer(number, len(missing))
         write_atomically(file, lambda path: save_file(cached, path))

@@ -80,6 +80,8 @@ def test_only_what_the_prompt_names_is_attached_unless_the_whole_is_asked_for(ba
 
 def test_what_the_settings_say_is_what_is_drawn(base: Base) -> None:
     (plain,) = generate(base, Drawing(prompt="a dog", steps=2))
+    (as_said,) = generate(base, plain.drawing)
+    assert plain.drawing.guidance == base.guidance and as_said.image == plain.image
     for other in ({"negative_prompt": "snow"}, {"guidance": 1.0}, {"steps": 3}, {"seed": 1}, {"scheduler": "DDPM"}):
         (changed,) = generate(base, Drawing(**{"prompt": "a dog", "steps": 2} | other))
         assert changed.image != plain.image, other
@@ -102,7 +104,7 @@ def test_a_drawing_out_of_range_is_refused(wrong: dict[str, object], message: st
 
 
 def drawn(**settings: object) -> Picture:
-    drawing = Drawing(**{"prompt": '<V1>: a dog, "quoted", 犬'} | settings)
+    drawing = Drawing(**{"prompt": '<V1>: a dog, "quoted", 犬', "guidance": 5.0} | settings)
     image = Image.new("RGB", (64, 32), (200, 30, 90))
     return Picture(image=image, seed=7, drawing=drawing, tokens=("<V1>",), class_words={"<V1>": "dög"})
 

@@ -14,11 +14,12 @@ from spectral_diffusion.regions import Region
 
 FORM = Image.linear_gradient("L")
 DRAWINGS = [
-    Drawing(prompt="a dog", seed=3),
-    Drawing(prompt='<V1>, "big": 1\nSteps and stones', negative_prompt="blurred, bad", scheduler="DPM++ 2M Karras"),
+    Drawing(prompt="a dog", seed=3, guidance=5.0),
+    Drawing(prompt='<V1>, "big": 1\nSteps and stones', negative_prompt="blurred, bad", guidance=5.0, scheduler="DPM++ 2M Karras"),
     Drawing(prompt="x", negative_prompt="two\nlines", steps=7, guidance=2.5, size=(48, 64)),
     Drawing(
         prompt="a lake",
+        guidance=7.5,
         regions=(Region(prompt="<V1>", box=(0.0, 0.25, 0.5, 1.0)), Region(prompt="<V2>", negative_prompt="fog", mask=FORM)),
         confined=True,
     ),

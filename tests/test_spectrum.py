@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from spectral_diffusion.base import Base, linear_layers, load_base
-from spectral_diffusion.spectrum import Spectrum, base_spectrum, singular_directions
+from spectral_diffusion.spectrum import Spectrum, base_spectrum, singular_directions, spectra
 
 
 @pytest.fixture
@@ -152,3 +152,11 @@ def test_of_two_processes_at_once_one_computes_and_one_waits(
     assert [process.exitcode for process in forked] == [0, 0]
     pids = log.read_text().split()
     assert len(pids) == 3 and len(set(pids)) == 1
+
+
+def test_layers_side_by_side_come_in_order_and_leave_the_threads_as_they_were() -> None:
+    weights = [torch.randn(12 + number, 9, generator=torch.Generator().manual_seed(number)) for number in range(7)]
+    threads = torch.get_num_threads()
+    for weight, found in zip(weights, spectra(weights), strict=True):
+        torch.testing.assert_close(found.U * found.s @ found.V.T, weight)
+    assert torch.get_num_threads() == threads

@@ -192,7 +192,7 @@ def test_crops_are_taken_around_the_concept_and_never_mirrored() -> None:
         shades = np.array(crop)[..., 1].astype(int).mean(0)
         assert shades[-1] > shades[0] + 10
     assert np.abs(np.array(middles) - 0.5).max() < 0.05  # the shake, and a pixel
-    assert 70 < min(edges) < 100 and 160 < max(edges) < 210  # from a close-up of 75 to the whole 200
+    assert 115 < min(edges) < 140 and 160 < max(edges) < 210  # from twice the 60 to the whole 200
     assert random_crop(photo, Image.new("L", photo.size), 64, rng)[0].size == (64, 64)
     corner = Image.new("L", (300, 200))
     ImageDraw.Draw(corner).rectangle([0, 150, 39, 199], fill=255)

@@ -25,7 +25,7 @@ from spectral_diffusion.adapter_file import save_adapter
 from spectral_diffusion.bands import Band
 from spectral_diffusion.base import linear_layers
 from spectral_diffusion.fusion import fuse
-from spectral_diffusion.spectrum import singular_directions
+from spectral_diffusion.spectrum import spectra
 from spectral_diffusion.training import TrainingProgress, train
 
 
@@ -49,7 +49,7 @@ def measure(case: Case, workshop: Workshop) -> dict[str, Any]:
     """Measure one."""
     if case["kind"] == "svd":
         layers = linear_layers(workshop.base, workshop.settings({}).layers)
-        return {"seconds": _timed(lambda: [singular_directions(layer.weight) for layer in layers.values()])}
+        return {"seconds": _timed(lambda: list(spectra([layer.weight for layer in layers.values()])))}
     if case["kind"] == "fuse":
         adapters = [workshop.adapter(name, slot, case["settings"]) for slot, name in enumerate(case["concepts"])]
         return {"seconds": _timed(lambda: fuse(adapters, method=case["method"]).deltas())}

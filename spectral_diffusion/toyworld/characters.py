@@ -225,8 +225,8 @@ EXTRA_CHARACTERS: tuple[Character, ...] = (
     _base("cheese", "cheese", "1f9c0"),
     _base("bread", "bread", "1f35e"),
 )
-"""Further characters of the base: whoever has seen many things learns a new one from a few photos. Neither the judge nor the scoring
-CLIP knows these, no benchmark asks for them, and none bears a class word of the others."""
+"""Further characters of the base: whoever has seen many things learns a new one from a few photos. Neither the judge nor the
+scoring CLIP knows these, no benchmark asks for them, and none bears a class word of the others."""
 
 CHARACTERS: tuple[Character, ...] = BASE_CHARACTERS + HELD_OUT_CHARACTERS
 """Those that the judge tells apart."""
