@@ -52,7 +52,7 @@ def singular_directions(weight: torch.Tensor, count: int = MAX_DIRECTIONS) -> Sp
 def spectra(weights: Sequence[torch.Tensor]) -> Iterator[Spectrum]:
     """Yield the leading singular directions of each of `weights (out, in)`, in their order.
 
-    As many layers are decomposed at once as there are threads, each by one: two threads at one layer take longer than at two.
+    As many layers are decomposed at once as there are threads, each by one of them: that is faster than all of them at one layer.
     """
     threads = torch.get_num_threads()
     try:

@@ -8,6 +8,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -159,4 +160,10 @@ def test_layers_side_by_side_come_in_order_and_leave_the_threads_as_they_were() 
     threads = torch.get_num_threads()
     for weight, found in zip(weights, spectra(weights), strict=True):
         torch.testing.assert_close(found.U * found.s @ found.V.T, weight)
-    assert torch.get_num_threads() == threads
+    assert torch.get_num_threads() == _threads_of_another() == threads
+
+
+def _threads_of_another() -> int:
+    """Return how many threads torch computes with in a thread that is begun now."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(torch.get_num_threads).result()
