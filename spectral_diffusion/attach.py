@@ -6,7 +6,6 @@ The base's weights are never written; leaving the context takes everything off a
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
@@ -121,24 +120,6 @@ class ExtendedEmbedding(nn.Module):
             numbers = numbers + (layer * (len(rows) // self.layers))[:, None]
         new = nn.functional.embedding(numbers, rows)
         return torch.where(is_new[..., None], new, old)
-
-
-def tokens_in(prompt: str, tokens: Collection[str]) -> set[str]:
-    """Return which of `tokens` the tokenizer finds in `prompt`: in any case, and the longest where one begins another."""
-    found = {match.group().lower() for match in _any_of(tokens).finditer(prompt)} if tokens else set()
-    return {token for token in tokens if token.lower() in found}
-
-
-def expand_prompt(prompt: str, words: dict[str, str]) -> str:
-    """Write every token, in any case, as the words that stand for it: `<V1>` becomes `<V1> <V1>_1`."""
-    if not words:
-        return prompt
-    lowered = {token.lower(): written for token, written in words.items()}
-    return _any_of(words).sub(lambda match: lowered.get(match.group().lower(), match.group()), prompt)
-
-
-def _any_of(tokens: Collection[str]) -> re.Pattern[str]:
-    return re.compile("|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True)), re.IGNORECASE)
 
 
 def check_new_tokens(base: Base, tokens: Collection[str]) -> None:

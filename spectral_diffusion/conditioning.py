@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from transformers import CLIPTokenizer
 
-from spectral_diffusion.attach import expand_prompt, layer_by_layer
+from spectral_diffusion.attach import layer_by_layer
 from spectral_diffusion.base import Base
 from spectral_diffusion.cross_attention import side_by_side
+from spectral_diffusion.prompt_tokens import expand_prompt
 from spectral_diffusion.prompt_weights import Piece, parse_prompt
 
 

@@ -12,13 +12,14 @@ import torch
 from PIL import Image
 
 from spectral_diffusion.adapter import Adapter
-from spectral_diffusion.attach import attached, tokens_in
+from spectral_diffusion.attach import attached
 from spectral_diffusion.base import Base
 from spectral_diffusion.condition_picture import following
 from spectral_diffusion.conditioning import encode_prompts, pipeline_arguments
 from spectral_diffusion.drawing import SCHEDULERS, Drawing, Picture
 from spectral_diffusion.errors import InputError
 from spectral_diffusion.previews import OnPreview, decoded, watching
+from spectral_diffusion.prompt_tokens import tokens_in
 from spectral_diffusion.regional_attention import Layout, confining_gate, regional_attention
 from spectral_diffusion.regions import coverage, shares_at
 

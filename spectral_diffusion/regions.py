@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from PIL import Image, ImageFilter
 
 from spectral_diffusion.errors import InputError
 from spectral_diffusion.picture_text import is_picture_text, picture_from_text, picture_text
+from spectral_diffusion.prompt_tokens import expand_prompt, tokens_in
 
 SOFT_EDGE = 0.04
 """Width of the edge over which a region fades out, in fractions of the picture's side."""
@@ -162,21 +162,12 @@ def suggest_regions(prompt: str, class_words: Mapping[str, str]) -> tuple[Region
     Args:
         class_words: token to class word.
     """
-    if not class_words:
-        return ()
-    longest_first = sorted(class_words, key=len, reverse=True)
-    pattern = re.compile("|".join(re.escape(token) for token in longest_first), re.IGNORECASE)
-    words = {token.lower(): word for token, word in class_words.items()}
-    named = list(dict.fromkeys(match.group().lower() for match in pattern.finditer(prompt)))
+    named = tokens_in(prompt, class_words)
     edges = [number / len(named) for number in range(len(named))] + [1.0]
     return tuple(
-        Region(prompt=_naming_only(own, prompt, pattern, words), box=(left, 0.0, right, 1.0))
+        Region(prompt=expand_prompt(prompt, {**class_words, own: own}), box=(left, 0.0, right, 1.0))
         for own, left, right in zip(named, edges[:-1], edges[1:], strict=True)
     )
-
-
-def _naming_only(own: str, prompt: str, pattern: re.Pattern[str], words: Mapping[str, str]) -> str:
-    return pattern.sub(lambda match: match.group() if match.group().lower() == own else words[match.group().lower()], prompt)
 
 
 def coverage(regions: Sequence[Region], width: int, height: int) -> torch.Tensor:

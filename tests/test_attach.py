@@ -11,10 +11,11 @@ from shared_bases import BASES, shared_base
 from test_parametrisations import FORMS, random_adapter
 
 from spectral_diffusion.adapter import Adapter, token_words
-from spectral_diffusion.attach import Switch, attached, check_new_tokens, expand_prompt, hooked, tokens_in, with_tokens
+from spectral_diffusion.attach import Switch, attached, check_new_tokens, hooked, with_tokens
 from spectral_diffusion.base import Base, linear_layers
 from spectral_diffusion.errors import AdapterError, InputError
 from spectral_diffusion.fusion import fuse
+from spectral_diffusion.prompt_tokens import expand_prompt, tokens_in
 
 
 def without_tokens(adapter: Adapter, size: int) -> Adapter:
@@ -107,8 +108,8 @@ def test_a_token_of_several_vectors_is_written_as_that_many_words(base: Base) ->
 
 
 def test_a_token_that_begins_another_is_not_taken_for_it() -> None:
-    assert tokens_in("a sks2 and a <v1>", ["sks", "sks2", "<V1>", "<V2>"]) == {"sks2", "<V1>"}
-    assert tokens_in("a dog", []) == set()
+    assert tokens_in("a sks2 and a <v1>, sks2", ["sks", "<V1>", "sks2", "<V2>"]) == ["sks2", "<V1>"]
+    assert tokens_in("a dog", []) == []
 
 
 def test_while_drawing_nothing_is_computed_beside_the_layers(base: Base) -> None:

@@ -18,12 +18,13 @@ from test_parametrisations import random_adapter
 from torch import nn
 
 from spectral_diffusion.adapter import Adapter, ConceptPart, LayerPart, token_words
-from spectral_diffusion.attach import attached, expand_prompt
+from spectral_diffusion.attach import attached
 from spectral_diffusion.base import Base, layer_key, linear_layers, load_base
 from spectral_diffusion.conditioning import prompts
 from spectral_diffusion.export import Export, export_diffusers, export_embeddings, export_kohya
 from spectral_diffusion.fusion import fuse
 from spectral_diffusion.layer_names import kohya_name
+from spectral_diffusion.prompt_tokens import expand_prompt
 
 PRECISIONS = {torch.float16: 1e-3, torch.float32: 1e-5}
 """Largest relative difference per precision of the file (issue 3, proof)."""

@@ -174,7 +174,7 @@ def test_regions_are_suggested_in_the_order_of_the_prompt() -> None:
     regions = suggest_regions("a photo of <V2> and <v1> near a lake", words)
     assert [(region.prompt, region.box) for region in regions] == [
         ("a photo of <V2> and dog near a lake", LEFT),
-        ("a photo of cat and <v1> near a lake", RIGHT),
+        ("a photo of cat and <V1> near a lake", RIGHT),
     ]
     weighed = suggest_regions("a photo of (<V1>:1.3) and [<V11>] near a lake", words)
     assert [region.prompt for region in weighed] == [

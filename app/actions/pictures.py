@@ -14,11 +14,11 @@ from typing import Any
 from app.actions.adapters import adapter_path
 from app.actions.studio import Studio
 from app.jobs import State
-from spectral_diffusion.attach import tokens_in
 from spectral_diffusion.axis import MOST_PICTURES, Axis
 from spectral_diffusion.condition_picture import Condition, condition_from_record, condition_record, read_condition
 from spectral_diffusion.drawing import Drawing, random_seed
 from spectral_diffusion.errors import InputError
+from spectral_diffusion.prompt_tokens import tokens_in
 from spectral_diffusion.regions import region_from_record, region_record
 
 SORTS = ("newest", "text score", "likeness")

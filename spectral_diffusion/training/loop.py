@@ -10,13 +10,14 @@ from pathlib import Path
 import torch
 
 from spectral_diffusion.adapter import Adapter, ConceptPart, token_words
-from spectral_diffusion.attach import Switch, beside, check_fits_base, check_new_tokens, expand_prompt, with_tokens
+from spectral_diffusion.attach import Switch, beside, check_fits_base, check_new_tokens, with_tokens
 from spectral_diffusion.bands import Band
 from spectral_diffusion.base import Base, linear_layers
 from spectral_diffusion.concept import Concept
 from spectral_diffusion.conditioning import tokenize
 from spectral_diffusion.errors import AdapterError, InputError
 from spectral_diffusion.parametrisations import BANDED
+from spectral_diffusion.prompt_tokens import expand_prompt
 from spectral_diffusion.training.attention import watched_attention
 from spectral_diffusion.training.batches import Photos, Pool, Shown, Source
 from spectral_diffusion.training.examples import EncodedExamples, encode_examples
