@@ -5,7 +5,8 @@ when the judge's strongest sighting in each column of it is the concept that the
 
 - how many concepts, and whether two of them have the same class word;
 - how they are drawn: `prompt` (the plain prompt), `regions` (a column for each, `--regions auto`), `confined` (each concept's
-  change in its own column only);
+  change in its own column only), `sketch` (confined, and following a sketch: the outlines of each concept's mask in one of its
+  photos, side by side, as large as the toy world has so many things);
 - how they were trained and joined: `in one go` (all in one go, plain sum) and `LoRA in one go`; and each by itself: `aligned`
   (spectral, aligned sum), `sum` (spectral, plain sum), `LoRA` (plain sum).
 
@@ -27,13 +28,15 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from spectral_diffusion.adapter import Adapter
 from spectral_diffusion.adapter_file import load_adapter, save_adapter
 from spectral_diffusion.bands import Band
 from spectral_diffusion.base import Base, load_base
-from spectral_diffusion.concept import SAMPLES_FOLDER, load_concept
+from spectral_diffusion.concept import SAMPLES_FOLDER, Concept, load_concept
+from spectral_diffusion.condition_picture import Condition
 from spectral_diffusion.contact_sheet import Cell, Row, contact_sheet
 from spectral_diffusion.drawing import Drawing
 from spectral_diffusion.files import write_atomically
@@ -42,6 +45,7 @@ from spectral_diffusion.generation import generate
 from spectral_diffusion.picture_file import save_picture
 from spectral_diffusion.regions import suggest_regions
 from spectral_diffusion.toyworld.judge import Judge, Sighting, load_judge
+from spectral_diffusion.toyworld.recipe.sketches import silhouettes
 from spectral_diffusion.toyworld.scenes import SCENES
 from spectral_diffusion.training import TrainingSettings, preset, train_together
 
@@ -53,9 +57,10 @@ GROUPS: dict[str, tuple[tuple[str, ...], ...]] = {
 }
 CONCEPTS = tuple(dict.fromkeys(name for groups in GROUPS.values() for names in groups for name in names))
 WAYS: dict[str, dict[str, bool]] = {
-    "prompt": {"regional": False, "confined": False},
-    "regions": {"regional": True, "confined": False},
-    "confined": {"regional": True, "confined": True},
+    "prompt": {"regional": False, "confined": False, "sketched": False},
+    "regions": {"regional": True, "confined": False, "sketched": False},
+    "confined": {"regional": True, "confined": True, "sketched": False},
+    "sketch": {"regional": True, "confined": True, "sketched": True},
 }
 JOININGS = {
     "in one go": ("additive", True, "sum"),
@@ -66,6 +71,9 @@ JOININGS = {
 }
 """Parametrisation, whether all concepts are trained in one go, and method of joining, by the name of the row."""
 SHOWN = 5
+SKETCHED_HEIGHTS = {2: 0.47, 3: 0.35}
+"""How high a thing stands in a sketch of two and of three, in parts of the picture."""
+GROUND = 0.9
 SPEED_ROUNDS = 5
 
 
@@ -106,6 +114,20 @@ def joined_prompt(tokens: Sequence[str], scene: str) -> str:
     return f"{', '.join(tokens[:-1])} and {tokens[-1]} {scene}"
 
 
+def sketch(concepts: Sequence[Concept], number: int, side: int) -> Image.Image:
+    """Return white lines on black, `side` pixels wide: the outlines of `concepts` from left to right, from the n-th photos."""
+    things = Image.new("L", (side, side), 0)
+    for place, concept in enumerate(concepts, start=1):
+        mask = concept.examples[number % len(concept.examples)].mask
+        thing = mask.crop(mask.getbbox())
+        slot = side / len(concepts)
+        scale = min(SKETCHED_HEIGHTS[len(concepts)] * side / thing.height, slot / thing.width)
+        form = thing.resize((round(thing.width * scale), round(thing.height * scale)), Image.Resampling.BOX)
+        corner = (round((place - 0.5) * slot - form.width / 2), round(GROUND * side - form.height))
+        things.paste(place, corner, form.point(lambda value: 255 * (value > 127)))
+    return Image.fromarray(255 * silhouettes(np.asarray(things)).astype(np.uint8))
+
+
 def draw(
     base: Base, adapters: dict[str, Adapter], names: tuple[str, ...], way: str, method: str, numbers: range, folder: Path
 ) -> None:
@@ -118,7 +140,12 @@ def draw(
         pair = pair or fuse([adapters[name] for name in names], method=method, allow_overlap=True)
         prompt = joined_prompt(pair.tokens, list(SCENES)[number % len(SCENES)])
         regions = suggest_regions(prompt, pair.class_words) if WAYS[way]["regional"] else ()
-        drawing = Drawing(prompt=prompt, seed=1000 + number, regions=regions, confined=WAYS[way]["confined"])
+        condition = None
+        if WAYS[way]["sketched"]:
+            concepts = [load_concept(SAMPLES_FOLDER / name) for name in names]
+            condition = Condition(image=sketch(concepts, number, base.resolution))
+        confined = WAYS[way]["confined"]
+        drawing = Drawing(prompt=prompt, seed=1000 + number, regions=regions, confined=confined, condition=condition)
         (picture,) = generate(base, drawing, pair)
         save_picture(picture, file, "mini-sd")
 

@@ -5,8 +5,9 @@ rank-8 adapters of it. Then, each in processes of its own so that its peak of me
 
 - `read`: reading the file as a base whose weights are looked at only, as export, import and info do;
 - `load`: loading it to compute with, in float32;
-- `attach`: putting an adapter of eight concepts, joined by the plain sum, on it, the bands at hand; this and `load` are left out
-  where memory does not suffice;
+- `attach`: putting an adapter of eight concepts, joined by the plain sum, on it, the bands at hand;
+- `prompt`, `regions`: drawing three of them in two steps of 256 pixels (SDXL: 512) by the prompt alone, and each confined to a
+  column of its own; this, `attach` and `load` are left out where memory does not suffice;
 - `fuse`, `fuse_aligned`: joining eight concepts down to the factors of every layer, by the plain and by the aligned sum;
 - `export_kohya`: writing the fused adapter as a LoRA;
 - `export_checkpoint`: writing the base with the fused adapter merged in as one file.
@@ -48,9 +49,12 @@ from spectral_diffusion.bands import Band
 from spectral_diffusion.base import layer_key, load_base, read_base
 from spectral_diffusion.checkpoint import to_original_layout
 from spectral_diffusion.checkpoint.single_file import CONFIGURATIONS
+from spectral_diffusion.drawing import Drawing
 from spectral_diffusion.export import export_checkpoint, export_kohya
 from spectral_diffusion.fusion import fuse
+from spectral_diffusion.generation import generate
 from spectral_diffusion.layer_names import ATTENTION_LAYERS
+from spectral_diffusion.regions import suggest_regions
 from spectral_diffusion.spectrum import Spectrum
 
 CONCEPTS = 8
@@ -174,6 +178,19 @@ def load_and_attach(checkpoint: Path, adapter: Path) -> dict[str, float]:
     return figures
 
 
+def draw(checkpoint: Path, adapter: Path, side: int) -> dict[str, float]:
+    """Measure drawing three concepts by the prompt alone and in regions, pictures `side` pixels wide."""
+    figures: dict[str, float] = {}
+    base = load_base(checkpoint, device="cpu")
+    loaded = replace(load_adapter(adapter), method="sum")
+    plain = Drawing(prompt="<V0>, <V1> and <V2> near a lake", steps=2, size=(side, side))
+    regions = suggest_regions(plain.prompt, loaded.class_words)
+    for name, drawing in {"warm": plain, "prompt": plain, "regions": replace(plain, regions=regions)}.items():
+        with timed(name, figures):
+            generate(base, drawing, loaded)
+    return {name: value for name, value in figures.items() if not name.startswith("warm")}
+
+
 def fuse_and_export(files: list[Path], folder: Path) -> dict[str, float]:
     """Measure fusing the adapters in `files` and writing the result as a kohya LoRA into `folder`."""
     figures: dict[str, float] = {}
@@ -210,10 +227,11 @@ def measure(family: str, folder: Path, runs: int) -> dict[str, float]:
         "fuse_and_export": (fuse_and_export, files, folder),
         "read": (read, checkpoint),
         "load_and_attach": (load_and_attach, checkpoint, folder / "fused.safetensors"),
+        "draw": (draw, checkpoint, folder / "fused.safetensors", 512 if family == "sdxl" else 256),
         "merge": (merge, checkpoint, folder / "fused.safetensors", folder),
     }
     if psutil.virtual_memory().available < LOADED * sizes["checkpoint_bytes"]:
-        del works["load_and_attach"]
+        del works["load_and_attach"], works["draw"]
     seen: dict[str, list[float]] = {}
     for _ in range(runs):
         for name, work in works.items():

@@ -27,8 +27,8 @@ from spectral_diffusion.files import write_atomically
 from spectral_diffusion.fusion import fuse
 from spectral_diffusion.generation import generate
 from spectral_diffusion.picture_file import save_picture
+from spectral_diffusion.prompt_tokens import expand_prompt
 from spectral_diffusion.regions import suggest_regions
-from spectral_diffusion.score import with_class_words
 from spectral_diffusion.spectrum import base_spectrum
 from spectral_diffusion.toyworld.judge import Judge, load_judge
 from spectral_diffusion.training import TrainingProgress, TrainingSettings, preset, train_together
@@ -89,9 +89,7 @@ class Assessor:
         """Score `pictures` against their prompts and the photos of `tokens`, and have them judged."""
         images = [picture.image for picture in pictures]
         class_words = {token: concept.class_word for token, concept in self.concepts.items()}
-        texts = self.scorer.text_alignment(
-            images, [with_class_words(picture.drawing.prompt, class_words) for picture in pictures]
-        )
+        texts = self.scorer.text_alignment(images, [expand_prompt(picture.drawing.prompt, class_words) for picture in pictures])
         references = [example.photo.image for token in tokens for example in self.concepts[token].examples]
         alignments = self.scorer.image_alignment(images, references)
         sightings = self.judge.look(images)

@@ -49,7 +49,7 @@ def _own_settings(picture: Picture) -> dict[str, Any]:
     if regions:
         own |= {"regions": regions, "confined": picture.drawing.confined}
     if (condition := picture.drawing.condition) is not None:
-        own["condition"] = {"adapter": condition.adapter, "strength": condition.strength}
+        own["condition"] = {"adapter": condition.adapter, "strength": condition.strength, "photo": condition.photo}
     return own
 
 

@@ -15,7 +15,7 @@ def tokens_in(prompt: str, tokens: Collection[str]) -> list[str]:
 
 
 def expand_prompt(prompt: str, words: Mapping[str, str]) -> str:
-    """Write every token as the words that stand for it: `<V1>` becomes `<V1> <V1>_1`."""
+    """Write every token as the words that stand for it: `<V1>` becomes `<V1> <V1>_1`, or its class word."""
     if not words:
         return prompt
     lowered = {token.lower(): written for token, written in words.items()}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from spectral_diffusion.clip_scorer import DEFAULT_CLIP, ClipScorer, load_scorer
 from spectral_diffusion.errors import InputError, PhotoError
 from spectral_diffusion.photos import list_pictures, read_photo, read_photos, require_photos
 from spectral_diffusion.picture_file import OWN_CHUNK
+from spectral_diffusion.prompt_tokens import expand_prompt, tokens_in
 from spectral_diffusion.toyworld.judge import Judge, Sighting
 
 __all__ = [
@@ -26,7 +26,6 @@ __all__ = [
     "load_scorer",
     "prompt_in",
     "score_pictures",
-    "with_class_words",
 ]
 
 _logger = logging.getLogger(__name__)
@@ -137,15 +136,6 @@ def prompt_in(parameters: str) -> str:
     return "\n".join(lines).strip()
 
 
-def with_class_words(prompt: str, class_words: Mapping[str, str]) -> str:
-    """Return `prompt` with every token of `class_words` replaced by its class word, as CLIP knows no tokens."""
-    if not class_words:
-        return prompt
-    longest_first = sorted(class_words, key=len, reverse=True)
-    pattern = "|".join(rf"(?<!\w){re.escape(token)}(?!\w)" for token in longest_first)
-    return re.sub(pattern, lambda match: class_words[match.group()], prompt)
-
-
 def _expanded(paths: Sequence[Path]) -> list[Path]:
     return [file for path in paths for file in (list_pictures(path) if path.is_dir() else [path])]
 
@@ -172,8 +162,8 @@ def _read(path: Path, tokens: Sequence[str], class_words: Mapping[str, str]) -> 
     prompt = prompt_in(chunks["parameters"]) if "parameters" in chunks else None
     if not prompt:
         return _Drawn(path=path, image=image, prompt=None, text=None)
-    text = with_class_words(prompt, {**class_words, **_own_class_words(path, chunks)})
-    unknown = [token for token in tokens if with_class_words(text, {token: ""}) != text]
+    text = expand_prompt(prompt, {**class_words, **_own_class_words(path, chunks)})
+    unknown = tokens_in(text, tokens)
     if unknown:
         raise InputError(
             f"The prompt of '{path}' holds {', '.join(unknown)}, for which no class word is known; "

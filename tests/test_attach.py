@@ -15,7 +15,7 @@ from spectral_diffusion.attach import Switch, attached, check_new_tokens, hooked
 from spectral_diffusion.base import Base, linear_layers
 from spectral_diffusion.errors import AdapterError, InputError
 from spectral_diffusion.fusion import fuse
-from spectral_diffusion.prompt_tokens import expand_prompt, tokens_in
+from spectral_diffusion.prompt_tokens import expand_prompt
 
 
 def without_tokens(adapter: Adapter, size: int) -> Adapter:
@@ -105,11 +105,6 @@ def test_a_token_of_several_vectors_is_written_as_that_many_words(base: Base) ->
         prompt = expand_prompt("<v1> <V1>x", {"<V1>": token_words("<V1>", 3), "<V1>x": "<V1>x"})
         ids = tokenizer(prompt, add_special_tokens=False).input_ids
         assert ids == [first, first + 1, first + 2, first + 3]
-
-
-def test_a_token_that_begins_another_is_not_taken_for_it() -> None:
-    assert tokens_in("a sks2 and a <v1>, sks2", ["sks", "<V1>", "sks2", "<V2>"]) == ["sks2", "<V1>"]
-    assert tokens_in("a dog", []) == []
 
 
 def test_while_drawing_nothing_is_computed_beside_the_layers(base: Base) -> None:

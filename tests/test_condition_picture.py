@@ -20,15 +20,16 @@ from app.actions import pictures as actions
 from app.actions.pictures import condition_from, drawing_from
 from app.actions.studio import Studio
 from app.jobs import State
-from spectral_diffusion.base import Base
+from spectral_diffusion.base import Base, load_base
 from spectral_diffusion.cli import main
-from spectral_diffusion.condition_picture import Condition, read_condition
+from spectral_diffusion.condition_picture import Condition, read_condition, traced
 from spectral_diffusion.conditioning import prompts
 from spectral_diffusion.drawing import Drawing
 from spectral_diffusion.errors import InputError
 from spectral_diffusion.generation import generate
 from spectral_diffusion.picture_file import save_picture
 from spectral_diffusion.regions import Region
+from spectral_diffusion.toyworld.judge import load_judge
 
 KINDS = {
     "sd1": {"in_channels": 1, "channels": [32, 32, 64, 64], "adapter_type": "full_adapter"},
@@ -133,6 +134,8 @@ def test_a_condition_that_does_not_suit_is_one_sentence(
     odd = Condition(image=sketch(72, 72), adapter=str(condition_adapter("sdxl")))
     with pytest.raises(InputError, match="wants a size of multiples of 16 pixels, got 72 x 72"):
         generate(loaded_bases["sdxl"], Drawing(prompt="a dog", steps=1, size=(72, 72), condition=odd))
+    with pytest.raises(InputError, match="has no T2I-Adapter of its own; name one of its family"):
+        generate(loaded_bases["sdxl"], Drawing(prompt="a dog", steps=1, condition=Condition(image=sketch())))
     with pytest.raises(InputError, match="strength must not be negative, got -1"):
         Condition(image=sketch(), adapter=folder, strength=-1)
     for file in (tmp_path / "text.png", tmp_path / "missing.png", tmp_path):
@@ -151,9 +154,10 @@ def test_the_command_line_takes_a_condition(
     plain, followed = (Image.open(tmp_path / name / "0001-1.png") for name in ("plain", "followed"))
     assert plain.tobytes() != followed.tobytes()
     own = json.loads(followed.text["spectral_diffusion"])
-    assert own["condition"] == {"adapter": str(condition_adapter("tiny")), "strength": 2}
-    assert main([*words, "--out", str(tmp_path / "plain"), *condition[:2]]) == 1
-    assert "--condition and --condition-adapter belong together" in capsys.readouterr().err
+    assert own["condition"] == {"adapter": str(condition_adapter("tiny")), "strength": 2, "photo": False}
+    for options in (condition[2:], ["--condition-photo"]):
+        assert main([*words, "--out", str(tmp_path / "plain"), *options]) == 1
+        assert "--condition-photo say how --condition is read; give the picture too" in capsys.readouterr().err
 
 
 def test_the_file_of_a_picture_without_a_condition_names_none(tiny_base_folder: Path, tmp_path: Path) -> None:
@@ -166,7 +170,7 @@ def test_the_studio_draws_along_a_condition(
     tiny_studio: Studio, tiny_base_folder: Path, condition_adapter: Callable[[str], Path], tmp_path: Path
 ) -> None:
     sketch(32, 32).save(tmp_path / "sketch.png")
-    condition = condition_from(str(tmp_path / "sketch.png"), f" {condition_adapter('tiny')} ", 1.5)
+    condition = condition_from(str(tmp_path / "sketch.png"), True, f" {condition_adapter('tiny')} ", 1.5)
     drawing = drawing_from({"prompt": "a dog", "steps": 1, "seed": 3})
     actions.generate(tiny_studio, None, replace(drawing, condition=condition))
     assert work(tiny_studio) == [State.DONE], tiny_studio.jobs.jobs()[0].reason
@@ -176,11 +180,37 @@ def test_the_studio_draws_along_a_condition(
         assert drawn.tobytes() == ours.image.tobytes()
 
 
-def test_the_studio_wants_sketch_and_adapter_together(tmp_path: Path) -> None:
-    assert condition_from(None, " ", 1.0) is None
-    for file, adapter in ((None, "folder"), ("sketch.png", " ")):
-        with pytest.raises(InputError, match="belong together; give both or none"):
-            condition_from(file, adapter, 1.0)
+def test_the_studio_says_what_is_missing_beside_an_adapter(tmp_path: Path) -> None:
+    assert condition_from(None, False, " ", 1.0) is None
+    with pytest.raises(InputError, match="'folder' has nothing to read; give a sketch or pose too"):
+        condition_from(None, False, " folder ", 1.0)
     (tmp_path / "a.png").write_text("no picture")
     with pytest.raises(InputError, match=r"a\.png' cannot be read as a picture"):
-        condition_from(str(tmp_path / "a.png"), "folder", 1.0)
+        condition_from(str(tmp_path / "a.png"), False, "folder", 1.0)
+
+
+def test_a_photo_is_traced_at_the_pictures_size(tiny_base_folder: Path, condition_adapter: Callable[[str], Path]) -> None:
+    photo = Image.new("RGB", (320, 320), (40, 120, 60))
+    ImageDraw.Draw(photo).rectangle([80, 80, 239, 239], fill=(230, 210, 200))
+    small = photo.resize((32, 32), Image.Resampling.LANCZOS)
+    lines = np.asarray(traced(small))
+    assert set(np.unique(lines)) == {0, 255}
+    assert lines[7:9, 12:20].any(axis=0).all() and lines[12:20, 23:25].any(axis=1).all()  # the square's upper and right edge
+    assert not lines[10:22, 10:22].any() and not lines[:6].any()
+    base, folder = shared_base("tiny", tiny_base_folder), str(condition_adapter("tiny"))
+    of_photo, of_lines = (
+        generate(base, Drawing(prompt="a dog", steps=1, condition=condition))[0].image.tobytes()
+        for condition in (Condition(image=photo, adapter=folder, photo=True), Condition(image=traced(small), adapter=folder))
+    )
+    assert of_photo == of_lines
+
+
+def test_the_embedded_base_draws_things_where_a_sketch_has_them() -> None:
+    base, judge = load_base(), load_judge()
+    for left, side in ((4, range(0, 32)), (34, range(32, 64))):
+        lines = Image.new("L", (64, 64))
+        ImageDraw.Draw(lines).ellipse([left, 24, left + 25, 56], outline=255)
+        drawing = Drawing(prompt="a lion near a lake", count=4, seed=5, condition=Condition(image=lines))
+        looks = judge.look([picture.image for picture in generate(base, drawing)])
+        assert [first.character for first, *_ in looks] == ["lion"] * 4
+        assert all(round(64 * first.x) in side for first, *_ in looks)

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
 
 from spectral_diffusion.base import EMBEDDED_BASE, load_base
+from spectral_diffusion.condition_picture import Condition
+from spectral_diffusion.drawing import Drawing
+from spectral_diffusion.generation import generate
 from spectral_diffusion.toyworld.characters import (
     BASE_CHARACTERS,
     CHARACTERS,
@@ -19,6 +23,7 @@ from spectral_diffusion.toyworld.characters import (
 from spectral_diffusion.toyworld.recipe.autoencoder import encode_all, refine_decoder, train_autoencoder
 from spectral_diffusion.toyworld.recipe.denoiser import assemble, build_text_encoder, build_unet, train_denoiser
 from spectral_diffusion.toyworld.recipe.pictures import PictureSet, is_reserved, load_or_render
+from spectral_diffusion.toyworld.recipe.sketches import make_sketch_adapter, silhouettes, sketch
 from spectral_diffusion.toyworld.recipe.tokenizer import build_tokenizer
 
 CPU = torch.device("cpu")
@@ -33,14 +38,14 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> PictureSet:
         ImageDraw.Draw(sprite).ellipse([2, 2, 46, 46], fill=(number, 255 - number, 120, 255))
         sprites[character.name] = sprite
     folder = tmp_path_factory.mktemp("pictures")
-    return load_or_render(folder, "some", 24, sprites, seed=1, held_out=False, tints=False, most_things=2)
+    return load_or_render(folder, "some", 24, sprites, seed=1, held_out=False, tints=False)
 
 
 def test_the_bases_pictures_show_neither_held_out_characters_nor_reserved_combinations(pictures: PictureSet) -> None:
     allowed = {character.name for character in BASE_CHARACTERS + EXTRA_CHARACTERS}
     for scene in pictures.scenes:
         names = [thing.character for thing in scene.things]
-        assert set(names) <= allowed and len(names) <= 2
+        assert set(names) <= allowed and len(names) <= 3
         assert not is_reserved(names, scene.scene)
 
 
@@ -64,11 +69,14 @@ def test_all_stages_run_and_make_a_base_that_draws(pictures: PictureSet, tmp_pat
     pipeline = assemble(autoencoder, build_text_encoder(tokenizer), tokenizer, build_unet())
     train_denoiser(tmp_path, pictures, latents, pipeline, 2, 2)
     encoder = {name: value.clone() for name, value in autoencoder.encoder.state_dict().items()}
+    make_sketch_adapter(tmp_path, pictures, latents, pipeline, 2, 2, folder=tmp_path / "sketch-adapter")
     refine_decoder(tmp_path, autoencoder, (pictures,), 2, 2, CPU)
     assert all(torch.equal(encoder[name], value) for name, value in autoencoder.encoder.state_dict().items())
     pipeline.to("cpu", torch.float16).save_pretrained(tmp_path / "base")
-    drawn = load_base(tmp_path / "base", device="cpu").pipeline("a dog", num_inference_steps=1).images[0]
-    assert drawn.size == (64, 64)
+    base = load_base(tmp_path / "base", device="cpu")
+    followed = Condition(image=Image.new("L", (64, 64), 255), adapter=str(tmp_path / "sketch-adapter"))
+    drawn = [generate(base, Drawing(prompt="a dog", steps=1, condition=used))[0].image for used in (None, followed)]
+    assert drawn[0].size == (64, 64) and drawn[0].tobytes() != drawn[1].tobytes()
     assert list((tmp_path / "sheets").glob("denoiser-*.png"))
 
 
@@ -85,3 +93,15 @@ def test_training_goes_on_from_the_shipped_base(pictures: PictureSet, tmp_path: 
     train_denoiser(tmp_path, pictures, latents, pipeline, 1, 2)
     change = (pipeline.unet.conv_in.weight - before).norm() / before.norm()
     assert 0 < change < 0.1
+
+
+def test_sketches_show_what_stands_in_a_picture(pictures: PictureSet) -> None:
+    things = pictures.things[0]
+    assert set(np.unique(things)) == set(range(len(pictures.scenes[0].things) + 1))
+    lines = silhouettes(things)
+    assert 0 < lines.sum() < (things > 0).sum() / 2 and not lines[things == 0].any()
+    drawn = [sketch(pictures.pixels[0], things, torch.Generator().manual_seed(seed)) for seed in range(20)]
+    assert all(one.shape == (1, 64, 64) and 0 < one.max() <= 1 and one.min() == 0 for one in drawn)
+    inside = torch.from_numpy(things > 0)[None]
+    silhouette_only = [one for one in drawn if ((one > 0) & ~inside).sum() == 0]
+    assert 0 < len(silhouette_only) < len(drawn)  # some are of the things, some of the whole picture

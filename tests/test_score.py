@@ -14,7 +14,7 @@ from PIL import Image, PngImagePlugin
 
 from spectral_diffusion.errors import BaseError, InputError, PhotoError
 from spectral_diffusion.photos import read_photos
-from spectral_diffusion.score import DEFAULT_CLIP, ClipScorer, load_scorer, prompt_in, score_pictures, with_class_words
+from spectral_diffusion.score import DEFAULT_CLIP, ClipScorer, load_scorer, prompt_in, score_pictures
 from spectral_diffusion.toyworld.judge import Judge, JudgeNetwork
 from spectral_diffusion.toyworld.recipe.clip import clip_config, contrastive_loss
 
@@ -87,11 +87,6 @@ def test_alignments_refuse_unequal_numbers_and_no_references(scorer: ClipScorer)
 )
 def test_the_prompt_ends_before_the_negative_prompt_or_the_settings(parameters: str, prompt: str) -> None:
     assert prompt_in(parameters) == prompt
-
-
-def test_tokens_are_replaced_as_whole_words_only() -> None:
-    words = {"<V1>": "dog", "<V10>": "cat", "sks": "vase"}
-    assert with_class_words("a <V10>, <V1> and sks, not asksb", words) == "a cat, dog and vase, not asksb"
 
 
 def test_a_report_scores_text_images_and_judged_characters(scorer: ClipScorer, tmp_path: Path) -> None:

@@ -79,18 +79,18 @@ def drawing_of_record(record: dict[str, Any]) -> Drawing:
     return Drawing(**record | read)
 
 
-def condition_from(file: str | None, adapter: str, strength: float) -> Condition | None:
-    """Return the condition that the page's fields say, None when they are empty.
+def condition_from(file: str | None, photo: bool, adapter: str, strength: float) -> Condition | None:
+    """Return the condition that the page's fields say, None without a picture.
 
     Raises:
-        InputError: one of picture and adapter is missing, or the picture cannot be read.
+        InputError: an adapter is named without a picture, or the picture cannot be read.
     """
     adapter = adapter.strip()
-    if file is None and not adapter:
-        return None
-    if file is None or not adapter:
-        raise InputError("A sketch and the T2I-Adapter that reads it belong together; give both or none.")
-    return read_condition(Path(file), adapter, strength)
+    if file is not None:
+        return read_condition(Path(file), adapter, strength, photo=photo)
+    if adapter:
+        raise InputError(f"The T2I-Adapter '{adapter}' has nothing to read; give a sketch or pose too, or empty its field.")
+    return None
 
 
 def parse_size(text: str) -> tuple[int, int] | None:

@@ -67,8 +67,9 @@ def build_generate(studio: Studio, live: Live) -> None:
     settings = [prompt, *fields, regions, confined]
     loaded = [*settings, *shown]
 
-    def begin(name: str | None, sketch: str | None, reader: str, strength: float, *values: Any) -> None:
-        drawing = attempt(lambda: replace(read_fields(*values), condition=library.condition_from(sketch, reader, strength)))
+    def begin(name: str | None, sketch: str | None, photo: bool, reader: str, strength: float, *values: Any) -> None:
+        following = (sketch, photo, reader, strength)
+        drawing = attempt(lambda: replace(read_fields(*values), condition=library.condition_from(*following)))
         if drawing is not None:
             attempt(
                 library.generate,
@@ -104,12 +105,19 @@ def build_generate(studio: Studio, live: Live) -> None:
 
 
 def condition_fields() -> list[Any]:
-    """Build what a drawing follows: a sketch or pose, the T2I-Adapter that reads it, and how strictly."""
+    """Build what a drawing follows: a sketch or pose, whether it is to be traced, its T2I-Adapter, and how strictly."""
     with gr.Accordion("Sketch or pose to follow", open=False, elem_id="condition"):
         sketch = gr.File(label="Picture: white lines on black, or a pose", file_types=["image"], height=140)
-        reader = gr.Textbox("", label="T2I-Adapter", placeholder="a diffusers folder or a hub id", max_length=500)
+        photo = gr.Checkbox(False, label="It is a photo or drawing: trace its outlines")
+        reader = gr.Textbox(
+            "",
+            label="T2I-Adapter",
+            info="The embedded base has its own, for sketches.",
+            placeholder="a diffusers folder or a hub id",
+            max_length=500,
+        )
         strength = gr.Slider(0, 2, 1, step=0.05, label="How strictly", buttons=[])
-    return [sketch, reader, strength]
+    return [sketch, photo, reader, strength]
 
 
 def adapter_list(

@@ -46,8 +46,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--confined", action=argparse.BooleanOptionalAction, help="let each concept act in its own regions only (default: yes)"
     )
     parser.add_argument("--condition", type=Path, metavar="FILE", help="a sketch or pose that the picture follows")
+    parser.add_argument("--condition-photo", action="store_true", help="it is a photo or drawing: trace the sketch from it")
     parser.add_argument(
-        "--condition-adapter", metavar="PATH", help="the T2I-Adapter that reads it: a diffusers folder or a hub id"
+        "--condition-adapter",
+        metavar="PATH",
+        help="the T2I-Adapter that reads it: a diffusers folder or a hub id (the embedded base has its own, for sketches)",
     )
     parser.add_argument("--condition-strength", type=float, default=1.0, metavar="X", help="how strictly (default: %(default)g)")
     parser.add_argument("--batch", type=int, default=8, metavar="N", help="pictures at once (default: %(default)s)")
@@ -151,13 +154,12 @@ def _regions(arguments: argparse.Namespace, class_words: Mapping[str, str]) -> t
 def _condition(arguments: argparse.Namespace) -> Condition | None:
     from spectral_diffusion.condition_picture import read_condition
 
-    if (arguments.condition is None) != (arguments.condition_adapter is None):
-        raise InputError(
-            "--condition and --condition-adapter belong together; give the picture and the T2I-Adapter that reads it."
-        )
+    adapter, photo = arguments.condition_adapter or "", arguments.condition_photo
     if arguments.condition is None:
+        if adapter or photo:
+            raise InputError("--condition-adapter and --condition-photo say how --condition is read; give the picture too.")
         return None
-    return read_condition(arguments.condition, arguments.condition_adapter, arguments.condition_strength)
+    return read_condition(arguments.condition, adapter, arguments.condition_strength, photo=photo)
 
 
 def _check_fit(base: Base, adapter: Adapter) -> None:

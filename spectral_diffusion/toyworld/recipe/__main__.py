@@ -1,4 +1,4 @@
-"""Rebuild the embedded base, the scoring CLIP, the judge and the sample concepts: `make base`.
+"""Rebuild the embedded base, its sketch adapter, the scoring CLIP, the judge and the sample concepts: `make base`.
 
 Every stage resumes where it was killed; sample sheets are left in `WORK/sheets`.
 """
@@ -19,6 +19,7 @@ from spectral_diffusion.toyworld.recipe.concepts import render_sample_concepts
 from spectral_diffusion.toyworld.recipe.denoiser import assemble, build_text_encoder, build_unet, train_denoiser
 from spectral_diffusion.toyworld.recipe.judge import make_judge
 from spectral_diffusion.toyworld.recipe.pictures import load_or_render
+from spectral_diffusion.toyworld.recipe.sketches import make_sketch_adapter
 from spectral_diffusion.toyworld.recipe.tokenizer import build_tokenizer
 from spectral_diffusion.toyworld.sprites import fetch_sprites
 
@@ -38,6 +39,7 @@ def main() -> None:
     parser.add_argument("--autoencoder-steps", type=int, default=3000, help="steps of 4 pictures for the autoencoder")
     parser.add_argument("--denoiser-steps", type=int, default=12_000, help="steps of 32 latents for text encoder and UNet")
     parser.add_argument("--decoder-steps", type=int, default=3000, help="steps of 8 pictures for the decoder alone")
+    parser.add_argument("--sketch-steps", type=int, default=3000, help="steps of 32 latents for the sketch adapter")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     build(
@@ -47,11 +49,19 @@ def main() -> None:
         autoencoder_steps=options.autoencoder_steps,
         denoiser_steps=options.denoiser_steps,
         decoder_steps=options.decoder_steps,
+        sketch_steps=options.sketch_steps,
     )
 
 
 def build(
-    work: Path, device: torch.device, *, improve: bool, autoencoder_steps: int, denoiser_steps: int, decoder_steps: int
+    work: Path,
+    device: torch.device,
+    *,
+    improve: bool,
+    autoencoder_steps: int,
+    denoiser_steps: int,
+    decoder_steps: int,
+    sketch_steps: int,
 ) -> None:
     """Render the toy world and train everything from it, in order; what is finished is not done again."""
     sprites = fetch_sprites(work / "sprites")
@@ -59,7 +69,7 @@ def build(
     shipped = load_base(device=str(device), precision=torch.float32).pipeline if improve else None
     colourful = load_or_render(work, "autoencoder-pictures", 6000, sprites, seed=10, held_out=False, tints=True)
     autoencoder = shipped.vae if shipped else train_autoencoder(work, colourful, autoencoder_steps, 4, device)
-    pictures = load_or_render(work, "base-pictures", PICTURES, sprites, seed=13, held_out=False, tints=False, most_things=2)
+    pictures = load_or_render(work, "base-pictures", PICTURES, sprites, seed=14, held_out=False, tints=False)
     latents = encode_all(autoencoder, pictures, work / "base-latents.npy", device)
     torch.manual_seed(2)
     text_encoder = shipped.text_encoder if shipped else build_text_encoder(tokenizer)
@@ -67,6 +77,7 @@ def build(
     pipeline = assemble(autoencoder, text_encoder, tokenizer, unet)
     train_denoiser(work, pictures, latents, pipeline, denoiser_steps, 32)
     refine_decoder(work, autoencoder, (pictures, colourful), decoder_steps, 8, device)
+    make_sketch_adapter(work, pictures, latents, pipeline, sketch_steps, 32)
     pipeline.to("cpu", torch.float16).save_pretrained(EMBEDDED_BASE)
     finished = load_base(device=str(device)).pipeline.vae
     make_judge(work, sprites, finished, device)

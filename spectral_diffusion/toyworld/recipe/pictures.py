@@ -16,7 +16,7 @@ from spectral_diffusion.toyworld.characters import BASE_CHARACTERS, CHARACTERS, 
 from spectral_diffusion.toyworld.render import PICTURE_SIZE, TINTS, Thing, render
 from spectral_diffusion.toyworld.scenes import SCENES
 
-COUNT_SHARES = {1: 0.5, 2: 0.4, 3: 0.1}
+COUNT_SHARES = {1: 0.4, 2: 0.35, 3: 0.25}
 """How many things stand in a picture, and how often."""
 EXTRA_SHARE = 0.4
 """How often a thing is one of the extra characters, where those appear."""
@@ -43,9 +43,16 @@ class Scene:
 
 @dataclass(frozen=True, kw_only=True)
 class PictureSet:
-    """`pixels` is `(count, side, side, 3)` uint8, memory-mapped; `scenes` describes each picture."""
+    """Rendered pictures, memory-mapped.
+
+    Attributes:
+        pixels: `(count, side, side, 3)` uint8.
+        things: `(count, side, side)` uint8: 0 where the scene is, else the number of the thing, from the left.
+        scenes: what each picture shows.
+    """
 
     pixels: np.ndarray
+    things: np.ndarray
     scenes: list[Scene]
 
 
@@ -58,24 +65,22 @@ def load_or_render(
     seed: int,
     held_out: bool,
     tints: bool,
-    most_things: int = 3,
 ) -> PictureSet:
     """Return the picture set `name` from `folder`, rendering it first when it is not there.
 
     Args:
         held_out: whether the held-out characters appear (for the judge) or the extra ones (for the base).
         tints: whether some things are washed with a colour.
-        most_things: the most things in one picture.
     """
-    pixel_file, scene_file = folder / f"{name}.npy", folder / f"{name}.jsonl"
+    pixel_file, thing_file, scene_file = folder / f"{name}.npy", folder / f"{name}-things.npy", folder / f"{name}.jsonl"
     if not scene_file.exists():
         folder.mkdir(parents=True, exist_ok=True)
         shares = {character: 1 / len(CHARACTERS) for character in CHARACTERS} if held_out else base_shares()
         rng = np.random.default_rng(seed)
-        combinations = [_draw_combination(rng, shares, most_things, reserve=not held_out, tints=tints) for _ in range(count)]
-        _render_set(pixel_file, scene_file, combinations, sprites, rng)
+        combinations = [_draw_combination(rng, shares, reserve=not held_out, tints=tints) for _ in range(count)]
+        _render_set(pixel_file, thing_file, scene_file, combinations, sprites, rng)
     scenes = [_scene_from_json(line) for line in scene_file.read_text().splitlines()]
-    return PictureSet(pixels=np.load(pixel_file, mmap_mode="r"), scenes=scenes)
+    return PictureSet(pixels=np.load(pixel_file, mmap_mode="r"), things=np.load(thing_file, mmap_mode="r"), scenes=scenes)
 
 
 def base_shares() -> dict[Character, float]:
@@ -86,6 +91,7 @@ def base_shares() -> dict[Character, float]:
 
 def _render_set(
     pixel_file: Path,
+    thing_file: Path,
     scene_file: Path,
     combinations: Sequence[tuple[tuple[Thing, ...], str]],
     sprites: dict[str, Image.Image],
@@ -93,24 +99,27 @@ def _render_set(
 ) -> None:
     shape = (len(combinations), PICTURE_SIZE, PICTURE_SIZE, 3)
     pixels = np.lib.format.open_memmap(pixel_file, "w+", np.uint8, shape)
+    numbers = np.lib.format.open_memmap(thing_file, "w+", np.uint8, shape[:3])
     lines = []
     for index, (things, scene) in enumerate(tqdm(combinations, desc=f"rendering {pixel_file.stem}", mininterval=5)):
         rendering = render(sprites, things, scene, rng)
         pixels[index] = np.asarray(rendering.picture)
+        for number, placed in enumerate(rendering.placed, start=1):
+            numbers[index][np.asarray(placed.mask) > 127] = number
         named = [[thing.character, thing.tint] for thing in things]
         boxes = [[round(edge, 4) for edge in placed.box] for placed in rendering.placed]
         lines.append(json.dumps({"things": named, "scene": scene, "boxes": boxes}))
     pixels.flush()
+    numbers.flush()
     scene_file.write_text("\n".join(lines) + "\n")
 
 
 def _draw_combination(
-    rng: np.random.Generator, shares: dict[Character, float], most_things: int, *, reserve: bool, tints: bool
+    rng: np.random.Generator, shares: dict[Character, float], *, reserve: bool, tints: bool
 ) -> tuple[tuple[Thing, ...], str]:
-    counts = np.array([COUNT_SHARES[count] for count in range(1, most_things + 1)])
     characters, weights = list(shares), list(shares.values())
     while True:
-        count = 1 + int(rng.choice(most_things, p=counts / counts.sum()))
+        count = int(rng.choice(list(COUNT_SHARES), p=list(COUNT_SHARES.values())))
         names = [characters[index].name for index in rng.choice(len(characters), count, replace=False, p=weights)]
         scene = list(SCENES)[rng.integers(len(SCENES))]
         if not (reserve and is_reserved(names, scene)):
