@@ -1,4 +1,4 @@
-"""Pictures of two concepts side by side: who stands where, what is learnt there, and when they are shown."""
+"""Pictures of concepts side by side: who stands where, what is learnt there, and when they are shown."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from spectral_diffusion.base import Base
 from spectral_diffusion.concept import Concept, Example
 from spectral_diffusion.photos import Photo
 from spectral_diffusion.training import batches, train_together
-from spectral_diffusion.training.mixing import PICTURES, half, mixed_examples
+from spectral_diffusion.training.mixing import PICTURES, mixed_examples, strip
 
 RED, GREEN, GREY = (220, 30, 30), (30, 200, 30), (128, 128, 128)
 
@@ -38,11 +38,12 @@ def pair() -> list[Concept]:
 
 
 @pytest.mark.parametrize("masked", [True, False])
-def test_a_half_shows_all_of_the_thing_and_its_mask_fits(masked: bool) -> None:
+@pytest.mark.parametrize("columns", [32, 21])
+def test_a_strip_shows_all_of_the_thing_and_its_mask_fits(columns: int, masked: bool) -> None:
     concept = thing("<one>", RED, (0, 50, 40, 90), masked=masked)
     for seed in range(20):
-        picture, mask = half(concept.examples[0], 64, np.random.default_rng(seed))
-        assert picture.shape == (64, 32, 3) and mask.shape == (64, 32)
+        picture, mask = strip(concept.examples[0], columns, 64, np.random.default_rng(seed))
+        assert picture.shape == (64, columns, 3) and mask.shape == (64, columns)
         red = (picture[..., 0] > 170) & (picture[..., 1] < 80)
         assert red.any()
         if masked:
@@ -51,8 +52,8 @@ def test_a_half_shows_all_of_the_thing_and_its_mask_fits(masked: bool) -> None:
             )
             repeated = red & (mask <= 127)  # the thing touches the photo's edges, which are repeated
             assert not ((mask > 127) & ~red).sum() > edge and repeated.any()
-            rows, columns = np.nonzero(mask > 127)
-            assert abs((np.ptp(rows) + 1) - (np.ptp(columns) + 1)) <= 2  # a square stays one
+            down, across = np.nonzero(mask > 127)
+            assert abs((np.ptp(down) + 1) - (np.ptp(across) + 1)) <= 2  # a square stays one
         else:
             assert (mask > 127).sum() < mask.size  # what lies beyond the photo is nothing to learn
 
@@ -85,14 +86,15 @@ def test_who_is_named_first_stands_on_the_left(base: Base, pair: list[Concept], 
         assert sides == {"<one>", "<two>"}
 
 
-def test_of_three_every_two_meet(base: Base, pair: list[Concept], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("spectral_diffusion.training.mixing.encoded", lambda base, examples: [one.caption for one in examples])
+def test_of_three_every_two_meet_and_all_three(base: Base, pair: list[Concept], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("spectral_diffusion.training.mixing.encoded", lambda base, examples: examples)
     three = [*pair, thing("<three>", RED, (5, 5, 60, 60))]
-    for concept, captions in zip(three, mixed_examples(base, three, seed=0), strict=True):
+    for concept, examples in zip(three, mixed_examples(base, three, seed=0), strict=True):
         others = {other.token for other in three if other is not concept}
-        met = [{token for token in others if token in caption} for caption in captions]
-        assert all(concept.token in caption for caption in captions) and {len(one) for one in met} == {1}
-        assert set.union(*met) == others
+        met = [frozenset(token for token in others if token in example.caption) for example in examples]
+        assert all(concept.token in example.caption for example in examples)
+        assert set(met) == {frozenset([one]) for one in others} | {frozenset(others)}
+        assert {example.picture.size for example in examples} == {(base.resolution, base.resolution)}
 
 
 def test_they_are_shown_in_steps_among_the_others_only(base: Base, pair: list[Concept], monkeypatch: pytest.MonkeyPatch) -> None:

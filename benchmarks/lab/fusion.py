@@ -1,8 +1,10 @@
 """How much of each concept is left when several are joined: every method trains, joins and draws in the same way.
 
 Identity is the judge's: the share of pictures in which its first answer is the concept. The whole joined adapter is attached, as
-an exported file is. `alone` cases are shared by all methods that train alike. A training with `together = true` trains all
-concepts of a case in one go; there each number of concepts has `alone` cases of its own.
+an exported file is. `alone` cases are shared by all methods that train alike. All concepts of an experiment are trained in one
+pass where the form can be stacked, which is the same as one after the other and faster, as none is attached while another learns.
+A training with `together = true` trains those of a case in one go, among each other; there each number of concepts has `alone`
+cases of its own.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from spectral_diffusion.adapter import Adapter
 from spectral_diffusion.drawing import Drawing
 from spectral_diffusion.fusion import fuse
 from spectral_diffusion.generation import generate
+from spectral_diffusion.parametrisations import TUNERS
 from spectral_diffusion.training import settle
 
 SETTLED = "settled"
@@ -37,10 +40,12 @@ def cases(config: dict[str, Any]) -> Iterator[Case]:
     for seed in config["seeds"]:
         for before, count in pairwise([0, *config["counts"]]):
             names = config["concepts"][:count]
-            trained = {label: _trained(training, names, seed) for label, training in config["trainings"].items()}
+            trainings = config["trainings"]
+            trained = {label: _trained(training, names, config["concepts"], seed) for label, training in trainings.items()}
             for label, training in trained.items():
-                of = f" of {count}" if training["group"] else ""
-                for slot, name in list(enumerate(names))[0 if training["group"] else before :]:
+                together = trainings[label].get("together", False)
+                of = f" of {count}" if together else ""
+                for slot, name in list(enumerate(names))[0 if together else before :]:
                     case = {"name": f"{name}{of} alone {label} {seed}", "kind": "alone", "training": label, "concept": name}
                     yield case | {"slot": slot} | training | shared
             for method, (label, fuser) in config["methods"].items():
@@ -48,10 +53,13 @@ def cases(config: dict[str, Any]) -> Iterator[Case]:
                 yield case | {"concepts": names} | trained[label] | shared
 
 
-def _trained(training: dict[str, Any], names: list[str], seed: int) -> dict[str, Any]:
-    """Return the settings of a training and the `group` that is trained in one go, empty where each is trained by itself."""
-    settings = {name: value for name, value in training.items() if name != "together"}
-    return {"settings": settings | {"seed": seed}, "group": names if training.get("together") else []}
+def _trained(training: dict[str, Any], names: list[str], everybody: list[str], seed: int) -> dict[str, Any]:
+    """Return the settings of a training and the `group` that is trained in one pass; apart, none is attached for another."""
+    settings = {name: value for name, value in training.items() if name != "together"} | {"seed": seed}
+    if training.get("together"):
+        return {"settings": settings, "group": names}
+    one_by_one = settings.get("parametrisation") in TUNERS
+    return {"settings": settings | {"presence": 0.0}, "group": [] if one_by_one else everybody}
 
 
 def measure(case: Case, workshop: Workshop) -> dict[str, Any]:

@@ -81,7 +81,7 @@ class Workshop:
         """Return the concept `name` trained on band number `slot` with `changes`, from disk where it was trained before.
 
         Args:
-            group: concepts that are trained in one go, `name` among them, each on the band of its place; none: by itself.
+            group: concepts that are trained in one pass, `name` among them, each on the band of its place; none: by itself.
         """
         settings = self.settings(changes)
         if not group and settings.parametrisation not in BANDED:  # two LoRAs of one seed begin with the same random directions

@@ -53,7 +53,7 @@ class TrainingSettings:
         0.67, "share of the steps made among the concepts to be drawn with: some or all are attached, as in the fused adapter"
     )
     mixing: float = _setting(
-        0.0, "share of the photos in steps among the others that stand beside one of them, of concepts trained in one go"
+        0.0, "share of the photos in steps among the others that stand beside one or two of them, of concepts trained in one go"
     )
     isolation: int = _setting(8, "number of leading bands; the concept neither writes into nor reads from the others' among them")
     attention: float = _setting(
