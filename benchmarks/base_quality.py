@@ -1,7 +1,7 @@
 """How good is the embedded base? `python -m benchmarks.base_quality --json PATH`
 
 - `single`: share of pictures of one thing on a scene whose class is right, as the judge sees it;
-- `pairs`: share of pictures of two things in which both classes are right;
+- `pairs`, `triples`: share of pictures of two and of three things in which all classes are right;
 - `psnr`: of the autoencoder, in dB, on renderings that it never saw.
 
 The prompts are fixed: combinations of things and scene that the base's training keeps out (`pictures.is_reserved`).
@@ -34,6 +34,7 @@ from spectral_diffusion.toyworld.scenes import SCENES
 from spectral_diffusion.toyworld.sprites import fetch_sprites
 
 PICTURES = 100
+COUNTS = {"single": 1, "pairs": 2, "triples": 3}
 
 
 def reserved_prompts(things: int) -> list[tuple[str, frozenset[str]]]:
@@ -45,7 +46,9 @@ def reserved_prompts(things: int) -> list[tuple[str, frozenset[str]]]:
     for index in range(PICTURES):
         chosen, scene = every[order[index % len(order)]]
         words = [CHARACTER_BY_NAME[name].class_word for name in chosen]
-        prompts.append((f"{' and '.join(with_article(word) for word in words)} {scene}", frozenset(words)))
+        *first, last = (with_article(word) for word in words)
+        named = " and ".join([*([", ".join(first)] if first else []), last])
+        prompts.append((f"{named} {scene}", frozenset(words)))
     return prompts
 
 
@@ -82,12 +85,12 @@ def main() -> None:
     parser.add_argument("--sprites", type=Path, default=Path("out/base/sprites"), help="where the drawings are kept")
     options = parser.parse_args()
     base = load_base()
-    single, single_cells = draw_and_judge(base, 1)
-    pairs, pair_cells = draw_and_judge(base, 2)
-    result = {"single": single, "pairs": pairs, "psnr": autoencoder_psnr(base, fetch_sprites(options.sprites))}
+    drawn = {name: draw_and_judge(base, things) for name, things in COUNTS.items()}
+    result = {name: right for name, (right, _) in drawn.items()}
+    result["psnr"] = autoencoder_psnr(base, fetch_sprites(options.sprites))
     options.json.parent.mkdir(parents=True, exist_ok=True)
     options.json.write_text(json.dumps(result, indent=2), encoding="utf-8")
-    for name, cells in (("single", single_cells), ("pairs", pair_cells)):
+    for name, (_, cells) in drawn.items():
         rows = [Row(label=name, cells=tuple(cells[start : start + 10])) for start in range(0, 40, 10)]
         contact_sheet(rows).save(options.json.with_name(f"{options.json.stem}-{name}.png"))
     print(json.dumps(result, indent=2))

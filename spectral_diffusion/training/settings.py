@@ -99,7 +99,8 @@ _FOR_REAL_BASES = {
     "best": _PAPER,
 }
 # The embedded base has attention at two coarse levels only; without its feed-forward layers no identity comes out. Of its 16 x 16
-# latents most lie at an outline, which is learnt from both sides.
+# latents most lie at an outline, which is learnt from both sides; and what was only shown large is not known at the size that two or
+# three have beside each other.
 _EMBEDDED = replace(
     _PAPER,
     batch=4,
@@ -108,12 +109,13 @@ _EMBEDDED = replace(
     token_rate=5e-3,
     isolation=4,
     background=1.0,
+    mixing=0.3,
     layers=(*ATTENTION_LAYERS, *FEED_FORWARD_LAYERS),
 )
 _FOR_EMBEDDED_BASE = {
     "fast": replace(_EMBEDDED, steps=150),
-    "balanced": replace(_EMBEDDED, steps=1600),
-    "best": replace(_EMBEDDED, steps=2000),
+    "balanced": replace(_EMBEDDED, steps=2000),
+    "best": replace(_EMBEDDED, steps=3000),
 }
 
 
