@@ -218,7 +218,7 @@ def main() -> None:
             result["speed"] = speed(base, fuse([adapters[name] for name in GROUPS["three"][0]]))
         text = json.dumps(result, indent=2)
         write_atomically(options.json, lambda path, text=text: path.write_text(text, encoding="utf-8"))
-        contact_sheet(sheet).save(options.json.with_suffix(".png"))
+        contact_sheet(sheet).save(options.json.with_suffix(".jpg"), quality=92)
         print(json.dumps(result["rows"][-1]), flush=True)
 
 
