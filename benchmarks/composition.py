@@ -93,7 +93,7 @@ class Judged:
 
 def trained(base: Base, form: str, together: bool, settings: TrainingSettings, folder: Path) -> dict[str, Adapter]:
     """Return an adapter for each of `CONCEPTS`, from `folder` where it was trained before."""
-    own = replace(settings, parametrisation=form, isolation=len(CONCEPTS))
+    own = replace(settings, parametrisation=form, isolation=0 if together else len(CONCEPTS))
     folder = folder / f"{form}{'-in-one-go' if together else ''}"
     bands = {name: Band(start=number * own.rank, rank=own.rank) for number, name in enumerate(CONCEPTS)}
     for names in [CONCEPTS] if together else [(name,) for name in CONCEPTS]:

@@ -132,7 +132,7 @@ def run_demo(
     """
     started = time.monotonic()
     base = load_base()
-    settings = settings or preset("balanced", base)
+    settings = settings or preset("balanced", base, together=True)
     concepts = {concept.token: concept for concept in (load_concept(SAMPLES_FOLDER / name) for name in names)}
     characters = dict(zip(concepts, names, strict=True))
     trained, training_seconds = _train_all(base, concepts, settings, out, on_line, on_progress)

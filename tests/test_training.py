@@ -346,6 +346,8 @@ def test_presets_are_chosen_by_name_and_take_longer_in_turn(base: Base) -> None:
     for family in (base, replace(base, family="sd1")):
         steps = [preset(name, family).steps for name in PRESETS]
         assert steps == sorted(set(steps))
+    real = replace(base, family="sd1")
+    assert [preset("balanced", one, together=True).isolation for one in (base, real)] == [0, preset("balanced", real).isolation]
     with pytest.raises(InputError, match="no preset 'quick'; choose one of fast, balanced, best"):
         preset("quick", base)
 

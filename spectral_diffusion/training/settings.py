@@ -99,8 +99,8 @@ _FOR_REAL_BASES = {
     "best": _PAPER,
 }
 # The embedded base has attention at two coarse levels only; without its feed-forward layers no identity comes out. Of its 16 x 16
-# latents most lie at an outline, which is learnt from both sides; and what was only shown large is not known at the size that two or
-# three have beside each other.
+# latents most lie at an outline, which is learnt from both sides; and what was only shown large is not known at the size that two
+# or three have beside each other.
 _EMBEDDED = replace(
     _PAPER,
     batch=4,
@@ -119,9 +119,15 @@ _FOR_EMBEDDED_BASE = {
 }
 
 
-def preset(name: str, base: Base) -> TrainingSettings:
-    """Return the settings called `name` for `base`: the paper's rates for real checkpoints, faster ones for the embedded base."""
+def preset(name: str, base: Base, *, together: bool = False) -> TrainingSettings:
+    """Return the settings called `name` for `base`: the paper's rates for real checkpoints, faster ones for the embedded base.
+
+    Args:
+        together: whether several concepts are trained in one go. Then those on the embedded base are not isolated: they learn to
+            bear each other, and the bands of five are half of the directions of its narrow layers.
+    """
     presets = _FOR_EMBEDDED_BASE if base.family == "mini" else _FOR_REAL_BASES
     if name not in presets:
         raise InputError(f"There is no preset '{name}'; choose one of {', '.join(PRESETS)}.")
-    return presets[name]
+    chosen = presets[name]
+    return replace(chosen, isolation=0) if together and base.family == "mini" else chosen
