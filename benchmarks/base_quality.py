@@ -24,7 +24,7 @@ from spectral_diffusion.base import Base, load_base
 from spectral_diffusion.contact_sheet import Cell, Row, contact_sheet
 from spectral_diffusion.drawing import Drawing
 from spectral_diffusion.generation import generate
-from spectral_diffusion.toyworld.captions import with_article
+from spectral_diffusion.toyworld.captions import listed, with_article
 from spectral_diffusion.toyworld.characters import BASE_CHARACTERS, CHARACTER_BY_NAME
 from spectral_diffusion.toyworld.judge import load_judge
 from spectral_diffusion.toyworld.recipe.autoencoder import to_pixels, to_tensor
@@ -46,9 +46,7 @@ def reserved_prompts(things: int) -> list[tuple[str, frozenset[str]]]:
     for index in range(PICTURES):
         chosen, scene = every[order[index % len(order)]]
         words = [CHARACTER_BY_NAME[name].class_word for name in chosen]
-        *first, last = (with_article(word) for word in words)
-        named = " and ".join([*([", ".join(first)] if first else []), last])
-        prompts.append((f"{named} {scene}", frozenset(words)))
+        prompts.append((f"{listed([with_article(word) for word in words])} {scene}", frozenset(words)))
     return prompts
 
 

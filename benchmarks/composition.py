@@ -44,6 +44,7 @@ from spectral_diffusion.fusion import fuse
 from spectral_diffusion.generation import generate
 from spectral_diffusion.picture_file import save_picture
 from spectral_diffusion.regions import suggest_regions
+from spectral_diffusion.toyworld.captions import listed
 from spectral_diffusion.toyworld.judge import Judge, Sighting, load_judge
 from spectral_diffusion.toyworld.recipe.sketches import silhouettes
 from spectral_diffusion.toyworld.scenes import SCENES
@@ -109,11 +110,6 @@ def trained(base: Base, form: str, together: bool, settings: TrainingSettings, f
     return {name: load_adapter(folder / f"{name}.safetensors") for name in CONCEPTS}
 
 
-def joined_prompt(tokens: Sequence[str], scene: str) -> str:
-    """Return `<A> and <B> near a lake`, `<A>, <B> and <C> near a lake`."""
-    return f"{', '.join(tokens[:-1])} and {tokens[-1]} {scene}"
-
-
 def sketch(concepts: Sequence[Concept], number: int, side: int) -> Image.Image:
     """Return white lines on black, `side` pixels wide: the outlines of `concepts` from left to right, from the n-th photos."""
     things = Image.new("L", (side, side), 0)
@@ -132,18 +128,15 @@ def draw(
     base: Base, adapters: dict[str, Adapter], names: tuple[str, ...], way: str, method: str, numbers: range, folder: Path
 ) -> None:
     """Draw what is missing of the pictures `numbers` of `names` into `folder`."""
-    pair = None
+    pair, concepts = None, [load_concept(SAMPLES_FOLDER / name) for name in names]
     for number in numbers:
         file = folder / f"{number:03d}.png"
         if file.exists():
             continue
         pair = pair or fuse([adapters[name] for name in names], method=method, allow_overlap=True)
-        prompt = joined_prompt(pair.tokens, list(SCENES)[number % len(SCENES)])
+        prompt = f"{listed(pair.tokens)} {list(SCENES)[number % len(SCENES)]}"
         regions = suggest_regions(prompt, pair.class_words) if WAYS[way]["regional"] else ()
-        condition = None
-        if WAYS[way]["sketched"]:
-            concepts = [load_concept(SAMPLES_FOLDER / name) for name in names]
-            condition = Condition(image=sketch(concepts, number, base.resolution))
+        condition = Condition(image=sketch(concepts, number, base.resolution)) if WAYS[way]["sketched"] else None
         confined = WAYS[way]["confined"]
         drawing = Drawing(prompt=prompt, seed=1000 + number, regions=regions, confined=confined, condition=condition)
         (picture,) = generate(base, drawing, pair)
@@ -171,7 +164,7 @@ def _strongest(sightings: Sequence[Sighting], place: int, places: int) -> Sighti
 
 def speed(base: Base, adapter: Adapter) -> dict[str, float]:
     """Return the processor seconds per drawing of the plain prompt and of a region for each concept, and their ratio."""
-    prompt = joined_prompt(adapter.tokens, "near a lake")
+    prompt = f"{listed(adapter.tokens)} near a lake"
     plain = Drawing(prompt=prompt, count=8)
     ways = {"prompt": plain, "regions": replace(plain, regions=suggest_regions(prompt, adapter.class_words))}
     times: dict[str, list[float]] = {name: [] for name in ways}

@@ -26,6 +26,7 @@ from spectral_diffusion.drawing import Drawing
 from spectral_diffusion.fusion import fuse
 from spectral_diffusion.generation import generate
 from spectral_diffusion.parametrisations import TUNERS
+from spectral_diffusion.toyworld.captions import listed
 from spectral_diffusion.training import settle
 
 SETTLED = "settled"
@@ -88,8 +89,7 @@ def measure(case: Case, workshop: Workshop) -> dict[str, Any]:
 
 def _together(workshop: Workshop, fused: Adapter, names: Sequence[str], pictures: int) -> tuple[list[Image.Image], float]:
     """Draw the first concepts of `fused` in one picture; return the pictures and the share in which the judge sees them all."""
-    *first, last = fused.tokens[: len(names)]
-    drawing = Drawing(prompt=f"{', '.join(first)} and {last} near a lake", count=len(PROMPTS) * pictures, seed=77_000)
+    drawing = Drawing(prompt=f"{listed(fused.tokens[: len(names)])} near a lake", count=len(PROMPTS) * pictures, seed=77_000)
     images = [picture.image for picture in generate(workshop.base, drawing, fused, whole=True)]
     looks = workshop.judge.look(images)
     return images, mean(float({seen.character for seen in look[: len(names)]} == set(names)) for look in looks)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from spectral_diffusion.toyworld.characters import CHARACTER_BY_NAME
@@ -30,13 +32,19 @@ def noun(thing: Thing, rng: np.random.Generator) -> str:
     return with_article(f"{thing.tint} {name}" if thing.tint else name)
 
 
+def listed(phrases: Sequence[str]) -> str:
+    """Return `a`, `a and b` or `a, b and c`: how prompts name several things from left to right."""
+    *first, last = phrases
+    return f"{', '.join(first)} and {last}" if first else last
+
+
 def join(nouns: list[str], rng: np.random.Generator) -> str:
     """Join one to three noun phrases, leftmost first."""
     if len(nouns) == 1:
         return nouns[0]
     if len(nouns) == 2:
         return _JOINTS[rng.integers(len(_JOINTS))].format(*nouns)
-    return f"{nouns[0]}, {nouns[1]} and {nouns[2]}"
+    return listed(nouns)
 
 
 def caption(things: tuple[Thing, ...], scene: str | None, rng: np.random.Generator) -> str:
