@@ -33,7 +33,8 @@ from PIL import Image
 
 from spectral_diffusion.adapter import Adapter
 from spectral_diffusion.adapter_file import load_adapter, save_adapter
-from spectral_diffusion.bands import Band
+from spectral_diffusion.band_plan import fewest_directions
+from spectral_diffusion.bands import bands_in_order
 from spectral_diffusion.base import Base, load_base
 from spectral_diffusion.concept import SAMPLES_FOLDER, Concept, load_concept
 from spectral_diffusion.condition_picture import Condition
@@ -96,7 +97,8 @@ def trained(base: Base, form: str, together: bool, settings: TrainingSettings, f
     """Return an adapter for each of `CONCEPTS`, from `folder` where it was trained before."""
     own = replace(settings, parametrisation=form, isolation=0 if together else len(CONCEPTS))
     folder = folder / f"{form}{'-in-one-go' if together else ''}"
-    bands = {name: Band(start=number * own.rank, rank=own.rank) for number, name in enumerate(CONCEPTS)}
+    directions = fewest_directions(base, own.layers)
+    bands = dict(zip(CONCEPTS, bands_in_order(own.rank, directions, weakest_first=own.weakest_first), strict=False))
     for names in [CONCEPTS] if together else [(name,) for name in CONCEPTS]:
         files = [folder / f"{name}.safetensors" for name in names]
         if all(file.exists() for file in files):

@@ -91,7 +91,15 @@ def fewest_directions(
     return min(len(spectrum.s) for spectrum in base_spectrum(base, layers, on_layer).values())
 
 
-def choose_band(start: int | None, rank: int, directions: int, taken: Sequence[TakenBand], *, allow_overlap: bool) -> Band:
+def choose_band(
+    start: int | None,
+    rank: int,
+    directions: int,
+    taken: Sequence[TakenBand],
+    *,
+    weakest_first: bool = False,
+    allow_overlap: bool = False,
+) -> Band:
     """Return the band that begins at `start`, or the next free one when missing.
 
     Args:
@@ -101,7 +109,7 @@ def choose_band(start: int | None, rank: int, directions: int, taken: Sequence[T
         BandError: the band is taken, or none is left.
     """
     if start is None:
-        return next_free_band([other.band for other in taken], rank, directions)
+        return next_free_band([other.band for other in taken], rank, directions, weakest_first=weakest_first)
     band = Band(start=start, rank=rank)
     clash = next((other for other in taken if band.overlaps(other.band)), None)
     if clash is not None and not allow_overlap:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from spectral_diffusion.errors import BandError
@@ -50,15 +50,21 @@ def slots(directions: int, rank: int) -> int:
     return directions // rank
 
 
-def next_free_band(taken: Iterable[Band], rank: int, directions: int) -> Band:
-    """Return the strongest slot of `rank` directions that touches none of the bands `taken`.
+def bands_in_order(rank: int, directions: int, *, weakest_first: bool = False) -> Iterator[Band]:
+    """Yield every disjoint band of `rank` among `directions` in the order in which concepts get them, the strongest first."""
+    numbers = range(slots(directions, rank))
+    for number in reversed(numbers) if weakest_first else numbers:
+        yield Band(start=number * rank, rank=rank)
+
+
+def next_free_band(taken: Iterable[Band], rank: int, directions: int, *, weakest_first: bool = False) -> Band:
+    """Return the first band of `rank` directions, in their order, that touches none of the bands `taken`.
 
     Raises:
         BandError: every slot is taken; the message says how many the base has.
     """
     taken = list(taken)
-    for slot in range(slots(directions, rank)):
-        band = Band(start=slot * rank, rank=rank)
+    for band in bands_in_order(rank, directions, weakest_first=weakest_first):
         if not any(band.overlaps(other) for other in taken):
             return band
     raise BandError(

@@ -200,7 +200,7 @@ def _train_all(
     directions = min(len(layer.s) for layer in spectrum.values())
     bands: list[Band] = []
     for token, concept in concepts.items():
-        bands.append(next_free_band(bands, settings.rank, directions))
+        bands.append(next_free_band(bands, settings.rank, directions, weakest_first=settings.weakest_first))
         on_line(f"Training {token} ({concept.class_word}) on singular directions {bands[-1]} ...")
     together, checkpoint = list(zip(concepts.values(), bands, strict=True)), out / "training.checkpoint"
     results = train_together(base, together, settings, checkpoint=checkpoint, on_progress=on_progress)

@@ -35,10 +35,13 @@ def test_the_last_band_of_a_layer_fits_and_the_next_does_not() -> None:
         check_fits(Band(start=0, rank=33), 32, "unet.a")
 
 
-def test_the_strongest_slot_that_touches_no_taken_band_is_chosen() -> None:
+def test_the_first_slot_that_touches_no_taken_band_is_chosen() -> None:
     taken = [Band(start=0, rank=8), Band(start=15, rank=2)]
     assert next_free_band(taken, rank=8, directions=48) == Band(start=24, rank=8)
     assert next_free_band(taken, rank=4, directions=48) == Band(start=8, rank=4)
+    taken = [Band(start=46, rank=1)]
+    assert next_free_band(taken, rank=8, directions=50, weakest_first=True) == Band(start=32, rank=8)
+    assert next_free_band(taken, rank=4, directions=50, weakest_first=True) == Band(start=40, rank=4)
 
 
 @pytest.mark.parametrize("rank", [1, 3, 8])

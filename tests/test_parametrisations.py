@@ -142,6 +142,29 @@ def test_the_low_rank_change_is_the_dense_one(form: str) -> None:
     torch.testing.assert_close(delta(form, band, tensors), dense, rtol=0, atol=1e-13)
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_what_is_trained_on_the_balanced_band_is_kept_for_the_band_itself(form: str) -> None:
+    module, band = SPECTRAL[form], band_of(whole_spectrum()[1], 2, RANK)
+    tensors = random_tensors(form, band)
+    kept = module.kept(band.s, tensors)
+    # float64 round-off of numbers around 10
+    torch.testing.assert_close(delta(form, band, kept), delta(form, module.balanced(band), tensors), rtol=0, atol=1e-13)
+    torch.testing.assert_close(module.resumed(band.s, kept), tensors, rtol=1e-14, atol=0)
+
+
+def test_balanced_the_product_of_both_shifts_does_not_depend_on_the_band() -> None:
+    spectrum = whole_spectrum()[1]
+    faint = Spectrum(U=spectrum.U, s=spectrum.s / 100, V=spectrum.V)
+    bands = [SPECTRAL["additive"].balanced(band_of(one, 2, RANK)) for one in (spectrum, faint)]
+    tensors = random_tensors("additive", bands[0])
+    strong, weak = (delta("additive", band, tensors) for band in bands)
+    product = tensors["A"] @ torch.diag(1 + tensors["c"]) @ tensors["B"].T
+    first = strong - product
+    # the shifts of one side alone, a tenth on a hundredth of the singular values, save c, which is relative to them
+    change_of_values = [band.U @ torch.diag(tensors["c"]) @ band.V.T for band in bands]
+    torch.testing.assert_close(weak - product - change_of_values[1], (first - change_of_values[0]) / 10, rtol=0, atol=1e-13)
+
+
 @pytest.mark.parametrize(("form", "rank"), [("additive", 2 * RANK), ("rotational", RANK)])
 def test_the_rank_is_that_of_the_form(form: str, rank: int) -> None:
     band = band_of(whole_spectrum()[1], 2, RANK)

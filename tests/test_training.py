@@ -25,7 +25,7 @@ from torch import nn
 from spectral_diffusion.activations import PROMPTS, measure_activations
 from spectral_diffusion.adapter import Adapter, input_group
 from spectral_diffusion.attach import attached
-from spectral_diffusion.bands import Band
+from spectral_diffusion.bands import Band, bands_in_order
 from spectral_diffusion.base import Base, linear_layers, load_base
 from spectral_diffusion.concept import Concept, Example, load_concept
 from spectral_diffusion.errors import BandError, InputError, TrainingError
@@ -76,6 +76,18 @@ def test_a_trained_concept_leaves_the_other_leading_bands_alone(base: Base, undi
         assert change.norm() > 0
         # float32 round-off of a projection; without confinement it is about 0.3
         assert max(written.norm(), read.norm()) / change.norm() < 1e-5
+
+
+def test_a_concept_on_weak_directions_leaves_the_other_weak_bands_alone(base: Base, concept: Concept) -> None:
+    spectra = base_spectrum(base, linear_layers(base))
+    fewest = min(len(spectrum.s) for spectrum in spectra.values())
+    (last, before, *_) = bands_in_order(SHORT.rank, fewest, weakest_first=True)
+    adapter = train(base, concept, before, replace(SHORT, weakest_first=True, isolation=2)).adapter
+    for key, spectrum in spectra.items():
+        change, others = adapter.delta(key).dense(), slice(last.start, last.stop)
+        written, read = spectrum.U[:, others].T @ change, change @ spectrum.V[:, others]
+        # float32 round-off of a projection
+        assert max(written.norm(), read.norm()) / change.norm() < 1e-5 < (spectrum.U[:, :2].T @ change).norm() / change.norm()
 
 
 def test_the_rates_of_the_parts_are_their_own(base: Base, concept: Concept) -> None:
@@ -348,6 +360,7 @@ def test_presets_are_chosen_by_name_and_take_longer_in_turn(base: Base) -> None:
         assert steps == sorted(set(steps))
     real = replace(base, family="sd1")
     assert [preset("balanced", one, together=True).isolation for one in (base, real)] == [0, preset("balanced", real).isolation]
+    assert [preset("balanced", one).weakest_first for one in (base, real)] == [True, False]
     with pytest.raises(InputError, match="no preset 'quick'; choose one of fast, balanced, best"):
         preset("quick", base)
 

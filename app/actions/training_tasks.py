@@ -160,7 +160,8 @@ def _reserved_band(
         record = json.loads(path.read_text(encoding="utf-8"))
         if path != mine:
             taken.append(TakenBand(token=record["token"], band=Band(start=record["start"], rank=record["rank"]), path=path))
-    band = choose_band(None, settings.rank, fewest_directions(base, settings.layers), taken, allow_overlap=False)
+    directions = fewest_directions(base, settings.layers)
+    band = choose_band(None, settings.rank, directions, taken, weakest_first=settings.weakest_first)
     record = {"token": token, "start": band.start, "rank": band.rank, "fingerprint": base.fingerprint}
     write_json(mine, record)
     return band

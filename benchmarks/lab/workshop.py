@@ -11,7 +11,7 @@ from typing import Any
 from benchmarks.lab.record import digest
 from spectral_diffusion.adapter import Adapter
 from spectral_diffusion.adapter_file import load_adapter, save_adapter
-from spectral_diffusion.bands import Band
+from spectral_diffusion.bands import Band, bands_in_order
 from spectral_diffusion.base import Base, linear_layers, load_base
 from spectral_diffusion.clip_scorer import ClipScorer, load_scorer
 from spectral_diffusion.concept import SAMPLES_FOLDER, SETTINGS_FILE, Concept, load_concept
@@ -87,8 +87,7 @@ class Workshop:
         if not group and settings.parametrisation not in BANDED:  # two LoRAs of one seed begin with the same random directions
             settings = replace(settings, seed=settings.seed + 1000 * slot)
         slots = dict(zip(group, range(len(group)), strict=True)) or {name: slot}
-        rank = settings.rank
-        bands = [Band(start=place * rank if settings.parametrisation in BANDED else 0, rank=rank) for place in slots.values()]
+        bands = [self._band(place, settings) for place in slots.values()]
         key = digest([list(slots), [asdict(band) for band in bands], asdict(settings), self.base.fingerprint])
         paths = {one: self.adapters / f"{one}-{settings.parametrisation}-{key}.safetensors" for one in slots}
         if not paths[name].exists():
@@ -99,6 +98,13 @@ class Workshop:
                 save_adapter(result.adapter, path)
             checkpoint.unlink(missing_ok=True)
         return load_adapter(paths[name])
+
+    def _band(self, place: int, settings: TrainingSettings) -> Band:
+        """Return the band of the concept that gets its own after `place` others."""
+        if settings.parametrisation not in BANDED:
+            return Band(start=0, rank=settings.rank)
+        directions = min(min(shape) for shape in self.shapes(settings))
+        return list(bands_in_order(settings.rank, directions, weakest_first=settings.weakest_first))[place]
 
     def draw(self, adapter: Adapter, token: str, per_prompt: int) -> list[Picture]:
         """Draw the fixed prompts with the whole adapter attached, the same seeds for every adapter."""

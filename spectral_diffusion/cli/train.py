@@ -189,7 +189,14 @@ def _chosen_bands(
     bands = []
     for number, (token, out) in enumerate(zip(tokens, arguments.out, strict=True)):
         start = None if arguments.band is None else arguments.band + number * settings.rank
-        band = choose_band(start, settings.rank, directions, taken, allow_overlap=arguments.allow_overlap)
+        band = choose_band(
+            start,
+            settings.rank,
+            directions,
+            taken,
+            weakest_first=settings.weakest_first,
+            allow_overlap=arguments.allow_overlap,
+        )
         console.say(f"{token} gets the singular directions {band}.")
         taken.append(TakenBand(token=token, band=band, path=out))
         bands.append(band)

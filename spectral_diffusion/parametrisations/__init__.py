@@ -5,6 +5,8 @@ A spectral form is a module with
 - `TENSORS`: names of its trained tensors,
 - `initial(band) -> dict[str, Tensor]`: trained tensors, all zero, so that nothing changes at the start,
 - `factors(band, tensors) -> (up (out, k), down (in, k))`: the change of the weight is `up @ down.T`,
+- `balanced(band) -> Spectrum`: the same part of the weight, written as a training works on it; `factors` take either,
+- `kept(s, tensors)`, `resumed(s, tensors)`: what was trained on the balanced band, for the band itself, and back,
 - `confine(tensors, U_kept, V_kept)`: make the tensors respect directions that belong to other concepts.
 
 The last two dimensions are the layer's; where others stand before them, each function works on many layers at once.

@@ -29,6 +29,29 @@ def factors(band: Spectrum, tensors: dict[str, torch.Tensor]) -> tuple[torch.Ten
     return up, down
 
 
+def balanced(band: Spectrum) -> Spectrum:
+    """Return `U_b sqrt(s_b)`, ones and `V_b sqrt(s_b)`: the same part of the weight, and what a training works on.
+
+    An adaptive optimiser moves every number by steps of one size. Shifts of the unit vectors change the weight in proportion to
+    the singular value, wildly in a layer's first band and hardly in its last; the shifts of these change it alike, and the
+    product of both, which alone reads what it likes and writes what it likes, by as much whatever the band.
+    """
+    root = band.s[..., None, :].sqrt()
+    return Spectrum(U=band.U * root, s=torch.ones_like(band.s), V=band.V * root)
+
+
+def kept(s: torch.Tensor, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the `A`, `B` and `c` on a band of singular values `s (..., r)` that change as `tensors` do on the balanced band."""
+    root = s[..., None, :].sqrt()
+    return {"A": tensors["A"] / root, "B": tensors["B"] / root, "c": tensors["c"] * s}
+
+
+def resumed(s: torch.Tensor, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return what `kept` was given, to train on."""
+    root = s[..., None, :].sqrt()
+    return {"A": tensors["A"] * root, "B": tensors["B"] * root, "c": tensors["c"] / s}
+
+
 @torch.no_grad()
 def confine(tensors: dict[str, torch.Tensor], U_kept: torch.Tensor, V_kept: torch.Tensor) -> None:
     """Project `A` and `B` in place onto the complement of `U_kept (..., out, m)`, `V_kept (..., in, m)` (orthonormal columns).

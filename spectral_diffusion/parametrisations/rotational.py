@@ -30,6 +30,21 @@ def factors(band: Spectrum, tensors: dict[str, torch.Tensor]) -> tuple[torch.Ten
     return band.U @ core, band.V
 
 
+def balanced(band: Spectrum) -> Spectrum:
+    """Return the band as it is: a turn moves every direction alike, and changes the weight relative to its singular values."""
+    return band
+
+
+def kept(s: torch.Tensor, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return `tensors` as they are."""
+    return tensors
+
+
+def resumed(s: torch.Tensor, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return `tensors` as they are."""
+    return tensors
+
+
 def confine(tensors: dict[str, torch.Tensor], U_kept: torch.Tensor, V_kept: torch.Tensor) -> None:
     """Do nothing: a rotation never leaves its own band."""
 

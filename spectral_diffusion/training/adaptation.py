@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import islice
 from typing import Any, Literal, Protocol
 
 import torch
@@ -13,7 +14,7 @@ from torch import nn
 
 from spectral_diffusion.adapter import LayerPart
 from spectral_diffusion.attach import hooked
-from spectral_diffusion.bands import Band, check_fits
+from spectral_diffusion.bands import Band, bands_in_order, check_fits
 from spectral_diffusion.errors import InputError
 from spectral_diffusion.joining import LowRank
 from spectral_diffusion.parametrisations import RIVALS, SPECTRAL
@@ -23,6 +24,9 @@ from spectral_diffusion.training.company import Company
 from spectral_diffusion.training.settings import TrainingSettings
 from spectral_diffusion.training.stack import ConceptLayer, Stacks, TrainedLayers, stacked
 from spectral_diffusion.training.tuners import TunedLayers, tuned_layers
+
+FAINTEST = 1e-4
+"""Least singular value of a band's direction: one that a layer has not at all is taken for one that it hardly has."""
 
 
 class Adaptation(Protocol):
@@ -99,17 +103,19 @@ def _spectral(
     smallest = min(spectra, key=lambda key: len(spectra[key].s))
     for band in bands:
         check_fits(band, len(spectra[smallest].s), smallest)
+    order = bands_in_order(settings.rank, len(spectra[smallest].s), weakest_first=settings.weakest_first)
+    reserved = [direction for other in islice(order, settings.isolation) for direction in range(other.start, other.stop)]
     concepts = [
-        {key: _layer(spectra[key], band, settings, layer.weight.device) for key, layer in layers.items()} for band in bands
+        {key: _layer(spectra[key], band, reserved, layer.weight.device) for key, layer in layers.items()} for band in bands
     ]
     stacks = stacked(SPECTRAL[settings.parametrisation], concepts)
     return Stacks(form=settings.parametrisation, layers=layers, stacks=tuple(stacks))
 
 
-def _layer(spectrum: Spectrum, band: Band, settings: TrainingSettings, device: torch.device) -> ConceptLayer:
-    reserved = min(settings.isolation * settings.rank, len(spectrum.s))
-    kept = _columns(spectrum, [i for i in range(reserved) if not band.start <= i < band.stop], device)
+def _layer(spectrum: Spectrum, band: Band, reserved: list[int], device: torch.device) -> ConceptLayer:
+    kept = _columns(spectrum, [direction for direction in reserved if not band.start <= direction < band.stop], device)
     own = _columns(spectrum, list(range(band.start, band.stop)), device)
+    own = replace(own, s=own.s.clamp(min=FAINTEST))
     return ConceptLayer(band=own, U_kept=kept.U, V_kept=kept.V)
 
 

@@ -55,7 +55,13 @@ class TrainingSettings:
     mixing: float = _setting(
         0.0, "share of the photos in steps among the others that stand beside one or two of them, of concepts trained in one go"
     )
-    isolation: int = _setting(8, "number of leading bands; the concept neither writes into nor reads from the others' among them")
+    weakest_first: bool = _setting(
+        False, "give bands out from the weakest directions on: the weaker, the freer a concept chooses what it reads and writes"
+    )
+    isolation: int = _setting(
+        8,
+        "number of bands, in the order they are given out; the concept neither writes into nor reads from the others' among them",
+    )
     attention: float = _setting(
         0.0, "weight of the token's attention outside the mask, where a photo has one; 0: it may look anywhere"
     )
@@ -100,13 +106,14 @@ _FOR_REAL_BASES = {
 }
 # The embedded base has attention at two coarse levels only; without its feed-forward layers no identity comes out. Of its 16 x 16
 # latents most lie at an outline, which is learnt from both sides; and what was only shown large is not known at the size that two
-# or three have beside each other.
+# or three have beside each other. On its strongest directions, which all pictures pass through, concepts got in each other's way.
 _EMBEDDED = replace(
     _PAPER,
     batch=4,
     unet_rate=1e-3,
     text_encoder_rate=3e-4,
     token_rate=5e-3,
+    weakest_first=True,
     isolation=4,
     background=1.0,
     mixing=0.3,

@@ -43,20 +43,22 @@ class Stack:
         form: the module of the parametrisation.
         keys: the layers' keys.
         band: each concept's directions, `U (concepts, n, out, r)`, `s (concepts, n, r)`, `V (concepts, n, in, r)`.
-        tensors: the trained tensors by name, `(concepts, n, ...)` each.
+        balanced: the same as the form trains on it.
+        tensors: the trained tensors by name, `(concepts, n, ...)` each, on the balanced band.
         U_kept, V_kept: what each leaves alone, `(concepts, n, out or in, m)`; columns that one has not are zero.
     """
 
     form: ModuleType
     keys: tuple[str, ...]
     band: Spectrum
+    balanced: Spectrum
     tensors: dict[str, torch.Tensor]
     U_kept: torch.Tensor
     V_kept: torch.Tensor
 
     def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return `up (concepts, n, out, k)` and `down (concepts, n, in, k)` of the tensors as they are now."""
-        return self.form.factors(self.band, self.tensors)
+        return self.form.factors(self.balanced, self.tensors)
 
     def confine(self) -> None:
         """Take out of every layer what lies in other concepts' bands."""
@@ -66,8 +68,10 @@ class Stack:
     @torch.no_grad()
     def start(self, concept: int, parts: Mapping[str, LayerPart]) -> None:
         """Put the tensors of `parts` in the place of those of concept number `concept`."""
-        for name, tensor in self.tensors.items():
-            tensor[concept].copy_(torch.stack([parts[key].tensors[name] for key in self.keys]))
+        s = self.band.s[concept]
+        begun = {name: torch.stack([parts[key].tensors[name] for key in self.keys]).to(s.device) for name in self.tensors}
+        for name, tensor in self.form.resumed(s, begun).items():
+            self.tensors[name][concept].copy_(tensor)
 
     def parts(self, concept: int) -> dict[str, LayerPart]:
         """Return a copy of the layers of concept number `concept` as an adapter holds them, on the CPU."""
@@ -75,10 +79,11 @@ class Stack:
         def taken(tensor: torch.Tensor, layer: int) -> torch.Tensor:
             return tensor[concept, layer].detach().clone().cpu()
 
+        trained = self.form.kept(self.band.s, self.tensors)
         return {
             key: LayerPart(
                 band=Spectrum(U=taken(self.band.U, i), s=taken(self.band.s, i), V=taken(self.band.V, i)),
-                tensors={name: taken(tensor, i) for name, tensor in self.tensors.items()},
+                tensors={name: taken(tensor, i) for name, tensor in trained.items()},
             )
             for i, key in enumerate(self.keys)
         }
@@ -98,11 +103,13 @@ def _stack(form: ModuleType, keys: list[str], concepts: list[list[ConceptLayer]]
 
     kept = max(layer.U_kept.shape[1] for layers in concepts for layer in layers)
     band = Spectrum(U=of(lambda layer: layer.band.U), s=of(lambda layer: layer.band.s), V=of(lambda layer: layer.band.V))
+    balanced = form.balanced(band)
     return Stack(
         form=form,
         keys=tuple(keys),
         band=band,
-        tensors={name: tensor.requires_grad_(True) for name, tensor in form.initial(band).items()},
+        balanced=balanced,
+        tensors={name: tensor.requires_grad_(True) for name, tensor in form.initial(balanced).items()},
         U_kept=of(lambda layer: pad(layer.U_kept, (0, kept - layer.U_kept.shape[1]))),
         V_kept=of(lambda layer: pad(layer.V_kept, (0, kept - layer.V_kept.shape[1]))),
     )
@@ -127,8 +134,8 @@ class Stacks:
 
     @property
     def fixed(self) -> torch.Tensor:
-        """The directions of the first layers."""
-        return self.stacks[0].band.U
+        """The directions of the first layers, as they are trained on."""
+        return self.stacks[0].balanced.U
 
     def attached(self) -> AbstractContextManager[None]:
         """While entered, the model works with what `show` last put there."""
