@@ -25,7 +25,8 @@ def _setting(default: object, help: str) -> object:
 class TrainingSettings:
     """Settings of one training; each field's help is the text that the command line and the studio show.
 
-    The defaults are the paper's (Zhang & Pilanci 2024) but for inertness and isolation, which let sums keep identity.
+    The defaults are the paper's (Zhang & Pilanci 2024) but for inertness and isolation, which let sums keep identity. Its rates
+    moved the unit vectors themselves; here they move the balanced band (see `parametrisations.additive`).
 
     Raises:
         InputError: a value is out of range; the message names the field.
