@@ -121,17 +121,10 @@ def train_denoiser(
     def loss_of_step(step: int, generator: torch.Generator) -> torch.Tensor:
         chosen = torch.randint(len(latents_tensor), (batch,), generator=generator)
         clean = latents_tensor[chosen].float().to(device)
-        variant = torch.randint(CAPTIONS_PER_PICTURE, (batch,), generator=generator)
-        token_ids = tokens[chosen, variant].long()
-        dropped = torch.rand(batch, generator=generator) < CAPTION_DROPOUT
-        token_ids[dropped] = nothing
-        noise = torch.randn(clean.shape, generator=generator).to(device)
-        times = draw_timesteps(batch, scheduler.config.num_train_timesteps, step / steps, generator).to(device)
-        noisy = scheduler.add_noise(clean, noise, times).contiguous(memory_format=torch.channels_last)
-        states = text_encoder(token_ids.to(device)).last_hidden_state
-        predicted = unet(noisy, times, states).sample
-        squares = (predicted - scheduler.get_velocity(clean, noise, times)) ** 2
-        return (squares * weights[chosen].to(device)).mean()
+        states = text_encoder(draw_captions(tokens[chosen], nothing, generator).to(device)).last_hidden_state
+        noisy, times, velocity = draw_noise(scheduler, clean, step / steps, generator)
+        predicted = unet(noisy.contiguous(memory_format=torch.channels_last), times, states).sample
+        return ((predicted - velocity) ** 2 * weights[chosen].to(device)).mean()
 
     def sheet(step: int) -> None:
         save_samples(pipeline, folder / "sheets" / f"denoiser-{step:06d}.png")
@@ -149,6 +142,23 @@ def train_denoiser(
     )
     text_encoder.eval().requires_grad_(False)
     unet.eval().requires_grad_(False)
+
+
+def draw_captions(tokens: torch.Tensor, nothing: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Return one caption of each of `tokens (count, captions, context length)`, and `nothing (context length)` now and then."""
+    variant = torch.randint(tokens.shape[1], (len(tokens),), generator=generator)
+    token_ids = tokens[torch.arange(len(tokens)), variant].long()
+    token_ids[torch.rand(len(tokens), generator=generator) < CAPTION_DROPOUT] = nothing
+    return token_ids
+
+
+def draw_noise(
+    scheduler: DDIMScheduler, clean: torch.Tensor, progress: float, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return `clean` latents with noise, at which timesteps `(count,)`, and the velocity there, which is to be predicted."""
+    noise = torch.randn(clean.shape, generator=generator).to(clean.device)
+    times = draw_timesteps(len(clean), scheduler.config.num_train_timesteps, progress, generator).to(clean.device)
+    return scheduler.add_noise(clean, noise, times), times, scheduler.get_velocity(clean, noise, times)
 
 
 def draw_timesteps(count: int, steps: int, progress: float, generator: torch.Generator) -> torch.Tensor:

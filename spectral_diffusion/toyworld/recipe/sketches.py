@@ -11,7 +11,7 @@ from diffusers import StableDiffusionPipeline, T2IAdapter
 from PIL import Image
 
 from spectral_diffusion.condition_picture import EMBEDDED_SKETCH_ADAPTER, given_to, traced
-from spectral_diffusion.toyworld.recipe.denoiser import CAPTION_DROPOUT, draw_timesteps, thing_weights, tokenize_scenes
+from spectral_diffusion.toyworld.recipe.denoiser import draw_captions, draw_noise, thing_weights, tokenize_scenes
 from spectral_diffusion.toyworld.recipe.pictures import PictureSet
 from spectral_diffusion.toyworld.recipe.stage import train_stage
 
@@ -49,17 +49,12 @@ def make_sketch_adapter(
         chosen = torch.randint(len(latents), (batch,), generator=generator).sort().values
         clean = torch.from_numpy(latents[chosen.numpy()]).float().to(device)
         sketches = torch.stack([sketch(pictures.pixels[row], pictures.things[row], generator) for row in chosen.tolist()])
-        variant = torch.randint(tokens.shape[1], (batch,), generator=generator)
-        token_ids = tokens[chosen, variant].long()
-        token_ids[torch.rand(batch, generator=generator) < CAPTION_DROPOUT] = nothing
-        noise = torch.randn(clean.shape, generator=generator).to(device)
-        times = draw_timesteps(batch, scheduler.config.num_train_timesteps, 0.0, generator).to(device)
         with torch.no_grad():
-            states = pipeline.text_encoder(token_ids.to(device)).last_hidden_state
+            states = pipeline.text_encoder(draw_captions(tokens[chosen], nothing, generator).to(device)).last_hidden_state
+        noisy, times, velocity = draw_noise(scheduler, clean, 0.0, generator)
         with given_to(unet, adapter(sketches.to(device))):
-            predicted = unet(scheduler.add_noise(clean, noise, times), times, states).sample
-        squares = (predicted - scheduler.get_velocity(clean, noise, times)) ** 2
-        return (squares * weights[chosen].to(device)).mean()
+            predicted = unet(noisy, times, states).sample
+        return ((predicted - velocity) ** 2 * weights[chosen].to(device)).mean()
 
     train_stage(work, "sketches", {"adapter": adapter}, loss_of_step, steps=steps, peak_rate=1e-3, ema_decay=0.999)
     adapter.cpu().half().save_pretrained(folder)
