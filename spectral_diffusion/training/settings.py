@@ -111,7 +111,7 @@ _FOR_REAL_BASES = {
 _EMBEDDED = replace(
     _PAPER,
     batch=4,
-    unet_rate=1e-3,
+    unet_rate=3e-3,
     text_encoder_rate=3e-4,
     token_rate=5e-3,
     weakest_first=True,
