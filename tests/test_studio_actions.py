@@ -123,7 +123,7 @@ def test_from_photos_to_a_file_that_diffusers_loads(tiny_studio: Studio, photo_f
     view = training_view(studio, concept_card(studio, names[0]).job, names[0])
     assert (view.step, view.steps, len(view.losses), len(view.samples)) == (2, 2, 2, 2)
     cards = adapter_cards(studio)
-    assert [card.bands for card in cards] == [("0-1",), ("2-3",)]
+    assert [card.bands for card in cards] == [("46-47",), ("44-45",)]
     adapters = [card.name for card in cards]
     assert map_bands(studio, adapters).conflicts == () and map_bands(studio, adapters).cross_talk[0][1] is not None
 
@@ -163,7 +163,7 @@ def test_from_photos_to_a_file_that_diffusers_loads(tiny_studio: Studio, photo_f
     train_again(studio, names[0], longer=True)
     assert set(work(studio)) == {State.DONE}, [job.reason for job in studio.jobs.jobs()]
     again, checkpoint, embedding, small = (job.result for job in studio.jobs.jobs()[:4])
-    assert again["steps"] == 2 and again["bands"] == {names[0]: "0-1"}
+    assert again["steps"] == 2 and again["bands"] == {names[0]: "46-47"}
     assert "merged" not in checkpoint["names"] and checkpoint["bytes"] > 2 * embedding["bytes"]
     assert embedding["names"] == ["one.safetensors", "two.safetensors", "where-to-put-it.txt"] and embedding["rank"] is None
     assert small["rank"] == 1 and 0 < small["rank_errors"]["overall"] < 1
@@ -193,8 +193,8 @@ def test_a_stopped_training_keeps_its_band_and_ends_as_an_undisturbed_one(
     assert "goes on from step 1" in studio.jobs.log(stopped)
     resumed = load_adapter(studio.folder("adapters") / f"{first}.safetensors").concepts[0]
     assert (resumed.band.start, load_adapter(studio.folder("adapters") / f"{second}.safetensors").concepts[0].band.start) == (
-        0,
-        2,
+        46,
+        44,
     )
     undisturbed = train(studio, first, changes=apart)
     work(studio)
@@ -216,7 +216,7 @@ def test_concepts_are_trained_in_one_go_and_longer(tiny_studio: Studio, photo_fo
     with pytest.raises(InputError, match="<two> is queued already"):
         train(studio, names[1])
     assert work(studio) == [State.DONE] * 2, studio.jobs.job(job).reason
-    assert studio.jobs.job(job).result["bands"] == {names[0]: "2-3", names[1]: "4-5"}
+    assert studio.jobs.job(job).result["bands"] == {names[0]: "44-45", names[1]: "42-43"}
     views = [training_view(studio, studio.jobs.job(job), name) for name in names[:2]]
     assert [len(view.samples) for view in views] == [2, 2] and views[0].samples != views[1].samples
     among = [load_adapter(card.path).concepts[0].settings["among"] for card in adapter_cards(studio)]
@@ -239,7 +239,7 @@ def test_concepts_are_trained_in_one_go_and_longer(tiny_studio: Studio, photo_fo
         report(studio, "fused/x.safetensors")
     assert studio.jobs.job(longer).arguments["concepts"] == [names[1], names[0]]
     result = studio.jobs.job(longer).result
-    assert (result["steps"], result["bands"]) == (2, {names[0]: "2-3", names[1]: "4-5"})
+    assert (result["steps"], result["bands"]) == (2, {names[0]: "44-45", names[1]: "42-43"})
     steps = [load_adapter(card.path).concepts[0].settings["steps_done"] for card in adapter_cards(studio)[:3]]
     assert steps == [4, 2, 4]
 
