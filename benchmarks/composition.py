@@ -22,7 +22,7 @@ import argparse
 import json
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
 from statistics import mean, median
@@ -31,6 +31,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from benchmarks.lab.record import digest
 from spectral_diffusion.adapter import Adapter
 from spectral_diffusion.adapter_file import load_adapter, save_adapter
 from spectral_diffusion.band_plan import fewest_directions
@@ -72,6 +73,8 @@ JOININGS = {
     "LoRA": ("lora", False, "sum"),
 }
 """Parametrisation, whether all concepts are trained in one go, and method of joining, by the name of the row."""
+RATES: dict[str, dict[str, float]] = {"additive": {}, "lora": {"unet_rate": 1e-3}}
+"""What the lab's `rates` found for a form, where that is not the preset's."""
 SHOWN = 5
 SKETCHED_HEIGHTS = {2: 0.47, 3: 0.35}
 """How high a thing stands in a sketch of two and of three, in parts of the picture."""
@@ -93,20 +96,23 @@ class Judged:
         return all(self.confidences)
 
 
-def trained(base: Base, form: str, together: bool, settings: TrainingSettings, folder: Path) -> dict[str, Adapter]:
+def training_settings(settings: TrainingSettings, form: str, together: bool) -> TrainingSettings:
+    """Return how the concepts of a joining are trained: as the preset's `settings` say, at the form's own rates."""
+    return replace(settings, parametrisation=form, isolation=0 if together else len(CONCEPTS), **RATES[form])
+
+
+def trained(base: Base, together: bool, settings: TrainingSettings, folder: Path) -> dict[str, Adapter]:
     """Return an adapter for each of `CONCEPTS`, from `folder` where it was trained before."""
-    own = replace(settings, parametrisation=form, isolation=0 if together else len(CONCEPTS))
-    folder = folder / f"{form}{'-in-one-go' if together else ''}"
-    directions = fewest_directions(base, own.layers)
-    bands = dict(zip(CONCEPTS, bands_in_order(own.rank, directions, weakest_first=own.weakest_first), strict=False))
+    directions = fewest_directions(base, settings.layers)
+    bands = dict(zip(CONCEPTS, bands_in_order(settings.rank, directions, weakest_first=settings.weakest_first), strict=False))
     for names in [CONCEPTS] if together else [(name,) for name in CONCEPTS]:
         files = [folder / f"{name}.safetensors" for name in names]
         if all(file.exists() for file in files):
             continue
-        print(f"training {', '.join(names)} ({form})", flush=True)
+        print(f"training {', '.join(names)} ({settings.parametrisation})", flush=True)
         checkpoint = folder / f"{names[0]}.checkpoint"
         concepts = [(load_concept(SAMPLES_FOLDER / name), bands[name]) for name in names]
-        for file, result in zip(files, train_together(base, concepts, own, checkpoint=checkpoint), strict=True):
+        for file, result in zip(files, train_together(base, concepts, settings, checkpoint=checkpoint), strict=True):
             save_adapter(result.adapter, file)
         checkpoint.unlink(missing_ok=True)
     return {name: load_adapter(folder / f"{name}.safetensors") for name in CONCEPTS}
@@ -194,16 +200,18 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("out/composition"), help="where adapters and pictures are kept")
     options = parser.parse_args()
     base, judge = load_base(), load_judge()
-    settings, kept = preset(options.preset, base), options.folder / f"{base.fingerprint}-{options.preset}"
+    settings = preset(options.preset, base)
     joinings = options.joinings or list(JOININGS)
     result: dict[str, Any] = {"base": base.fingerprint, "preset": options.preset, "pictures": options.pictures, "rows": []}
     sheet: list[Row] = []
     for joining, group, way in rows(joinings):
         form, together, method = JOININGS[joining]
-        adapters = trained(base, form, together, settings, kept / "adapters")
+        own = training_settings(settings, form, together)
+        kept = options.folder / digest([base.fingerprint, asdict(own), together])
+        adapters = trained(base, together, own, kept / "adapters")
         pictures: list[Judged] = []
         for turn, names in enumerate(GROUPS[group]):
-            folder = kept / f"{joining}-{way}" / "+".join(names)
+            folder = kept / f"{method}-{way}" / "+".join(names)
             numbers = range(turn, options.pictures, len(GROUPS[group]))
             draw(base, adapters, names, way, method, numbers, folder)
             pictures += judged(judge, names, [folder / f"{number:03d}.png" for number in numbers])
