@@ -7,12 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 from shared_bases import BASES, shared_base
+from torch import nn
 
 from spectral_diffusion.adapter import Adapter, ConceptPart, LayerPart, input_group
 from spectral_diffusion.bands import Band
 from spectral_diffusion.base import Base, linear_layers
 from spectral_diffusion.parametrisations import SPECTRAL
 from spectral_diffusion.spectrum import Spectrum, base_spectrum, singular_directions
+from spectral_diffusion.training import TrainingSettings
+from spectral_diffusion.training.adaptation import adapt
 
 OUT, IN, RANK = 24, 18, 3
 FORMS = sorted(SPECTRAL)
@@ -163,6 +166,25 @@ def test_balanced_the_product_of_both_shifts_does_not_depend_on_the_band() -> No
     # the shifts of one side alone, a tenth on a hundredth of the singular values, save c, which is relative to them
     change_of_values = [band.U @ torch.diag(tensors["c"]) @ band.V.T for band in bands]
     torch.testing.assert_close(weak - product - change_of_values[1], (first - change_of_values[0]) / 10, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_directions_that_a_layer_has_not_are_trained_too(form: str) -> None:
+    layer = nn.Linear(IN, OUT, bias=False).requires_grad_(False)
+    layer.weight[:, 1:] = 0  # of rank 1
+    spectra = {"unet.a": singular_directions(layer.weight)}
+    settings = TrainingSettings(parametrisation=form, rank=RANK)
+    adaptation = adapt({"unet.a": layer}, spectra, [Band(start=1, rank=RANK)], settings)
+    for tensor in adaptation.named().values():
+        tensor.data.normal_()
+    part = adaptation.result(0).parts["unet.a"]
+    change = delta(form, part.band, part.tensors)
+    x = torch.eye(IN)
+    with adaptation.attached():
+        adaptation.show(torch.float32)
+        trained = (layer(x) - x @ layer.weight.T).T
+    assert change.norm() > 0
+    torch.testing.assert_close(change, trained.detach(), rtol=1e-4, atol=1e-4)  # float32 round-off of numbers around 1
 
 
 @pytest.mark.parametrize(("form", "rank"), [("additive", 2 * RANK), ("rotational", RANK)])

@@ -75,15 +75,13 @@ class Stack:
 
     def parts(self, concept: int) -> dict[str, LayerPart]:
         """Return a copy of the layers of concept number `concept` as an adapter holds them, on the CPU."""
-
-        def taken(tensor: torch.Tensor, layer: int) -> torch.Tensor:
-            return tensor[concept, layer].detach().clone().cpu()
-
-        trained = self.form.kept(self.band.s, self.tensors)
+        tensors = {name: tensor[concept].detach() for name, tensor in self.tensors.items()}
+        band = Spectrum(U=self.band.U[concept], s=self.band.s[concept], V=self.band.V[concept])
+        kept = self.form.kept(band.s, tensors)
         return {
             key: LayerPart(
-                band=Spectrum(U=taken(self.band.U, i), s=taken(self.band.s, i), V=taken(self.band.V, i)),
-                tensors={name: taken(tensor, i) for name, tensor in trained.items()},
+                band=Spectrum(U=band.U[i].clone().cpu(), s=band.s[i].clone().cpu(), V=band.V[i].clone().cpu()),
+                tensors={name: tensor[i].clone().cpu() for name, tensor in kept.items()},
             )
             for i, key in enumerate(self.keys)
         }
