@@ -33,8 +33,9 @@ def balanced(band: Spectrum) -> Spectrum:
     """Return `U_b sqrt(s_b)`, ones and `V_b sqrt(s_b)`: the same part of the weight, and what a training works on.
 
     An adaptive optimiser moves every number by steps of one size. Shifts of the unit vectors change the weight in proportion to
-    the singular value, wildly in a layer's first band and hardly in its last; the shifts of these change it alike, and the
-    product of both, which alone reads what it likes and writes what it likes, by as much whatever the band.
+    the singular value, wildly in a layer's first band and hardly in its last. Shifts of these change it in proportion to its root
+    where one side alone is shifted, and the product of both, which reads what it likes and writes what it likes, by as much
+    whatever the band.
     """
     root = band.s[..., None, :].sqrt()
     return Spectrum(U=band.U * root, s=torch.ones_like(band.s), V=band.V * root)

@@ -107,7 +107,8 @@ _FOR_REAL_BASES = {
 }
 # The embedded base has attention at two coarse levels only; without its feed-forward layers no identity comes out. Of its 16 x 16
 # latents most lie at an outline, which is learnt from both sides; and what was only shown large is not known at the size that two
-# or three have beside each other. On its strongest directions, which all pictures pass through, concepts got in each other's way.
+# or three have beside each other. Its weakest directions leave a concept the freest choice of what it reads and writes, and
+# want a higher rate.
 _EMBEDDED = replace(
     _PAPER,
     batch=4,
