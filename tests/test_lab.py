@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from filelock import FileLock
 from shared_bases import shared_base
 from short_trainings import prepare_less
 
 from benchmarks.lab import __main__ as lab
 from benchmarks.lab import language, theory
-from benchmarks.lab.record import perform, source
+from benchmarks.lab.record import Postponed, perform, source
 from benchmarks.lab.workshop import Workshop
 from spectral_diffusion.parametrisations import PARAMETRISATIONS
 
@@ -73,7 +75,7 @@ def records(folder: Path) -> list[dict[str, object]]:
 
 @pytest.mark.parametrize("name", QUICK)
 def test_an_experiment_runs_resumes_and_shows_its_results(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert lab.run(name, "quick", tmp_path) == 0
+    assert lab.run([name], "quick", tmp_path) == 0
     folder = tmp_path / "results" / name
     found = records(folder)
     assert found and {record["status"] for record in found} == {"done"}
@@ -82,7 +84,7 @@ def test_an_experiment_runs_resumes_and_shows_its_results(name: str, tmp_path: P
     pictures = list(folder.glob("*.png"))
     assert pictures and all(picture.stat().st_size > 1000 for picture in pictures)
     assert (folder / "table.md").read_text(encoding="utf-8").count("\n") > 2
-    assert lab.run(name, "quick", tmp_path) == 0
+    assert lab.run([name], "quick", tmp_path) == 0
     assert written == {path: path.stat().st_mtime_ns for path in folder.glob("*.json")}
 
 
@@ -106,6 +108,41 @@ def test_a_run_that_fails_says_why_and_is_tried_again(tmp_path: Path) -> None:
     assert perform(tmp_path, case, lambda: {"value": 2})["result"] == {"value": 2}
     assert perform(tmp_path, case, broken)["status"] == "done"
     assert len(records(tmp_path)) == 1 and source().keys() == {"commit", "dirty"}
+
+
+def test_runs_are_made_side_by_side(tmp_path: Path) -> None:
+    assert lab.run(["theory"], "quick", tmp_path, workers=2) == 0
+    assert {record["status"] for record in records(tmp_path / "results" / "theory")} == {"done"}
+
+
+def test_what_is_in_training_elsewhere_is_not_trained_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("benchmarks.lab.workshop.PATIENCE", 0.0)
+    changes = {"rank": 2, "steps": 2, "batch": 1}
+    trained = Workshop(tmp_path).adapter("poodle", 0, changes)
+    (file,) = tmp_path.glob("*.safetensors")
+    file.unlink()
+    (lock,) = tmp_path.glob("*.lock")
+    with FileLock(lock), pytest.raises(Postponed, match="poodle"):
+        Workshop(tmp_path).adapter("poodle", 0, changes)
+    assert not file.exists()
+    assert Workshop(tmp_path).adapter("poodle", 0, changes).tokens == trained.tokens
+
+
+def test_a_case_that_is_postponed_is_made_after_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    order = []
+
+    def measure(case: dict[str, object], workshop: Workshop) -> dict[str, object]:
+        order.append(case["name"])
+        if order == ["first"]:
+            raise Postponed("busy")
+        return {}
+
+    experiment = SimpleNamespace(cases=lambda config: [{"name": "first"}, {"name": "second"}], measure=measure)
+    experiment.show = lambda found: ({}, "")
+    monkeypatch.setitem(lab.EXPERIMENTS, "theory", experiment)
+    assert lab.run(["theory"], "quick", tmp_path) == 0
+    assert order == ["first", "second", "first"]
+    assert len(records(tmp_path / "results" / "theory")) == 2
 
 
 def test_theory_finds_what_the_mathematics_says(tmp_path: Path) -> None:

@@ -2,20 +2,31 @@
 
 Every run leaves a JSON below `OUT/results/NAME/`; from those alone come the pictures and tables there. What is done already is
 not done again, so a stopped bench goes on where it was. Trained adapters lie in `OUT/adapters` and serve all experiments.
+
+On a CPU as many runs are made at once as there are cores, each on one thread: the embedded base's layers are too small for two.
+Runs that measure time have the machine for themselves.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import logging
+import multiprocessing
+import os
 import sys
 import tomllib
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import FIRST_COMPLETED, Executor, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
+
 from benchmarks.lab import cost, efficiency, fusion, language, rates, single, theory
-from benchmarks.lab.record import file_name, perform, read
+from benchmarks.lab.record import Case, Postponed, Record, file_name, perform, read
 from benchmarks.lab.workshop import Workshop
 from spectral_diffusion.files import write_atomically
 
@@ -31,6 +42,12 @@ EXPERIMENTS: dict[str, ModuleType] = {
     "efficiency": efficiency,
 }
 """Name to module; each has `cases(config)`, `measure(case, workshop)` and `show(records) -> (figures, table)`."""
+TIMED = ("cost",)
+"""Measure time, so nothing else runs beside them."""
+FOR_A_GPU = ("many",)
+"""Run in the quick size by name only."""
+MOST_WORKERS = 4
+"""Each takes about 2 GB of memory."""
 
 
 def configuration(name: str, size: str) -> dict[str, Any]:
@@ -39,16 +56,58 @@ def configuration(name: str, size: str) -> dict[str, Any]:
     return tomllib.loads(path.read_text(encoding="utf-8"))
 
 
-def run(name: str, size: str, out: Path) -> int:
-    """Run every case of an experiment, then show what there is; return how many cases failed."""
-    experiment, folder, workshop = EXPERIMENTS[name], out / "results" / name, Workshop(out / "adapters")
+def run(names: Sequence[str], size: str, out: Path, workers: int = 1) -> int:
+    """Run every case of the experiments `names`, `workers` at once, then show what there is; return how many cases failed.
+
+    A case that needs what another one is training is put off until all others have begun.
+    """
+    waiting = deque((name, case) for name in names for case in EXPERIMENTS[name].cases(configuration(name, size)))
     failed = 0
-    for case in experiment.cases(configuration(name, size)):
-        record = perform(folder, case, lambda case=case: experiment.measure(case, workshop))
-        failed += record["status"] != "done"
-        print(f"{name}: {case['name']}: {record['status']} in {record['seconds']} s {record.get('error', '')}", flush=True)
-    show(name, size, out)
+    with _pool(workers) as pool:
+        running = {}
+        while waiting or running:
+            while waiting and len(running) < workers:
+                name, case = waiting.popleft()
+                running[pool.submit(_perform, name, case, out)] = name, case
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                name, case = running.pop(future)
+                record = future.result()
+                if record is None:
+                    waiting.append((name, case))
+                    continue
+                failed += record["status"] != "done"
+                print(
+                    f"{name}: {case['name']}: {record['status']} in {record['seconds']} s {record.get('error', '')}", flush=True
+                )
+    for name in names:
+        show(name, size, out)
     return failed
+
+
+def _pool(workers: int) -> Executor:
+    if workers == 1:
+        return ThreadPoolExecutor(1)
+    return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_begin)
+
+
+def _begin() -> None:
+    torch.set_num_threads(1)
+    _be_quiet()
+
+
+def _be_quiet() -> None:
+    logging.getLogger("spectral_diffusion").setLevel(logging.ERROR)
+
+
+_workshop = functools.cache(Workshop)
+
+
+def _perform(name: str, case: Case, out: Path) -> Record | None:
+    """Return the record of `case`, None when another one is training what it needs."""
+    try:
+        return perform(out / "results" / name, case, lambda: EXPERIMENTS[name].measure(case, _workshop(out / "adapters")))
+    except Postponed:
+        return None
 
 
 def show(name: str, size: str, out: Path) -> None:
@@ -74,14 +133,17 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("out/bench"), help="folder (default: %(default)s)")
     parser.add_argument("--show", action="store_true", help="only draw pictures and tables from the records that are there")
     options = parser.parse_args()
-    logging.getLogger("spectral_diffusion").setLevel(logging.ERROR)
-    failed, size = 0, "full" if options.full else "quick"
-    for name in options.names or EXPERIMENTS:
-        if options.show:
+    _be_quiet()
+    size = "full" if options.full else "quick"
+    names = options.names or [name for name in EXPERIMENTS if options.full or name not in FOR_A_GPU]
+    if options.show:
+        for name in names:
             show(name, size, options.out)
-        else:
-            failed += run(name, size, options.out)
-    return int(failed > 0)
+        return 0
+    timed = [name for name in names if name in TIMED]
+    others = [name for name in names if name not in TIMED]
+    workers = 1 if torch.cuda.is_available() else min(os.cpu_count() or 1, MOST_WORKERS)
+    return int(run(timed, size, options.out) + run(others, size, options.out, workers) > 0)
 
 
 if __name__ == "__main__":

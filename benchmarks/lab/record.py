@@ -23,6 +23,11 @@ Case = dict[str, Any]
 """Everything that decides a run's outcome, as plain data."""
 Record = dict[str, Any]
 
+
+class Postponed(Exception):
+    """Another run is making what this one needs; it can be made later."""
+
+
 _LIBRARIES = ("torch", "diffusers", "transformers", "peft", "numpy")
 
 
@@ -35,6 +40,9 @@ def perform(folder: Path, case: Case, measure: Callable[[], dict[str, Any]]) -> 
     """Return the record of `case` in `folder`: the one that is there when it finished, else a new one.
 
     A run that fails leaves a record with the status `failed` and the reason, and is tried again the next time.
+
+    Raises:
+        Postponed: another run is making what this one needs.
     """
     path = folder / f"{file_name(case)}.json"
     before = read(path)
@@ -44,6 +52,8 @@ def perform(folder: Path, case: Case, measure: Callable[[], dict[str, Any]]) -> 
     record: Record = {"case": case, "status": "done", "machine": machine(), "versions": versions(), "source": source()}
     try:
         record["result"] = measure()
+    except Postponed:
+        raise
     except Exception as error:  # one method that fails must not end the others
         record |= {"status": "failed", "error": f"{type(error).__name__}: {error}", "where": traceback.format_exc(limit=-3)}
     record["seconds"] = round(time.monotonic() - started, 2)

@@ -8,7 +8,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from benchmarks.lab.record import digest
+from filelock import FileLock, Timeout
+
+from benchmarks.lab.record import Postponed, digest
 from spectral_diffusion.adapter import Adapter
 from spectral_diffusion.adapter_file import load_adapter, save_adapter
 from spectral_diffusion.bands import Band, bands_in_order
@@ -24,6 +26,8 @@ from spectral_diffusion.toyworld.recipe.concepts import render_concept
 from spectral_diffusion.toyworld.sprites import fetch_sprites
 from spectral_diffusion.training import TrainingSettings, preset, train_together
 
+PATIENCE = 1.0
+"""Seconds until somebody who wants what is in training elsewhere does something else."""
 PROMPTS = ("{} near a lake", "a photo of {} in the snow", "{} on the beach", "{} in the city", "a picture of {} in the forest")
 
 
@@ -63,10 +67,14 @@ class Workshop:
         Raises:
             RuntimeError: the drawings of the toy world could not be fetched.
         """
-        folder = (SAMPLES_FOLDER if name in SAMPLE_CONCEPTS else self.adapters.parent / "concepts") / name
-        if not (folder / SETTINGS_FILE).exists():
-            seed = [character.name for character in HELD_OUT_CHARACTERS].index(name)
-            render_concept(folder, name, fetch_sprites(self.adapters.parent / "drawings"), seed)
+        if name in SAMPLE_CONCEPTS:
+            return load_concept(SAMPLES_FOLDER / name)
+        folder = self.adapters.parent / "concepts" / name
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.parent / "rendering.lock"):
+            if not (folder / SETTINGS_FILE).exists():
+                seed = [character.name for character in HELD_OUT_CHARACTERS].index(name)
+                render_concept(folder, name, fetch_sprites(self.adapters.parent / "drawings"), seed)
         return load_concept(folder)
 
     def settings(self, changes: Mapping[str, Any]) -> TrainingSettings:
@@ -82,6 +90,9 @@ class Workshop:
 
         Args:
             group: concepts that are trained in one pass, `name` among them, each on the band of its place; none: by itself.
+
+        Raises:
+            Postponed: another process is training it.
         """
         settings = self.settings(changes)
         if not group and settings.parametrisation not in BANDED:  # two LoRAs of one seed begin with the same random directions
@@ -90,14 +101,26 @@ class Workshop:
         bands = [self._band(place, settings) for place in slots.values()]
         key = digest([list(slots), [asdict(band) for band in bands], asdict(settings), self.base.fingerprint])
         paths = {one: self.adapters / f"{one}-{settings.parametrisation}-{key}.safetensors" for one in slots}
-        if not paths[name].exists():
-            checkpoint = self.adapters / f"{key}.checkpoint"
-            concepts = [(self.concept(one), band) for one, band in zip(slots, bands, strict=True)]
-            results = train_together(self.base, concepts, settings, checkpoint=checkpoint)
-            for path, result in zip(paths.values(), results, strict=True):
-                save_adapter(result.adapter, path)
-            checkpoint.unlink(missing_ok=True)
+        if not all(path.exists() for path in paths.values()):
+            self._train(list(slots), bands, settings, list(paths.values()), self.adapters / key)
         return load_adapter(paths[name])
+
+    def _train(
+        self, names: Sequence[str], bands: Sequence[Band], settings: TrainingSettings, paths: Sequence[Path], state: Path
+    ) -> None:
+        state.parent.mkdir(parents=True, exist_ok=True)
+        lock, checkpoint = FileLock(state.with_suffix(".lock"), timeout=PATIENCE), state.with_suffix(".checkpoint")
+        try:
+            with lock:
+                if all(path.exists() for path in paths):
+                    return
+                concepts = [(self.concept(name), band) for name, band in zip(names, bands, strict=True)]
+                results = train_together(self.base, concepts, settings, checkpoint=checkpoint)
+                for path, result in zip(paths, results, strict=True):
+                    save_adapter(result.adapter, path)
+                checkpoint.unlink(missing_ok=True)
+        except Timeout as error:
+            raise Postponed(f"{', '.join(names)} are in training elsewhere") from error
 
     def _band(self, place: int, settings: TrainingSettings) -> Band:
         """Return the band of the concept that gets its own after `place` others."""
