@@ -73,8 +73,6 @@ JOININGS = {
     "LoRA": ("lora", False, "sum"),
 }
 """Parametrisation, whether all concepts are trained in one go, and method of joining, by the name of the row."""
-RATES: dict[str, dict[str, float]] = {"additive": {}, "lora": {"unet_rate": 1e-3}}
-"""What the lab's `rates` found for a form, where that is not the preset's."""
 SHOWN = 5
 SKETCHED_HEIGHTS = {2: 0.47, 3: 0.35}
 """How high a thing stands in a sketch of two and of three, in parts of the picture."""
@@ -98,7 +96,7 @@ class Judged:
 
 def training_settings(settings: TrainingSettings, form: str, together: bool) -> TrainingSettings:
     """Return how the concepts of a joining are trained: as the preset's `settings` say, at the form's own rates."""
-    return replace(settings, parametrisation=form, isolation=0 if together else len(CONCEPTS), **RATES[form])
+    return replace(settings, parametrisation=form, isolation=0 if together else len(CONCEPTS))
 
 
 def trained(base: Base, together: bool, settings: TrainingSettings, folder: Path) -> dict[str, Adapter]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from spectral_diffusion.adapter_file import is_adapter_file, load_adapter
 from spectral_diffusion.bands import Band, next_free_band
 from spectral_diffusion.base import Base, linear_layers
 from spectral_diffusion.errors import BandError, InputError
-from spectral_diffusion.spectrum import base_spectrum
+from spectral_diffusion.spectrum import directions_of
 
 logger = logging.getLogger(__name__)
 
@@ -74,13 +74,8 @@ def neighbours(known: dict[Path, Adapter], tokens: Sequence[str]) -> Adapter | N
     return Adapter(family=family, fingerprint="", concepts=tuple(found.values()), weights=(1.0,) * len(found))
 
 
-def fewest_directions(
-    base: Base, endings: tuple[str, ...], on_layer: Callable[[int, int], None] = lambda done, total: None
-) -> int:
+def fewest_directions(base: Base, endings: tuple[str, ...]) -> int:
     """Return how many singular directions the smallest of the layers that end in one of `endings` has.
-
-    Args:
-        on_layer: called with the number of layers done and to be done while spectra are computed.
 
     Raises:
         InputError: no layer ends so.
@@ -88,7 +83,7 @@ def fewest_directions(
     layers = linear_layers(base, endings)
     if not layers:
         raise InputError(f"No layer of '{base.source}' ends in {', '.join(endings)}; choose others as --layers.")
-    return min(len(spectrum.s) for spectrum in base_spectrum(base, layers, on_layer).values())
+    return directions_of(layers)
 
 
 def choose_band(

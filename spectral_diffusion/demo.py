@@ -15,8 +15,9 @@ from PIL import Image
 
 from spectral_diffusion.adapter import Adapter
 from spectral_diffusion.adapter_file import save_adapter
+from spectral_diffusion.band_plan import fewest_directions
 from spectral_diffusion.bands import Band, next_free_band
-from spectral_diffusion.base import Base, linear_layers, load_base
+from spectral_diffusion.base import Base, load_base
 from spectral_diffusion.clip_scorer import ClipScorer, load_scorer
 from spectral_diffusion.concept import SAMPLES_FOLDER, Concept, load_concept
 from spectral_diffusion.contact_sheet import Cell, Row, contact_sheet
@@ -29,7 +30,6 @@ from spectral_diffusion.generation import generate
 from spectral_diffusion.picture_file import save_picture
 from spectral_diffusion.prompt_tokens import expand_prompt
 from spectral_diffusion.regions import suggest_regions
-from spectral_diffusion.spectrum import base_spectrum
 from spectral_diffusion.toyworld.judge import Judge, load_judge
 from spectral_diffusion.training import TrainingProgress, TrainingSettings, preset, train_together
 
@@ -196,8 +196,7 @@ def _train_all(
     on_line: Callable[[str], None],
     on_progress: Callable[[TrainingProgress], None],
 ) -> tuple[dict[str, Adapter], float]:
-    spectrum = base_spectrum(base, linear_layers(base, settings.layers))
-    directions = min(len(layer.s) for layer in spectrum.values())
+    directions = fewest_directions(base, settings.layers)
     bands: list[Band] = []
     for token, concept in concepts.items():
         bands.append(next_free_band(bands, settings.rank, directions, weakest_first=settings.weakest_first))

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from spectral_diffusion.base import Base, linear_layers, load_base
-from spectral_diffusion.spectrum import Spectrum, base_spectrum, singular_directions, spectra
+from spectral_diffusion.spectrum import LEADING, Spectrum, base_spectrum, leading_directions, singular_directions, spectra
 
 
 @pytest.fixture
@@ -65,6 +65,37 @@ def test_the_leading_directions_are_the_strongest(shape: tuple[int, int]) -> Non
     strongest = torch.linalg.matrix_norm(weight.double(), ord=2), torch.linalg.matrix_norm(rest.double(), ord=2)
     fourth = torch.linalg.svdvals(weight.double())[3]
     torch.testing.assert_close(torch.stack(strongest), torch.stack([spectrum.s[0].double(), fourth]), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("shape", [(640, 700), (700, 640)])
+@pytest.mark.parametrize("falling", [False, True])
+def test_leading_directions_are_found_by_themselves(shape: tuple[int, int], falling: bool) -> None:
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(1))  # close singular values are the hardest
+    exact = singular_directions(weight, min(shape))
+    if falling:
+        values = torch.arange(1, 641) ** -0.5
+        weight = exact.U * values @ exact.V.T
+        exact = Spectrum(U=exact.U, s=values, V=exact.V)
+    found = leading_directions(weight)
+    torch.testing.assert_close(found.s, exact.s[:LEADING], rtol=1e-3, atol=0)
+    for factor in (found.U, found.V):
+        torch.testing.assert_close(factor.T @ factor, torch.eye(LEADING), rtol=0, atol=1e-5)
+    torch.testing.assert_close((found.U.T @ weight @ found.V), torch.diag(found.s), rtol=0, atol=1e-3 * found.s[0].item())
+    if falling:
+        assert (found.U * exact.U[:, :LEADING]).sum(0).abs().min() > 0.999
+    again = leading_directions(weight)
+    assert torch.equal(found.U, again.U) and torch.equal(found.V, again.V)
+
+
+def test_of_large_layers_only_as_many_directions_are_found_as_are_asked_for(tiny_base: Base, cache: Path) -> None:
+    layers = {"unet.large": nn.Linear(600, 520), "unet.small": nn.Linear(600, 100)}
+    first = base_spectrum(tiny_base, layers, LEADING)
+    assert {key: len(spectrum.s) for key, spectrum in first.items()} == {"unet.large": LEADING, "unet.small": 100}
+    cached = base_spectrum(tiny_base, layers, 8)
+    assert all(torch.equal(cached[key].U, first[key].U) for key in layers)
+    more = base_spectrum(tiny_base, layers, LEADING + 1)
+    assert {key: len(spectrum.s) for key, spectrum in more.items()} == {"unet.large": 256, "unet.small": 100}
+    assert torch.equal(more["unet.small"].U, first["unet.small"].U)
 
 
 def test_the_spectrum_is_computed_once_per_content_wherever_the_base_lies(
@@ -141,7 +172,8 @@ def test_of_two_processes_at_once_one_computes_and_one_waits(
         with log.open("a") as file:
             file.write(f"{os.getpid()}\n")
         time.sleep(0.1)
-        return Spectrum(U=torch.ones(2, 1), s=torch.ones(1), V=torch.ones(2, 1))
+        count = min(weight.shape)
+        return Spectrum(U=torch.ones(2, count), s=torch.ones(count), V=torch.ones(2, count))
 
     monkeypatch.setattr("spectral_diffusion.spectrum.singular_directions", compute_slowly)
     layers, context = some_layers(tiny_base), multiprocessing.get_context("fork")

@@ -11,12 +11,14 @@ import torch
 from short_trainings import SHORT, assert_bit_equal, assert_near, trained_tensors
 from test_parametrisations import FORMS, random_adapter
 
+from spectral_diffusion.adapter import Adapter, LayerPart
 from spectral_diffusion.band_plan import neighbours
 from spectral_diffusion.bands import Band
 from spectral_diffusion.base import Base, linear_layers
 from spectral_diffusion.concept import Concept, load_concept
 from spectral_diffusion.errors import AdapterError, InputError
 from spectral_diffusion.fusion import fuse
+from spectral_diffusion.spectrum import Spectrum
 from spectral_diffusion.training import TrainingProgress, train, train_together
 from spectral_diffusion.training.batches import Batch, draw_batch
 
@@ -142,6 +144,20 @@ def test_a_training_goes_on_from_what_was_trained(base: Base, concepts: list[tup
     assert_bit_equal(one, other)
     with pytest.raises(AssertionError):
         assert_near(one, before[0])
+
+
+def test_a_training_goes_on_along_the_directions_that_it_was_begun_on(base: Base, concepts: list[tuple[Concept, Band]]) -> None:
+    (concept,) = train(base, *concepts[0], SHORT).adapter.concepts
+    layers = {}
+    for key, part in concept.layers.items():  # as another machine may find them
+        turned = Spectrum(U=-part.band.U, s=part.band.s, V=-part.band.V)
+        tensors = part.tensors | {name: -part.tensors[name] for name in ("A", "B")}
+        layers[key] = LayerPart(band=turned, tensors=tensors)
+    start = Adapter(family=base.family, fingerprint=base.fingerprint, concepts=(replace(concept, layers=layers),), weights=(1.0,))
+    still = replace(SHORT, steps=1, unet_rate=0.0, text_encoder_rate=0.0, token_rate=0.0)
+    longer = train(base, *concepts[0], still, start=start).adapter.deltas()
+    for key, delta in start.deltas().items():
+        torch.testing.assert_close(longer[key].dense(), delta.dense(), rtol=0, atol=1e-6)  # confined once more, which rounds
 
 
 def test_going_on_is_resumed_where_it_was(base: Base, concepts: list[tuple[Concept, Band]], tmp_path: Path) -> None:

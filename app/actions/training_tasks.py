@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,16 @@ from spectral_diffusion.band_plan import (
 from spectral_diffusion.bands import Band
 from spectral_diffusion.base import Base
 from spectral_diffusion.concept import load_concept
-from spectral_diffusion.training import PRESETS, TrainingProgress, TrainingSettings, measure_pace, preset, settle, train_together
+from spectral_diffusion.training import (
+    PRESETS,
+    TrainingProgress,
+    TrainingSettings,
+    measure_pace,
+    preset,
+    settle,
+    train_together,
+    training_spectrum,
+)
 
 _PACE_KNOWN = 20  # steps after which the pace of a training is noted for what is expected of the next ones
 
@@ -38,14 +48,10 @@ _PACE_KNOWN = 20  # steps after which the pace of a training is noted for what i
 def look_task(arguments: dict[str, Any], context: TaskContext) -> dict[str, Any]:
     """Load the base and write down what it is and what a training on it takes here."""
     base = chosen_base(arguments["settings"])
-
-    def report(done: int, total: int) -> None:
-        context.report(done=done, total=total)
-        if context.should_stop():
-            raise Stopped
-
-    directions = fewest_directions(base, TrainingSettings().layers, report)
-    pace = measure_pace(base, preset(PRESETS[0], base), context.should_stop)
+    directions = fewest_directions(base, TrainingSettings().layers)
+    fastest = preset(PRESETS[0], base)
+    _find_spectrum(base, [Band(start=0, rank=fastest.rank)], fastest, context)
+    pace = measure_pace(base, fastest, context.should_stop)
     if pace is None:
         raise Stopped
     chosen = [arguments["settings"]["base"], arguments["settings"]["device"]]
@@ -66,6 +72,17 @@ def look_task(arguments: dict[str, Any], context: TaskContext) -> dict[str, Any]
     return facts
 
 
+def _find_spectrum(base: Base, bands: Sequence[Band], settings: TrainingSettings, context: TaskContext) -> None:
+    """Compute what is not known yet of the spectrum that a training on `bands` asks for."""
+
+    def report(done: int, total: int) -> None:
+        context.report(done=done, total=total)
+        if context.should_stop():
+            raise Stopped
+
+    training_spectrum(base, bands, settings, report)
+
+
 def train_task(arguments: dict[str, Any], context: TaskContext) -> dict[str, Any]:
     """Train concepts in one go, each on a free band, among those that are trained already, going on from a checkpoint."""
     studio, names = studio_of(context), arguments["concepts"]
@@ -83,6 +100,7 @@ def train_task(arguments: dict[str, Any], context: TaskContext) -> dict[str, Any
         bands = [
             _reserved_band(studio, base, settings, concept.token, out, known) for concept, out in zip(concepts, outs, strict=True)
         ]
+    _find_spectrum(base, bands, settings, context)
     folders = [studio.folder("thumbnails") / name / "samples" for name in names]
 
     def report(progress: TrainingProgress) -> None:

@@ -183,8 +183,7 @@ def _chosen_bands(
     for other in taken:
         if other.token.lower() in map(str.lower, tokens):
             logger.warning("'%s' uses the token '%s' too, so the two can never be fused.", other.path, other.token)
-    with closing(CountDisplay("spectrum", "layer")) as display:
-        directions = fewest_directions(base, settings.layers, display.show)
+    directions = fewest_directions(base, settings.layers)
     console.say(f"The base has room for {slots(directions, settings.rank)} concepts of rank {settings.rank}.")
     bands = []
     for number, (token, out) in enumerate(zip(tokens, arguments.out, strict=True)):
@@ -213,8 +212,10 @@ def _train(
     outs: Sequence[Path],
 ) -> list[TrainingResult]:
     """Train with a progress bar until the end or Ctrl-C."""
-    from spectral_diffusion.training import train_together
+    from spectral_diffusion.training import train_together, training_spectrum
 
+    with closing(CountDisplay("spectrum", "layer")) as display:
+        training_spectrum(base, [band for _, band in concepts], settings, display.show)
     samples = [out.with_name(f"{out.stem}-samples") for out in outs]
     if settings.sample_every:
         for folder in samples:

@@ -18,6 +18,7 @@ _HOME = {
     "settle": "settling",
     "train": "loop",
     "train_together": "loop",
+    "training_spectrum": "trainable",
 }
 
 __all__ = sorted(_HOME)

@@ -19,7 +19,7 @@ from spectral_diffusion.errors import InputError
 from spectral_diffusion.joining import LowRank
 from spectral_diffusion.parametrisations import RIVALS, SPECTRAL
 from spectral_diffusion.parametrisations.site import Beginning, Site
-from spectral_diffusion.spectrum import Spectrum
+from spectral_diffusion.spectrum import Spectrum, directions_of
 from spectral_diffusion.training.company import Company
 from spectral_diffusion.training.settings import TrainingSettings
 from spectral_diffusion.training.stack import ConceptLayer, Stacks, TrainedLayers, stacked
@@ -100,16 +100,23 @@ def adapt(
 def _spectral(
     layers: dict[str, nn.Linear], spectra: dict[str, Spectrum], bands: Sequence[Band], settings: TrainingSettings
 ) -> Stacks:
-    smallest = min(spectra, key=lambda key: len(spectra[key].s))
+    smallest = min(layers, key=lambda key: min(layers[key].weight.shape[:2]))
+    directions = directions_of(layers)
     for band in bands:
-        check_fits(band, len(spectra[smallest].s), smallest)
-    order = bands_in_order(settings.rank, len(spectra[smallest].s), weakest_first=settings.weakest_first)
-    reserved = [direction for other in islice(order, settings.isolation) for direction in range(other.start, other.stop)]
+        check_fits(band, directions, smallest)
+    isolated = isolated_bands(settings, directions)
+    reserved = [direction for other in isolated for direction in range(other.start, other.stop)]
     concepts = [
         {key: _layer(spectra[key], band, reserved, layer.weight.device) for key, layer in layers.items()} for band in bands
     ]
     stacks = stacked(SPECTRAL[settings.parametrisation], concepts)
     return Stacks(form=settings.parametrisation, layers=layers, stacks=tuple(stacks))
+
+
+def isolated_bands(settings: TrainingSettings, directions: int) -> list[Band]:
+    """Return the bands that no concept reads or writes but its own, among the `directions` of the smallest layer."""
+    order = bands_in_order(settings.rank, directions, weakest_first=settings.weakest_first)
+    return list(islice(order, settings.isolation))
 
 
 def _layer(spectrum: Spectrum, band: Band, reserved: list[int], device: torch.device) -> ConceptLayer:

@@ -67,10 +67,21 @@ class Stack:
 
     @torch.no_grad()
     def start(self, concept: int, parts: Mapping[str, LayerPart]) -> None:
-        """Put the tensors of `parts` in the place of those of concept number `concept`."""
-        s = self.band.s[concept]
-        begun = {name: torch.stack([parts[key].tensors[name] for key in self.keys]).to(s.device) for name in self.tensors}
-        for name, tensor in self.form.resumed(s, begun).items():
+        """Put the tensors of `parts`, and the directions that they were trained on, in the place of those of concept `concept`.
+
+        Directions that are found again may point the other way, or be turned among close singular values.
+        """
+        device = self.band.s.device
+
+        def of(take: Callable[[LayerPart], torch.Tensor]) -> torch.Tensor:
+            return torch.stack([take(parts[key]) for key in self.keys]).to(device)
+
+        band = Spectrum(U=of(lambda part: part.band.U), s=of(lambda part: part.band.s), V=of(lambda part: part.band.V))
+        for there, own in ((self.band, band), (self.balanced, self.form.balanced(band))):
+            for name in ("U", "s", "V"):
+                getattr(there, name)[concept].copy_(getattr(own, name))
+        begun = {name: of(lambda part, name=name: part.tensors[name]) for name in self.tensors}
+        for name, tensor in self.form.resumed(band.s, begun).items():
             self.tensors[name][concept].copy_(tensor)
 
     def parts(self, concept: int) -> dict[str, LayerPart]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +15,8 @@ from spectral_diffusion.base import Base, linear_layers
 from spectral_diffusion.cross_attention import cross_attention_layers
 from spectral_diffusion.errors import InputError
 from spectral_diffusion.parametrisations import SPECTRAL
-from spectral_diffusion.spectrum import base_spectrum
-from spectral_diffusion.training.adaptation import Adaptation, adapt
+from spectral_diffusion.spectrum import Spectrum, base_spectrum, directions_of
+from spectral_diffusion.training.adaptation import Adaptation, adapt, isolated_bands
 from spectral_diffusion.training.settings import TrainingSettings
 
 
@@ -84,6 +84,24 @@ class Trainable:
         return {part: vectors.detach().clone().cpu() for part, vectors in self.embeddings[concept].items()}
 
 
+def training_spectrum(
+    base: Base,
+    bands: Sequence[Band],
+    settings: TrainingSettings,
+    on_layer: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, Spectrum]:
+    """Return the spectrum of the adapted layers as far as a training on `bands` reaches; nothing where a form needs none.
+
+    Args:
+        on_layer: see `base_spectrum`.
+    """
+    if settings.parametrisation not in SPECTRAL:
+        return {}
+    layers = linear_layers(base, settings.layers)
+    isolated = isolated_bands(settings, directions_of(layers))
+    return base_spectrum(base, layers, max(band.stop for band in [*bands, *isolated]), on_layer)
+
+
 def build_trainable(
     base: Base, bands: Sequence[Band], vectors: Sequence[dict[str, torch.Tensor]], settings: TrainingSettings
 ) -> Trainable:
@@ -99,7 +117,7 @@ def build_trainable(
     layers = linear_layers(base, settings.layers)
     if not layers:
         raise InputError(f"No layer of '{base.source}' ends in {', '.join(settings.layers)}; choose others as layers.")
-    spectra = base_spectrum(base, layers) if settings.parametrisation in SPECTRAL else {}
+    spectra = training_spectrum(base, bands, settings)
     embeddings = tuple({part: own.clone().requires_grad_(True) for part, own in first.items()} for first in vectors)
     return Trainable(embeddings=embeddings, adaptation=adapt(layers, spectra, bands, settings))
 
