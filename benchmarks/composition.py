@@ -95,7 +95,7 @@ class Judged:
 
 
 def training_settings(settings: TrainingSettings, form: str, together: bool) -> TrainingSettings:
-    """Return how the concepts of a joining are trained: as the preset's `settings` say, at the form's own rates."""
+    """Return how the concepts of a joining are trained: as the preset's `settings` say, which are LoRA's best rates too."""
     return replace(settings, parametrisation=form, isolation=0 if together else len(CONCEPTS))
 
 
