@@ -43,7 +43,7 @@ from spectral_diffusion.attach import folded
 from spectral_diffusion.base import ATTENTION_LAYERS, layer_key
 from spectral_diffusion.checkpoint.single_file import CONFIGURATIONS
 from spectral_diffusion.joining import LowRank
-from spectral_diffusion.spectrum import spectra
+from spectral_diffusion.spectrum import LEADING, MAX_DIRECTIONS, Spectrum, spectra
 from spectral_diffusion.training.memory import checkpointing
 
 CONCEPTS = 4
@@ -226,9 +226,22 @@ def measure_drawing(models: Models, rank: int, side: int, rounds: int) -> dict[s
 
 
 def measure_spectrum(models: Models) -> dict[str, Any]:
-    """Return the seconds of the exact spectrum of all adapted layers."""
-    exact = seconds_of(lambda: list(spectra([layer.weight for layer in models.layers.values()])))
-    return {"layers": len(models.layers), "exact_seconds": round(exact, 1)}
+    """Return the seconds of the exact spectrum of all adapted layers and of its leading directions, and how far these are off."""
+    weights = [layer.weight for layer in models.layers.values()]
+    found: dict[int, list[Spectrum]] = {}
+
+    def find(count: int) -> None:
+        found[count] = list(spectra(weights, count))
+
+    exact, leading = (seconds_of(lambda count=count: find(count)) for count in (MAX_DIRECTIONS, LEADING))
+    values = [[spectrum.s[:LEADING] for spectrum in found[count]] for count in (MAX_DIRECTIONS, LEADING)]
+    error = max(float(((near - true) / true).abs().max()) for true, near in zip(*values, strict=True))
+    return {
+        "layers": len(models.layers),
+        "exact_seconds": round(exact, 1),
+        "leading_over_exact": round(leading / exact, 3),
+        "leading_error": float(f"{error:.1e}"),
+    }
 
 
 def lines(result: dict[str, Any]) -> list[str]:

@@ -88,7 +88,7 @@ def test_leading_directions_are_found_by_themselves(shape: tuple[int, int], fall
 
 
 def test_of_large_layers_only_as_many_directions_are_found_as_are_asked_for(tiny_base: Base, cache: Path) -> None:
-    layers = {"unet.large": nn.Linear(600, 520), "unet.small": nn.Linear(600, 100)}
+    layers = {"unet.large": nn.Linear(800, 770), "unet.small": nn.Linear(600, 100)}
     first = base_spectrum(tiny_base, layers, LEADING)
     assert {key: len(spectrum.s) for key, spectrum in first.items()} == {"unet.large": LEADING, "unet.small": 100}
     cached = base_spectrum(tiny_base, layers, 8)
