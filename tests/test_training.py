@@ -34,6 +34,7 @@ from spectral_diffusion.spectrum import base_spectrum
 from spectral_diffusion.training import PRESETS, TrainingProgress, TrainingSettings, measure_pace, preset, train
 from spectral_diffusion.training.checkpoint import load_checkpoint, save_checkpoint
 from spectral_diffusion.training.examples import EncodedExamples, encode_examples, random_crop
+from spectral_diffusion.training.inertness import stranger_vectors
 from spectral_diffusion.training.trainable import class_word_vectors, first_vectors
 
 pytestmark = pytest.mark.usefixtures("less_preparation")
@@ -120,6 +121,21 @@ def test_several_vectors_stand_for_one_token(base: Base, concept: Concept) -> No
     assert all((one - another).norm() > 0.1 for one, another in combinations([*start, *other[:2]], 2))
     moved = (adapter.concepts[0].embeddings["text_encoder"] - start).abs().sum(1)
     assert moved.shape == (3,) and (0 < moved).all() and (moved < 1).all()
+
+
+def test_tokens_begin_apart_and_strangers_stand_where_tokens_do(base: Base, concept: Concept) -> None:
+    word, settings = class_word_vectors(base, "dog"), replace(SHORT, token_distance=1.5)
+    norm = word["text_encoder"].norm()
+    begun = [first_vectors(base, token, word, settings)["text_encoder"] for token in ("<V1>", "<V2>")]
+    for vector in begun:
+        torch.testing.assert_close((vector - word["text_encoder"]).norm(), 1.5 * norm)
+    assert (begun[0] - begun[1]).norm() > norm
+    strangers = [own["text_encoder"] for own in stranger_vectors(base, "dog", 1.5, seed=0).values()]
+    distances = torch.stack([(own - word["text_encoder"]).norm() for own in strangers[::2]])
+    torch.testing.assert_close(distances, (1.5 * norm).expand(len(distances)))
+    assert all((one - other).norm() > norm / 2 for one, other in combinations([*strangers, *begun], 2))
+    frozen = train(base, concept, BAND, replace(settings, token_rate=0.0)).adapter.concepts[0].embeddings["text_encoder"]
+    assert torch.equal(frozen, first_vectors(base, concept.token, word, settings)["text_encoder"])
 
 
 def test_progress_is_told_after_every_step(base: Base, concept: Concept) -> None:

@@ -16,9 +16,10 @@ from spectral_diffusion.base import Base
 from spectral_diffusion.conditioning import prompts, tokenize
 from spectral_diffusion.training.batches import Pool
 from spectral_diffusion.training.prediction import predict
+from spectral_diffusion.training.trainable import class_word_vectors, moved
 
 STRANGER = "<stranger-{}>"
-STRANGERS = 4
+STRANGERS = 48
 """Tokens with random vectors that stand for the tokens of other concepts, which do not exist yet."""
 PICTURES = 32
 DRAWING_STEPS = 12
@@ -33,29 +34,35 @@ _PLACES = (
 
 
 def stranger_vectors(
-    base: Base, class_vectors: dict[str, torch.Tensor], seed: int, first: int = 0
+    base: Base, class_word: str, distance: float, seed: int, first: int = 0
 ) -> dict[str, dict[str, torch.Tensor]]:
-    """Return, per stranger and text encoder, a `(1, width)` vector: the class word's, moved as far as words lie apart.
+    """Return, per stranger and text encoder, a `(1, width)` vector: a class word's, moved by `distance` norms of it.
+
+    That is how the tokens of other concepts begin (see `first_vectors`), so a concept that leaves strangers alone leaves those
+    alone which it never met, as far as their tokens stay where they began. Every other stranger is of the own class.
 
     Args:
+        distance: where it is 0, tokens go about one norm by themselves, and so do the strangers.
         first: number of the first stranger, where several concepts have strangers of their own.
     """
     generator = torch.Generator().manual_seed(seed)
-    spreads = {part: model.get_input_embeddings().weight.std().item() for part, model in base.text_encoders.items()}
-    return {
-        STRANGER.format(first + number): {
-            part: vector.mean(0, keepdim=True) + spreads[part] * torch.randn(1, vector.shape[1], generator=generator).to(vector)
-            for part, vector in class_vectors.items()
-        }
-        for number in range(STRANGERS)
-    }
+    strangers = {}
+    for number in range(STRANGERS):
+        word = _pick(_OTHER_CLASSES, generator) if number % 2 else class_word
+        vectors = class_word_vectors(base, word).items()
+        strangers[STRANGER.format(first + number)] = {part: moved(own, distance or 1.0, generator) for part, own in vectors}
+    return strangers
+
+
+def _pick(options: Sequence[str], generator: torch.Generator) -> str:
+    return options[int(torch.randint(len(options), (1,), generator=generator))]
 
 
 def inert_captions(class_word: str, strangers: tuple[str, ...], count: int, generator: torch.Generator) -> list[str]:
     """Return captions without the concept's token: its class word, other classes, strangers, pairs, and nothing at all."""
 
-    def pick(options: tuple[str, ...]) -> str:
-        return options[int(torch.randint(len(options), (1,), generator=generator))]
+    def pick(options: Sequence[str]) -> str:
+        return _pick(options, generator)
 
     captions = []
     for number in range(count):

@@ -159,7 +159,8 @@ def train_subjects(
         trainable.start(number, part)
     steps_before = [part.settings.get("steps_done", 0) for part in started] or [0] * len(subjects)
     strangers = [
-        stranger_vectors(base, vectors, settings.seed, first=number * STRANGERS) for number, vectors in enumerate(class_vectors)
+        stranger_vectors(base, own.class_word, settings.token_distance, settings.seed, first=number * STRANGERS)
+        for number, own in enumerate(subjects)
     ]
     written = {subject.token: token_words(subject.token, settings.token_vectors) for subject in subjects}
     tokens = {subject.token: own for subject, own in zip(subjects, trainable.embeddings, strict=True)}

@@ -41,7 +41,12 @@ class TrainingSettings:
     unet_rate: float = _setting(1e-4, "learning rate of the UNet's layers")
     text_encoder_rate: float = _setting(1e-5, "learning rate of the text encoder's layers")
     token_rate: float = _setting(1e-3, "learning rate of the token embedding")
-    token_vectors: int = _setting(1, "vectors that the token stands for; the last begins as the class word, the others at random")
+    token_distance: float = _setting(
+        0.0,
+        "how far from its class word the token begins, in norms of that word and in a direction of its own: the farther, and the "
+        "lower its rate, the less it is taken for another concept's",
+    )
+    token_vectors: int = _setting(1, "vectors that the token stands for; the last begins at the class word, the others at random")
     layerwise_token: bool = _setting(
         False, "let the token have vectors of its own for every cross-attention layer; other tools can hold their mean only"
     )
@@ -82,6 +87,7 @@ class TrainingSettings:
             "unet_rate",
             "text_encoder_rate",
             "token_rate",
+            "token_distance",
             "token_norm",
             "weight_decay",
             "inertness",
@@ -108,13 +114,15 @@ _FOR_REAL_BASES = {
 # The embedded base has attention at two coarse levels only; without its feed-forward layers no identity comes out. Of its 16 x 16
 # latents most lie at an outline, which is learnt from both sides; and what was only shown large is not known at the size that two
 # or three have beside each other. Its weakest directions leave a concept the freest choice of what it reads and writes, and
-# want a higher rate.
+# want a higher rate. Tokens that begin at their class words and move as they like all go the same way, so that each concept
+# answers to the others' tokens; those that begin apart and move little stay apart, as the strangers do that inertness knows.
 _EMBEDDED = replace(
     _PAPER,
     batch=4,
     unet_rate=3e-3,
     text_encoder_rate=3e-4,
-    token_rate=5e-3,
+    token_rate=5e-4,
+    token_distance=1.5,
     weakest_first=True,
     isolation=4,
     background=1.0,

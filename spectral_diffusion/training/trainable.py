@@ -125,19 +125,25 @@ def build_trainable(
 def first_vectors(
     base: Base, token: str, class_vectors: dict[str, torch.Tensor], settings: TrainingSettings
 ) -> dict[str, torch.Tensor]:
-    """Return per text encoder the vectors that `token` begins with: the last is its class word's.
+    """Return per text encoder the vectors that `token` begins with: the last at its class word, as far off as the settings say.
 
-    Those before it are random, as far apart as words are (ED-LoRA, Gu et al. 2023, section 3.2), others for every token.
+    Those before it are random, as far apart as words are (ED-LoRA, Gu et al. 2023, section 3.2). All are others for every token.
     """
     generator = torch.Generator().manual_seed(settings.seed + zlib.crc32(token.encode()))
     begun = {}
     for part, class_vector in class_vectors.items():
         spread = base.text_encoders[part].get_input_embeddings().weight.std().item()
         before = spread * torch.randn(settings.token_vectors - 1, class_vector.shape[1], generator=generator)
-        begun[part] = torch.cat([before.to(class_vector), class_vector])
+        begun[part] = torch.cat([before.to(class_vector), moved(class_vector, settings.token_distance, generator)])
         if settings.layerwise_token:
             begun[part] = begun[part].repeat(len(cross_attention_layers(base.pipeline.unet)), 1, 1)
     return begun
+
+
+def moved(vector: torch.Tensor, distance: float, generator: torch.Generator) -> torch.Tensor:
+    """Return `vector (1, width)` moved by `distance` times its norm in a random direction."""
+    direction = torch.randn(vector.shape, generator=generator).to(vector)
+    return vector + distance * vector.norm() * direction / direction.norm()
 
 
 def class_word_vectors(base: Base, class_word: str) -> dict[str, torch.Tensor]:
