@@ -22,5 +22,28 @@ def expand_prompt(prompt: str, words: Mapping[str, str]) -> str:
     return _any_of(words).sub(lambda match: lowered[match.group().lower()], prompt)
 
 
+def name_by_class(prompt: str, class_words: Mapping[str, str]) -> str:
+    """Write every token as its class word, with an article where none stands before: `<V1>, my <V2>` gives `a dog, my cat`.
+
+    Args:
+        class_words: token to class word; a token that shall stay is given as itself.
+    """
+
+    def word(match: re.Match[str]) -> str:
+        found = lowered[match.group().lower()]
+        if found.lower() == match.group().lower():
+            return found
+        article = "an" if found[:1].lower() in tuple("aeiou") else "a"
+        return found if _DETERMINED.search(prompt, 0, match.start()) else f"{article} {found}"
+
+    if not class_words:
+        return prompt
+    lowered = {token.lower(): found for token, found in class_words.items()}
+    return _any_of(class_words).sub(word, prompt)
+
+
+_DETERMINED = re.compile(r"\b(an?|the|my|your|his|her|its|our|their|this|that|one)\s+[(\[]*$", re.IGNORECASE)
+
+
 def _any_of(tokens: Collection[str]) -> re.Pattern[str]:
     return re.compile("|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True)), re.IGNORECASE)

@@ -14,7 +14,7 @@ from PIL import Image, ImageFilter
 
 from spectral_diffusion.errors import InputError
 from spectral_diffusion.picture_text import is_picture_text, picture_from_text, picture_text
-from spectral_diffusion.prompt_tokens import expand_prompt, tokens_in
+from spectral_diffusion.prompt_tokens import name_by_class, tokens_in
 
 SOFT_EDGE = 0.04
 """Width of the edge over which a region fades out, in fractions of the picture's side."""
@@ -156,7 +156,7 @@ def suggest_regions(prompt: str, class_words: Mapping[str, str]) -> tuple[Region
     """Return columns of equal width, one for each token that `prompt` names, in the order in which it names them.
 
     Each column's prompt is the whole one with class words in place of the other tokens: `<V1> and <V2> near a lake` gives
-    `<V1> and cat near a lake` and `dog and <V2> near a lake`. So every column is drawn as a part of the same scene of as many
+    `<V1> and a cat near a lake` and `a dog and <V2> near a lake`. So every column is drawn as a part of the same scene of as many
     things; one that is told of a single thing puts it in the middle of the picture, and two columns draw one thing of two halves.
 
     Args:
@@ -165,7 +165,7 @@ def suggest_regions(prompt: str, class_words: Mapping[str, str]) -> tuple[Region
     named = tokens_in(prompt, class_words)
     edges = [number / len(named) for number in range(len(named))] + [1.0]
     return tuple(
-        Region(prompt=expand_prompt(prompt, {**class_words, own: own}), box=(left, 0.0, right, 1.0))
+        Region(prompt=name_by_class(prompt, {**class_words, own: own}), box=(left, 0.0, right, 1.0))
         for own, left, right in zip(named, edges[:-1], edges[1:], strict=True)
     )
 

@@ -173,13 +173,19 @@ def test_regions_are_suggested_in_the_order_of_the_prompt() -> None:
     words = {"<V1>": "dog", "<V2>": "cat", "<V3>": "toy", "<V11>": "vase"}
     regions = suggest_regions("a photo of <V2> and <v1> near a lake", words)
     assert [(region.prompt, region.box) for region in regions] == [
-        ("a photo of <V2> and dog near a lake", LEFT),
-        ("a photo of cat and <V1> near a lake", RIGHT),
+        ("a photo of <V2> and a dog near a lake", LEFT),
+        ("a photo of a cat and <V1> near a lake", RIGHT),
     ]
     weighed = suggest_regions("a photo of (<V1>:1.3) and [<V11>] near a lake", words)
     assert [region.prompt for region in weighed] == [
-        "a photo of (<V1>:1.3) and [vase] near a lake",
-        "a photo of (dog:1.3) and [<V11>] near a lake",
+        "a photo of (<V1>:1.3) and [a vase] near a lake",
+        "a photo of (a dog:1.3) and [<V11>] near a lake",
+    ]
+    determined = suggest_regions("my <V1>, an (<V4>:0.8) and <V5>", {"<V1>": "dog", "<V4>": "old cat", "<V5>": "owl"})
+    assert [region.prompt for region in determined] == [
+        "my <V1>, an (old cat:0.8) and an owl",
+        "my dog, an (<V4>:0.8) and an owl",
+        "my dog, an (old cat:0.8) and <V5>",
     ]
     assert suggest_regions("<V1> asleep, <V1> awake", words) == (Region(prompt="<V1> asleep, <V1> awake"),)
     assert suggest_regions("a lake", words) == suggest_regions("<V1>", {}) == ()
