@@ -94,9 +94,10 @@ class Judged:
         return all(self.confidences)
 
 
-def training_settings(settings: TrainingSettings, form: str, together: bool) -> TrainingSettings:
-    """Return how the concepts of a joining are trained: as the preset's `settings` say, which are LoRA's best rates too."""
-    return replace(settings, parametrisation=form, isolation=0 if together else len(CONCEPTS))
+def training_settings(base: Base, name: str, form: str, together: bool) -> TrainingSettings:
+    """Return how the concepts of a joining are trained: as the preset `name` says, whose rates are LoRA's best too."""
+    settings = preset(name, base, together=together)
+    return replace(settings, parametrisation=form, isolation=settings.isolation if together else len(CONCEPTS))
 
 
 def trained(base: Base, together: bool, settings: TrainingSettings, folder: Path) -> dict[str, Adapter]:
@@ -198,13 +199,12 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("out/composition"), help="where adapters and pictures are kept")
     options = parser.parse_args()
     base, judge = load_base(), load_judge()
-    settings = preset(options.preset, base)
     joinings = options.joinings or list(JOININGS)
     result: dict[str, Any] = {"base": base.fingerprint, "preset": options.preset, "pictures": options.pictures, "rows": []}
     sheet: list[Row] = []
     for joining, group, way in rows(joinings):
         form, together, method = JOININGS[joining]
-        own = training_settings(settings, form, together)
+        own = training_settings(base, options.preset, form, together)
         kept = options.folder / digest([base.fingerprint, asdict(own), together])
         adapters = trained(base, together, own, kept / "adapters")
         pictures: list[Judged] = []
