@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping
 
+_DETERMINED = re.compile(r"\b(an?|the|my|your|his|her|its|our|their|this|that|one)\s+[(\[]*$", re.IGNORECASE)
+
 
 def tokens_in(prompt: str, tokens: Collection[str]) -> list[str]:
     """Return which of `tokens` stand in `prompt`, in the order in which it names them first."""
@@ -40,9 +42,6 @@ def name_by_class(prompt: str, class_words: Mapping[str, str]) -> str:
         return prompt
     lowered = {token.lower(): found for token, found in class_words.items()}
     return _any_of(class_words).sub(word, prompt)
-
-
-_DETERMINED = re.compile(r"\b(an?|the|my|your|his|her|its|our|their|this|that|one)\s+[(\[]*$", re.IGNORECASE)
 
 
 def _any_of(tokens: Collection[str]) -> re.Pattern[str]:

@@ -50,7 +50,7 @@ def cache_folder() -> Path:
 
 def directions_of(layers: Mapping[str, nn.Linear]) -> int:
     """Return how many singular directions the smallest of `layers` has, `MAX_DIRECTIONS` at most."""
-    return min([MAX_DIRECTIONS, *(min(layer.weight.shape[:2]) for layer in layers.values())])
+    return min([MAX_DIRECTIONS, *(min(layer.weight.shape) for layer in layers.values())])
 
 
 def singular_directions(weight: torch.Tensor, count: int = MAX_DIRECTIONS) -> Spectrum:
@@ -129,7 +129,7 @@ def _load_or_compute(
     file: Path, layers: dict[str, nn.Linear], count: int, on_layer: Callable[[int, int], None]
 ) -> dict[str, Spectrum]:
     cached = _read_cache(file)
-    missing = [key for key, layer in layers.items() if len(cached.get(f"{key}.s", ())) < min(count, *layer.weight.shape[:2])]
+    missing = [key for key, layer in layers.items() if len(cached.get(f"{key}.s", ())) < min(count, *layer.weight.shape)]
     if missing:
         logger.info("Computing the spectrum of %d layers (once per base).", len(missing))
         found = spectra([layers[key].weight for key in missing], count)

@@ -100,7 +100,7 @@ def adapt(
 def _spectral(
     layers: dict[str, nn.Linear], spectra: dict[str, Spectrum], bands: Sequence[Band], settings: TrainingSettings
 ) -> Stacks:
-    smallest = min(layers, key=lambda key: min(layers[key].weight.shape[:2]))
+    smallest = min(layers, key=lambda key: min(layers[key].weight.shape))
     directions = directions_of(layers)
     for band in bands:
         check_fits(band, directions, smallest)
