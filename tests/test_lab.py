@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,8 +15,9 @@ from filelock import FileLock
 from shared_bases import shared_base
 from short_trainings import prepare_less
 
-from benchmarks.lab import __main__ as lab
+from benchmarks.lab import bench as lab
 from benchmarks.lab import language, theory
+from benchmarks.lab.__main__ import main
 from benchmarks.lab.record import Postponed, perform, source
 from benchmarks.lab.workshop import Workshop
 from spectral_diffusion.parametrisations import PARAMETRISATIONS
@@ -110,8 +113,10 @@ def test_a_run_that_fails_says_why_and_is_tried_again(tmp_path: Path) -> None:
     assert len(records(tmp_path)) == 1 and source().keys() == {"commit", "dirty"}
 
 
-def test_runs_are_made_side_by_side(tmp_path: Path) -> None:
-    assert lab.run(["theory"], "quick", tmp_path, workers=2) == 0
+def test_the_command_makes_runs_side_by_side(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.lab", "theory", "--out", str(tmp_path)]
+    done = subprocess.run(command, cwd=Path(lab.__file__).parents[2], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
     assert {record["status"] for record in records(tmp_path / "results" / "theory")} == {"done"}
 
 
@@ -176,6 +181,6 @@ def test_the_language_model_reads_from_left_to_right_and_learns() -> None:
 def test_the_words_of_the_command_are_checked(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["lab", "nonsense"])
     with pytest.raises(SystemExit):
-        lab.main()
+        main()
     assert "invalid choice: 'nonsense'" in capsys.readouterr().err
     assert set(PARAMETRISATIONS) >= set(theory._METHODS) - {"additive, isolated"}

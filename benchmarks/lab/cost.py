@@ -10,6 +10,7 @@ import multiprocessing
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -79,14 +80,13 @@ def _train(case: Case, workshop: Workshop) -> dict[str, Any]:
     peak = torch.cuda.max_memory_allocated() if on_gpu else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "adapter.safetensors"
-        save_adapter(result.adapter, path)
+        (part,) = result.adapter.concepts
+        save_adapter(replace(result.adapter, concepts=(replace(part, activations={}),)), path)
         size = path.stat().st_size
-    (part,) = result.adapter.concepts
     return {
         "step_seconds": median(steps),
         "peak_bytes": peak,
         "file_bytes": size,
-        "measured_bytes": sum(factor.numel() * 4 for factor in part.activations.values()),
         "parameters": part.parameters(),
     }
 
@@ -105,7 +105,7 @@ def show(records: Sequence[Record]) -> tuple[dict[str, Figure], str]:
                 f"{value['parameters']:,}",
                 f"{ratios[method]:.2f}",
                 f"{value['peak_bytes'] / trained['lora']['peak_bytes']:.2f}",
-                f"{(value['file_bytes'] - value['measured_bytes']) / 1e6:.2f} MB",
+                f"{value['file_bytes'] / 1e6:.2f} MB",
             ]
             for method, value in trained.items()
         ]
