@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from studios import QUICK, concept_of, work
 
-from app.actions.adapters import adapter_cards, export, fuse, library_class_words, map_bands, report, report_file
+from app.actions.adapters import adapter_cards, export, fuse, library_class_words, map_bands, needs_settling, report, report_file
 from app.actions.concepts import (
     add_samples,
     concept_card,
@@ -127,11 +127,13 @@ def test_from_photos_to_a_file_that_diffusers_loads(tiny_studio: Studio, photo_f
     adapters = [card.name for card in cards]
     assert map_bands(studio, adapters).conflicts == () and map_bands(studio, adapters).cross_talk[0][1] is not None
 
+    assert needs_settling(studio, adapters) and not needs_settling(studio, adapters[:1])
     fuse(studio, adapters, [1.0, 0.5], title="My pair!", settle=2)
     work(studio)
     pair = next(card for card in adapter_cards(studio) if card.name.startswith("fused/"))
     assert pair.name == "fused/My_pair.safetensors" and list(library_class_words(studio, pair.name)) == ["<one>", "<two>"]
     assert load_adapter(pair.path).weights == (1.0, 0.5) and pair.method == "sum"
+    assert not needs_settling(studio, [pair.name, adapters[0]])  # one is fused already
     (job,) = (job for job in studio.jobs.jobs() if job.kind == "fuse")
     assert studio.jobs.progress(job.name)[-1]["step"] == 2 and not list(studio.jobs.folder.glob("*/*.checkpoint"))
     with pytest.raises(InputError, match="'My_pair' already"):

@@ -87,6 +87,9 @@ def test_from_uploaded_photos_to_a_file_that_diffusers_loads(
     )
     expect(page.locator("#band-map table")).to_contain_text("100%")
     page.locator("#tab-fuse").get_by_label("Name").fill("pair")
+    settle = page.locator("#tab-fuse").get_by_label("Settle")
+    expect(settle).to_be_checked()  # they were trained apart
+    settle.uncheck()
     page.locator("#fuse").click()
     expect(page.locator("#fused")).to_contain_text("<leopard> + <wizard>")
     report = page.locator("#reports iframe").content_frame

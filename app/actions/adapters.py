@@ -16,6 +16,7 @@ from spectral_diffusion.adapter import METHODS, Adapter
 from spectral_diffusion.adapter_file import load_adapter
 from spectral_diffusion.band_map import BandMap, band_map
 from spectral_diffusion.errors import AdapterError, InputError
+from spectral_diffusion.training import can_settle
 
 PRECISIONS = ("fp16", "bf16", "fp32")
 FORMATS = {
@@ -76,6 +77,11 @@ def map_bands(studio: Studio, names: Sequence[str], strengths: Sequence[float] |
 def trained_apart(studio: Studio, names: Sequence[str]) -> bool:
     """Tell whether the adapters called `names` hold concepts that were not trained among all the others."""
     return fusion.trained_apart([concept for name in names for concept in _load(studio, name).concepts])
+
+
+def needs_settling(studio: Studio, names: Sequence[str]) -> bool:
+    """Tell whether the adapters called `names` were trained apart and can be settled."""
+    return len(names) > 1 and trained_apart(studio, names) and can_settle([_load(studio, name) for name in names])
 
 
 def fuse(

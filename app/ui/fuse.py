@@ -60,17 +60,18 @@ def build_fuse(studio: Studio, live: Live) -> None:
     asked = gr.State("")
     reports = live.add(gr.HTML(elem_id="reports", js_on_load=markup.CLICKS), lambda name: _reports(studio, name), asked)
 
-    def show_sliders(names: list[str]) -> list[Any]:
+    def show_chosen(names: list[str]) -> list[Any]:
         labels = [card.label for card in library.adapter_cards(studio, ["adapters"]) if card.name in names]
         ordered = sorted(names)
         tokens = dict(zip(ordered, labels, strict=False))
-        return [
+        strengths = [
             gr.update(
                 visible=number < len(ordered),
                 label=f"Strength of {tokens.get(ordered[number], '')}" if number < len(ordered) else "",
             )
             for number in range(_MOST)
         ]
+        return [*strengths, _wants_settling(studio, ordered[:_MOST])]
 
     def begin(names: list[str], name: str, how: str, settle: bool, report: bool, *strengths: float) -> Any:
         ordered = sorted(names)[:_MOST]
@@ -89,10 +90,17 @@ def build_fuse(studio: Studio, live: Live) -> None:
             attempt(library.report, studio, name, done="The report is queued.")
         return name
 
-    chosen.change(show_sliders, chosen, sliders, **EVENT)
+    chosen.change(show_chosen, chosen, [*sliders, wants_settling], **EVENT)
     start.click(begin, [chosen, title, method, wants_settling, wants_report, *sliders], [title, asked], **EVENT)
     reports.click(show_report, None, asked, **EVENT)
     bands.click(retrain, **EVENT)
+
+
+def _wants_settling(studio: Studio, names: list[str]) -> bool:
+    try:
+        return library.needs_settling(studio, names)
+    except SpectralDiffusionError:  # an adapter may be gone or damaged by now; the band map says so
+        return False
 
 
 def _hint(studio: Studio) -> str:
@@ -122,7 +130,7 @@ def _bands(studio: Studio, names: list[str], strengths: tuple[float, ...]) -> st
         again = markup.button("retrain", name, f"Train {other} again on a free band")
         parts.append(f'<div class="sd-warning"><p>{markup.text(words)}</p>{again}</div>')
     if apart:
-        words = "These were trained apart and lose identity in one adapter. Tick “Settle” to teach it back, without photos."
+        words = "These were trained apart and lose identity in one adapter. “Settle” teaches it back, without photos."
         parts.append(f'<div class="sd-warning"><p>{markup.text(words)}</p></div>')
     if len(ordered) > 1:
         parts += [markup.heading("Measured cross-talk"), cross_talk_table(result)]

@@ -13,6 +13,7 @@ _HOME = {
     "TrainingProgress": "run",
     "TrainingResult": "loop",
     "TrainingSettings": "settings",
+    "can_settle": "settling",
     "measure_pace": "pace",
     "preset": "settings",
     "settle": "settling",

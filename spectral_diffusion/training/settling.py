@@ -77,6 +77,15 @@ def settle(
     )
 
 
+def can_settle(adapters: Sequence[Adapter]) -> bool:
+    """Tell whether `settle` takes `adapters`; whether they fit a base is not looked at."""
+    try:
+        _alike(adapters)
+    except AdapterError:
+        return False
+    return True
+
+
 def _alike(adapters: Sequence[Adapter]) -> list[ConceptPart]:
     """Return the concepts of `adapters` if they can be trained side by side."""
     if len(adapters) < 2:
