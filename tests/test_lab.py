@@ -20,6 +20,7 @@ from benchmarks.lab import language, theory
 from benchmarks.lab.__main__ import main
 from benchmarks.lab.record import Postponed, perform, source
 from benchmarks.lab.workshop import Workshop
+from spectral_diffusion.fusion import fuse
 from spectral_diffusion.parametrisations import PARAMETRISATIONS
 
 QUICK = {
@@ -131,6 +132,17 @@ def test_what_is_in_training_elsewhere_is_not_trained_again(tmp_path: Path, monk
         Workshop(tmp_path).adapter("poodle", 0, changes)
     assert not file.exists()
     assert Workshop(tmp_path).adapter("poodle", 0, changes).tokens == trained.tokens
+
+
+def test_what_is_lost_is_nothing_of_the_concept_itself_and_all_of_it_without(tmp_path: Path) -> None:
+    workshop = Workshop(tmp_path)
+    own, other = (
+        workshop.adapter(name, slot, {"rank": 2, "steps": 2, "batch": 1}) for slot, name in enumerate(("poodle", "wizard"))
+    )
+    (itself,), (missing,) = workshop.lost(own, [own]), workshop.lost(own.scaled(0.0), [own])
+    assert itself < 1e-6 and missing == pytest.approx(1.0, rel=1e-3)
+    of_own, of_other = workshop.lost(fuse([other, own], method="sum"), [own, other])
+    assert 0 < of_own and 0 < of_other
 
 
 def test_a_case_that_is_postponed_is_made_after_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
+from benchmarks.lab.lost import Own, lost, own_predictions
 from benchmarks.lab.record import Postponed, digest
 from spectral_diffusion.adapter import Adapter
 from spectral_diffusion.adapter_file import load_adapter, save_adapter
@@ -42,9 +43,10 @@ class Likeness:
 
 @dataclass(frozen=True)
 class Workshop:
-    """Where trained adapters are kept, and what is loaded once."""
+    """Where trained adapters are kept, and what is loaded or made once."""
 
     adapters: Path
+    owns: dict[str, Own] = field(default_factory=dict)
 
     @cached_property
     def base(self) -> Base:
@@ -148,6 +150,17 @@ class Workshop:
             clip_image=_mean(self.scorer.image_alignment(images, references)),
             clip_text=_mean(self.scorer.text_alignment(images, prompts)),
         )
+
+    def lost(self, fused: Adapter, adapters: Sequence[Adapter]) -> list[float]:
+        """Return what `fused` loses of each of `adapters`, one concept each; see `lost.lost`."""
+        return [lost(self.base, fused, self._own(adapter)) for adapter in adapters]
+
+    def _own(self, adapter: Adapter) -> Own:
+        (part,) = adapter.concepts
+        key = digest([part.token, part.settings, asdict(part.band) if part.band else None])
+        if key not in self.owns:
+            self.owns[key] = own_predictions(self.base, adapter, PROMPTS)
+        return self.owns[key]
 
 
 def _mean(values: list[float]) -> float:
