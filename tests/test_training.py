@@ -378,6 +378,8 @@ def test_presets_are_chosen_by_name_and_take_longer_in_turn(base: Base) -> None:
     assert [preset("balanced", one, together=True).isolation for one in (base, real)] == [0, preset("balanced", real).isolation]
     assert [preset("balanced", base, together=together).token_distance > 0 for together in (False, True)] == [True, False]
     assert [preset("balanced", one).weakest_first for one in (base, real)] == [True, False]
+    turned = preset("balanced", base, changes={"parametrisation": "rotational", "unet_rate": 1e-3})
+    assert (turned.weakest_first, turned.unet_rate, turned.text_encoder_rate) == (False, 1e-3, 3e-3)
     with pytest.raises(InputError, match="no preset 'quick'; choose one of fast, balanced, best"):
         preset("quick", base)
 

@@ -81,7 +81,7 @@ class Workshop:
 
     def settings(self, changes: Mapping[str, Any]) -> TrainingSettings:
         """Return the preset `balanced` of the base with `changes`."""
-        return replace(preset("balanced", self.base), **changes)
+        return preset("balanced", self.base, changes=changes)
 
     def shapes(self, settings: TrainingSettings) -> list[tuple[int, int]]:
         """Return the shapes of the layers that `settings` adapt."""

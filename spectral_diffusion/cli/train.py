@@ -6,7 +6,7 @@ import argparse
 import logging
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import Field, fields, replace
+from dataclasses import Field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -161,7 +161,7 @@ def _chosen_settings(arguments: argparse.Namespace, base: Base) -> TrainingSetti
     given = {field.name: getattr(arguments, field.name) for field in fields(TrainingSettings)}
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     changes = {name: value for name, value in given.items() if value is not None}
-    return replace(preset(arguments.preset, base, together=len(arguments.photos) > 1), **changes)
+    return preset(arguments.preset, base, together=len(arguments.photos) > 1, changes=changes)
 
 
 def _chosen_bands(

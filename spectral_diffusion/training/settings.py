@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
 from spectral_diffusion.errors import InputError
 from spectral_diffusion.layer_names import ATTENTION_LAYERS, FEED_FORWARD_LAYERS
@@ -130,6 +132,8 @@ _EMBEDDED = replace(
     layers=(*ATTENTION_LAYERS, *FEED_FORWARD_LAYERS),
 )
 _IN_ONE_GO = {"isolation": 0, "token_distance": 0.0, "token_rate": 5e-3}
+# A rotation turns directions and keeps their singular values, so what it can change is as strong as they are.
+_ROTATIONAL = {"weakest_first": False, "unet_rate": 1e-2, "text_encoder_rate": 3e-3}
 _FOR_EMBEDDED_BASE = {
     "fast": replace(_EMBEDDED, steps=150),
     "balanced": replace(_EMBEDDED, steps=2000),
@@ -137,16 +141,25 @@ _FOR_EMBEDDED_BASE = {
 }
 
 
-def preset(name: str, base: Base, *, together: bool = False) -> TrainingSettings:
+def preset(
+    name: str, base: Base, *, together: bool = False, changes: Mapping[str, Any] = MappingProxyType({})
+) -> TrainingSettings:
     """Return the settings called `name` for `base`: the paper's rates for real checkpoints, faster ones for the embedded base.
 
     Args:
         together: whether several concepts are trained in one go. Then those on the embedded base are not isolated: they learn to
             bear each other, and the bands of five are half of the directions of its narrow layers. Their tokens begin at their
             class words and move as they like: they know each other's, and five that began apart were lost in regions.
+        changes: settings that are chosen otherwise. On the embedded base the rotational form has others beside it: the
+            strongest directions and higher rates.
+
+    Raises:
+        InputError: there is no such preset, or a change is out of range.
     """
-    presets = _FOR_EMBEDDED_BASE if base.family == "mini" else _FOR_REAL_BASES
+    embedded = base.family == "mini"
+    presets = _FOR_EMBEDDED_BASE if embedded else _FOR_REAL_BASES
     if name not in presets:
         raise InputError(f"There is no preset '{name}'; choose one of {', '.join(PRESETS)}.")
-    chosen = presets[name]
-    return replace(chosen, **_IN_ONE_GO) if together and base.family == "mini" else chosen
+    in_one_go = _IN_ONE_GO if embedded and together else {}
+    rotational = _ROTATIONAL if embedded and changes.get("parametrisation") == "rotational" else {}
+    return replace(presets[name], **{**in_one_go, **rotational, **changes})
