@@ -141,8 +141,8 @@ def test_what_is_lost_is_nothing_of_the_concept_itself_and_all_of_it_without(tmp
     )
     (itself,), (missing,) = workshop.lost(own, [own]), workshop.lost(own.scaled(0.0), [own])
     assert itself < 1e-6 and missing == pytest.approx(1.0, rel=1e-3)
-    of_own, of_other = workshop.lost(fuse([other, own], method="sum"), [own, other])
-    assert 0 < of_own and 0 < of_other
+    silent = fuse([other.scaled(0.0), own], method="sum")  # the token has another number there
+    assert workshop.lost(silent, [own])[0] < 1e-6
 
 
 def test_a_case_that_is_postponed_is_made_after_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,7 +31,7 @@ from spectral_diffusion.concept import Concept, Example, load_concept
 from spectral_diffusion.errors import BandError, InputError, TrainingError
 from spectral_diffusion.photos import Photo
 from spectral_diffusion.spectrum import base_spectrum
-from spectral_diffusion.training import PRESETS, TrainingProgress, TrainingSettings, measure_pace, preset, train
+from spectral_diffusion.training import TrainingProgress, measure_pace, train
 from spectral_diffusion.training.checkpoint import load_checkpoint, save_checkpoint
 from spectral_diffusion.training.examples import EncodedExamples, encode_examples, random_crop
 from spectral_diffusion.training.inertness import stranger_vectors
@@ -339,27 +339,6 @@ def test_a_class_word_of_several_pieces_starts_at_their_mean(base: Base) -> None
     )
 
 
-@pytest.mark.parametrize(
-    ("wrong", "message"),
-    [
-        ({"parametrisation": "lokr"}, "'lokr' is unknown; choose one of additive, rotational, lora"),
-        ({"rank": 0}, "rank must be at least 1, got 0"),
-        ({"steps": 0}, "steps must be at least 1"),
-        ({"batch": -1}, "batch must be at least 1"),
-        ({"token_vectors": 0}, "token_vectors must be at least 1"),
-        ({"checkpoint_every": 0}, "checkpoint_every must be at least 1"),
-        ({"unet_rate": -1e-4}, "unet_rate must not be negative"),
-        ({"token_rate": math.nan}, "token_rate must not be negative, got nan"),
-        ({"token_norm": -1.0}, "token_norm must not be negative"),
-        ({"caption_dropout": 1.5}, "caption_dropout must be from 0 to 1, got 1.5"),
-        ({"background": -0.1}, "background must not be negative"),
-    ],
-)
-def test_a_setting_out_of_range_is_named(wrong: dict[str, object], message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        TrainingSettings(**wrong)
-
-
 def test_the_pace_is_measured_and_nothing_is_left(base: Base) -> None:
     before = {name: tensor.clone() for name, tensor in base.pipeline.unet.state_dict().items()}
     asked: list[None] = []
@@ -368,20 +347,6 @@ def test_the_pace_is_measured_and_nothing_is_left(base: Base) -> None:
     after = base.pipeline.unet.state_dict()
     assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in base.pipeline.unet.modules())
-
-
-def test_presets_are_chosen_by_name_and_take_longer_in_turn(base: Base) -> None:
-    for family in (base, replace(base, family="sd1")):
-        steps = [preset(name, family).steps for name in PRESETS]
-        assert steps == sorted(set(steps))
-    real = replace(base, family="sd1")
-    assert [preset("balanced", one, together=True).isolation for one in (base, real)] == [0, preset("balanced", real).isolation]
-    assert [preset("balanced", base, together=together).token_distance > 0 for together in (False, True)] == [True, False]
-    assert [preset("balanced", one).weakest_first for one in (base, real)] == [True, False]
-    turned = preset("balanced", base, changes={"parametrisation": "rotational", "unet_rate": 1e-3})
-    assert (turned.weakest_first, turned.unet_rate, turned.text_encoder_rate) == (False, 1e-3, 3e-3)
-    with pytest.raises(InputError, match="no preset 'quick'; choose one of fast, balanced, best"):
-        preset("quick", base)
 
 
 def test_activations_are_those_of_the_layers_while_the_concept_is_drawn(base: Base, undisturbed: Adapter) -> None:

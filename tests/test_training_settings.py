@@ -1,0 +1,47 @@
+"""What can be chosen about a training: what is out of range is named, and presets suit base, company and form."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+
+from spectral_diffusion.base import Base
+from spectral_diffusion.errors import InputError
+from spectral_diffusion.training import PRESETS, TrainingSettings, preset
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"parametrisation": "lokr"}, "'lokr' is unknown; choose one of additive, rotational, lora"),
+        ({"rank": 0}, "rank must be at least 1, got 0"),
+        ({"steps": 0}, "steps must be at least 1"),
+        ({"batch": -1}, "batch must be at least 1"),
+        ({"token_vectors": 0}, "token_vectors must be at least 1"),
+        ({"checkpoint_every": 0}, "checkpoint_every must be at least 1"),
+        ({"unet_rate": -1e-4}, "unet_rate must not be negative"),
+        ({"token_rate": math.nan}, "token_rate must not be negative, got nan"),
+        ({"token_norm": -1.0}, "token_norm must not be negative"),
+        ({"caption_dropout": 1.5}, "caption_dropout must be from 0 to 1, got 1.5"),
+        ({"background": -0.1}, "background must not be negative"),
+    ],
+)
+def test_a_setting_out_of_range_is_named(wrong: dict[str, object], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        TrainingSettings(**wrong)
+
+
+def test_presets_are_chosen_by_name_and_take_longer_in_turn(base: Base) -> None:
+    for family in (base, replace(base, family="sd1")):
+        steps = [preset(name, family).steps for name in PRESETS]
+        assert steps == sorted(set(steps))
+    real = replace(base, family="sd1")
+    assert [preset("balanced", one, together=True).isolation for one in (base, real)] == [0, preset("balanced", real).isolation]
+    assert [preset("balanced", base, together=together).token_distance > 0 for together in (False, True)] == [True, False]
+    assert [preset("balanced", one).weakest_first for one in (base, real)] == [True, False]
+    turned = preset("balanced", base, changes={"parametrisation": "rotational", "unet_rate": 1e-3})
+    assert (turned.weakest_first, turned.unet_rate, turned.text_encoder_rate) == (False, 1e-3, 3e-3)
+    with pytest.raises(InputError, match="no preset 'quick'; choose one of fast, balanced, best"):
+        preset("quick", base)
