@@ -80,6 +80,8 @@ def serve(root: Path, *, port: int, listen: str, auth: str | None, on_ready: Cal
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     os.environ["GRADIO_TEMP_DIR"] = str(root.resolve() / "uploads")
 
+    import torch
+
     from app.actions.concepts import add_samples
     from app.actions.studio import SERVED, open_studio
     from app.actions.trainings import look_at_base
@@ -88,6 +90,7 @@ def serve(root: Path, *, port: int, listen: str, auth: str | None, on_ready: Cal
     from app.ui.live import MOST_PAGES
     from app.ui.page import STYLE, build_page, theme
 
+    torch.set_num_threads(1)  # the processors are the worker's
     studio = open_studio(root)
     add_samples(studio)
     look_at_base(studio)

@@ -17,7 +17,17 @@ import torch
 from PIL import Image
 from studios import QUICK, concept_of, work
 
-from app.actions.adapters import adapter_cards, export, fuse, library_class_words, map_bands, needs_settling, report, report_file
+from app.actions.adapters import (
+    adapter_cards,
+    adapter_path,
+    export,
+    fuse,
+    library_class_words,
+    map_bands,
+    needs_settling,
+    report,
+    report_file,
+)
 from app.actions.concepts import (
     add_samples,
     concept_card,
@@ -126,6 +136,9 @@ def test_from_photos_to_a_file_that_diffusers_loads(tiny_studio: Studio, photo_f
     assert [card.bands for card in cards] == [("46-47",), ("44-45",)]
     adapters = [card.name for card in cards]
     assert map_bands(studio, adapters).conflicts == () and map_bands(studio, adapters).cross_talk[0][1] is not None
+    assert map_bands(studio, adapters) is map_bands(studio, adapters)  # an open page asks once a second
+    adapter_path(studio, adapters[1]).touch()
+    assert map_bands(studio, adapters, [1.0, 0.0]).cross_talk[0][1] == 0.0
 
     assert needs_settling(studio, adapters) and not needs_settling(studio, adapters[:1])
     fuse(studio, adapters, [1.0, 0.5], title="My pair!", settle=2)

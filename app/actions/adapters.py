@@ -69,9 +69,8 @@ def adapter_cards(studio: Studio, kinds: Sequence[str] = _KINDS) -> list[Adapter
 
 def map_bands(studio: Studio, names: Sequence[str], strengths: Sequence[float] | None = None) -> BandMap:
     """Return the band map of the adapters called `names`."""
-    adapters = [_load(studio, name) for name in names]
-    factors = [1.0] * len(adapters) if strengths is None else strengths
-    return band_map([adapter.scaled(factor) for adapter, factor in zip(adapters, factors, strict=True)])
+    factors = [1.0] * len(names) if strengths is None else strengths
+    return _mapped(tuple(_file(studio, name) for name in names), tuple(factors))
 
 
 def trained_apart(studio: Studio, names: Sequence[str]) -> bool:
@@ -175,8 +174,13 @@ def library_class_words(studio: Studio, name: str) -> dict[str, str]:
 
 
 def _load(studio: Studio, name: str) -> Adapter:
+    return _loaded(*_file(studio, name))
+
+
+def _file(studio: Studio, name: str) -> tuple[Path, int]:
+    """Return the file of the adapter called `name` and when it was written."""
     path = adapter_path(studio, name)
-    return _loaded(path, path.stat().st_mtime_ns)
+    return path, path.stat().st_mtime_ns
 
 
 @lru_cache(maxsize=1024)
@@ -190,3 +194,8 @@ def _card(path: Path, changed: int) -> AdapterCard:
 @lru_cache(maxsize=8)
 def _loaded(path: Path, changed: int) -> Adapter:
     return load_adapter(path)
+
+
+@lru_cache(maxsize=16)
+def _mapped(files: tuple[tuple[Path, int], ...], strengths: tuple[float, ...]) -> BandMap:
+    return band_map([_loaded(*file).scaled(factor) for file, factor in zip(files, strengths, strict=True)])
