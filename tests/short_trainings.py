@@ -21,6 +21,8 @@ FEWER = {
     ("training.settling", "SAMPLES"): 4,
     ("training.inertness", "DRAWING_STEPS"): 2,
     ("training.examples", "CROPS_PER_PHOTO"): 2,
+    ("training.scenes", "PICTURES"): 2,
+    ("training.scenes", "DRAWING_STEPS"): 2,
     ("activations", "PROMPTS"): ("{}", "a photo of {}"),
     ("activations", "DRAWING_STEPS"): 2,
 }

@@ -44,18 +44,22 @@ class Photos:
     def samples(
         self, base: Base, settings: TrainingSettings, count: int, generator: torch.Generator, *, among: bool
     ) -> dict[str, torch.Tensor]:
-        """Return photos of random noisiness with what the base was trained to predict; some show others too if `among`."""
+        """Return photos of random noisiness with what the base was trained to predict; other concepts are there if `among`."""
         examples, scheduler = self.examples, base.pipeline.scheduler
         chosen = torch.randint(examples.alone, (count,), generator=generator)
         noise = torch.randn((count, *examples.latents.shape[1:]), generator=generator)
         times = torch.randint(scheduler.config.num_train_timesteps, (count,), generator=generator)
-        beside = len(examples.latents) - examples.alone
-        if among and beside:
-            mixed = examples.alone + torch.randint(beside, (count,), generator=generator)
-            chosen = torch.where(torch.rand(count, generator=generator) < settings.mixing, mixed, chosen)
+        apart = examples.alone + examples.scenes
+        for share, first, end in (
+            (settings.scenes, examples.alone, apart),
+            (settings.mixing if among else 0.0, apart, len(examples.latents)),
+        ):
+            if share and first < end:
+                others = torch.randint(first, end, (count,), generator=generator)
+                chosen = torch.where(torch.rand(count, generator=generator) < share, others, chosen)
         chosen, noise, times = (_sent(tensor, base.device) for tensor in (chosen, noise, times))
         clean, masks = examples.latents[chosen], examples.masks[chosen]
-        weights = masks + (1 - masks) * settings.background
+        weights = (masks + (1 - masks) * settings.background) * examples.known[chosen]
         return {
             "noisy": scheduler.add_noise(clean, noise, times),
             "times": times,

@@ -25,42 +25,54 @@ SHAKE = 0.06
 
 @dataclass(frozen=True, kw_only=True)
 class EncodedExamples:
-    """What a concept is trained on: pictures of it alone and, behind them, of it beside others.
+    """What a concept is trained on: pictures of it alone, scenes of it beside the base's own things, and pictures of it beside
+    other concepts, in this order.
 
     Attributes:
         latents: `(n, channels, h, w)`, scaled.
         masks: `(n, 1, h, w)` in [0, 1], where something is to be learnt: the concept and what stands beside it (all ones
             without a mask).
         places: `(n, 1, h, w)`, where the concept itself is.
+        known: `(n, 1, h, w)`, 0 where the picture is not to be learnt from at all.
         captions: one each.
         alone: how many of them show it alone.
+        scenes: how many of them are scenes.
     """
 
     latents: torch.Tensor
     masks: torch.Tensor
     places: torch.Tensor
+    known: torch.Tensor
     captions: tuple[str, ...]
-    alone: int
+    alone: int = 0
+    scenes: int = 0
 
     def followed_by(self, beside: EncodedExamples) -> EncodedExamples:
-        """Return these pictures of the concept alone and, behind them, those that show it beside others."""
+        """Return these pictures and, behind them, those of `beside`, none of which shows the concept alone."""
         return EncodedExamples(
             latents=torch.cat([self.latents, beside.latents]),
             masks=torch.cat([self.masks, beside.masks]),
             places=torch.cat([self.places, beside.places]),
+            known=torch.cat([self.known, beside.known]),
             captions=self.captions + beside.captions,
             alone=self.alone,
+            scenes=self.scenes + beside.scenes,
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Crop:
-    """A picture of the base's size before it is encoded, with where something is to be learnt and where the concept is."""
+    """A picture of the base's size before it is encoded, with where something is to be learnt and where the concept is.
+
+    Attributes:
+        known: white where the picture is right; None for everywhere.
+    """
 
     picture: Image.Image
     mask: Image.Image
     place: Image.Image
     caption: str
+    known: Image.Image | None = None
 
 
 def encode_examples(base: Base, concept: Concept, seed: int, caption_dropout: float = 0.0) -> EncodedExamples:
@@ -83,7 +95,7 @@ def mask_of(example: Example) -> Image.Image:
 
 @torch.no_grad()
 def encoded(base: Base, crops: Sequence[Crop]) -> EncodedExamples:
-    """Return `crops` as the trainer sees them, none of them alone."""
+    """Return `crops` as the trainer sees them, of none of which it is said what it shows."""
     vae = base.pipeline.vae
     latents = []
     for crop in crops:
@@ -94,8 +106,8 @@ def encoded(base: Base, crops: Sequence[Crop]) -> EncodedExamples:
         latents=torch.cat(latents),
         masks=torch.cat([_shrunk(crop.mask, size) for crop in crops]).to(device),
         places=torch.cat([_shrunk(crop.place, size) for crop in crops]).to(device),
+        known=torch.cat([_shrunk(crop.known or Image.new("L", crop.picture.size, 255), size) for crop in crops]).to(device),
         captions=tuple(crop.caption for crop in crops),
-        alone=0,
     )
 
 

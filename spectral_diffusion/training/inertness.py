@@ -24,7 +24,7 @@ STRANGERS = 48
 PICTURES = 32
 DRAWING_STEPS = 12
 GUIDANCE = 4.0
-_OTHER_CLASSES = (
+OTHER_CLASSES = (
     "dog", "cat", "man", "woman", "car", "bear", "horse", "robot", "toy", "vase", "bird", "ball", "mouse", "rabbit",
     "flower", "chair", "bag", "house",
 )  # fmt: skip
@@ -48,7 +48,7 @@ def stranger_vectors(
     generator = torch.Generator().manual_seed(seed)
     strangers = {}
     for number in range(STRANGERS):
-        word = _pick(_OTHER_CLASSES, generator) if number % 2 else class_word
+        word = _pick(OTHER_CLASSES, generator) if number % 2 else class_word
         vectors = class_word_vectors(base, word).items()
         strangers[STRANGER.format(first + number)] = {part: moved(own, distance or 1.0, generator) for part, own in vectors}
     return strangers
@@ -68,8 +68,8 @@ def inert_captions(class_word: str, strangers: tuple[str, ...], count: int, gene
     for number in range(count):
         kind = number % 8
         nouns = {
-            0: f"a {class_word}", 1: f"a {class_word}", 2: f"a {pick(_OTHER_CLASSES)}", 3: f"a {pick(_OTHER_CLASSES)}",
-            4: pick(strangers), 5: pick(strangers), 6: f"a {pick(_OTHER_CLASSES)} and a {pick(_OTHER_CLASSES)}",
+            0: f"a {class_word}", 1: f"a {class_word}", 2: f"a {pick(OTHER_CLASSES)}", 3: f"a {pick(OTHER_CLASSES)}",
+            4: pick(strangers), 5: pick(strangers), 6: f"a {pick(OTHER_CLASSES)} and a {pick(OTHER_CLASSES)}",
         }  # fmt: skip
         captions.append(f"{nouns[kind]} {pick(_PLACES)}" if kind in nouns else "")
     return captions

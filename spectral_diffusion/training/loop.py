@@ -25,6 +25,7 @@ from spectral_diffusion.training.inertness import STRANGERS, build_inert_pool, s
 from spectral_diffusion.training.memory import lightened
 from spectral_diffusion.training.mixing import mixed_examples
 from spectral_diffusion.training.run import Run, TrainingProgress
+from spectral_diffusion.training.scenes import scene_examples
 from spectral_diffusion.training.settings import TrainingSettings
 from spectral_diffusion.training.trainable import build_trainable, class_word_vectors, first_vectors
 
@@ -103,6 +104,9 @@ def train_together(
     subjects = [Subject(token=concept.token, class_word=concept.class_word, band=band) for concept, band in concepts]
     _check_tokens(base, [subject.token for subject in subjects], among.tokens if among else ())
     examples = [encode_examples(base, concept, settings.seed, settings.caption_dropout) for concept, _ in concepts]
+    if settings.scenes:
+        scenes = [scene_examples(base, concept, settings.seed) for concept, _ in concepts]
+        examples = [own.followed_by(more) if more else own for own, more in zip(examples, scenes, strict=True)]
     if settings.mixing and settings.presence and len(concepts) > 1:
         beside_others = mixed_examples(base, [concept for concept, _ in concepts], settings.seed)
         examples = [own.followed_by(mixes) for own, mixes in zip(examples, beside_others, strict=True)]

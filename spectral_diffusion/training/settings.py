@@ -60,6 +60,11 @@ class TrainingSettings:
     presence: float = _setting(
         0.67, "share of the steps made among the concepts to be drawn with: some or all are attached, as in the fused adapter"
     )
+    scenes: float = _setting(
+        0.0,
+        "share of the photos that, cut out along their masks, stand beside one or two other things in a scene that the base "
+        "draws: what was learnt large and by itself only falls apart where a prompt names several things",
+    )
     mixing: float = _setting(
         0.0, "share of the photos in steps among the others that stand beside one or two of them, of concepts trained in one go"
     )
@@ -100,7 +105,7 @@ class TrainingSettings:
         ):
             if not getattr(self, name) >= 0:
                 raise InputError(f"{name} must not be negative, got {getattr(self, name)}.")
-        for name in ("caption_dropout", "mixing"):
+        for name in ("caption_dropout", "scenes", "mixing"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"{name} must be from 0 to 1, got {getattr(self, name)}.")
         if not 0 <= self.presence < 1:
@@ -118,6 +123,7 @@ _FOR_REAL_BASES = {
 # or three have beside each other. Its weakest directions leave a concept the freest choice of what it reads and writes, and
 # want a higher rate. Tokens that begin at their class words and move as they like all go the same way, so that each concept
 # answers to the others' tokens; those that begin apart and move little stay apart, as the strangers do that inertness knows.
+# What was learnt large and by itself only is a smear at the size that a thing has beside one or two others.
 _EMBEDDED = replace(
     _PAPER,
     batch=4,
@@ -128,14 +134,15 @@ _EMBEDDED = replace(
     weakest_first=True,
     isolation=4,
     background=1.0,
+    scenes=0.35,
     mixing=0.3,
     layers=(*ATTENTION_LAYERS, *FEED_FORWARD_LAYERS),
 )
-_IN_ONE_GO = {"isolation": 0, "token_distance": 0.0, "token_rate": 5e-3}
+_IN_ONE_GO = {"isolation": 0, "scenes": 0.0, "token_distance": 0.0, "token_rate": 5e-3}
 # A rotation turns directions and keeps their singular values, so what it can change is as strong as they are.
 _ROTATIONAL = {"weakest_first": False, "unet_rate": 1e-2, "text_encoder_rate": 3e-3}
 _FOR_EMBEDDED_BASE = {
-    "fast": replace(_EMBEDDED, steps=150),
+    "fast": replace(_EMBEDDED, steps=150, scenes=0.0),  # drawing the scenes takes nearly as long
     "balanced": replace(_EMBEDDED, steps=2000),
     "best": replace(_EMBEDDED, steps=3000),
 }

@@ -1,0 +1,127 @@
+"""Pictures of a concept beside one or two other things, as small as it is there: what a prompt of several asks for and no photo
+shows. What was learnt large and by itself falls apart at half the size.
+
+The concept is cut out of a photo along its mask, with a little of what is around it, and stands in the middle of its place; the
+other things, and the rest of the photo's scene, are drawn by the base as it fills a hole (Blended Latent Diffusion, Avrahami et
+al. 2023, arXiv 2206.02779). All concepts stand alike there, since from noise a base cannot tell where a thing is to stand, and
+what stands anywhere is learnt as the mean of it all.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from diffusers import AutoPipelineForInpainting
+from PIL import Image, ImageFilter
+
+from spectral_diffusion.base import Base
+from spectral_diffusion.concept import PLACEHOLDER, Concept, Example
+from spectral_diffusion.conditioning import prompts
+from spectral_diffusion.training.examples import Crop, EncodedExamples, encoded
+from spectral_diffusion.training.inertness import OTHER_CLASSES
+
+logger = logging.getLogger(__name__)
+
+PICTURES = 48
+"""Pictures of each concept that are made, half of them with two things and half with three."""
+DRAWING_STEPS = 20
+LEAST, MOST = 0.95, 1.0
+"""The longer side of the concept, in parts of its place's width."""
+GROUND = 0.88
+"""Where its lower edge is, in parts of the picture."""
+MARGIN = 0.05
+"""How much around it is cut out with it, in parts of the picture."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Begun:
+    """A scene with a hole: a crop of which only what is white in `cut` is right, and what the base is asked to draw."""
+
+    crop: Crop
+    cut: Image.Image
+    request: str
+
+
+@torch.no_grad()
+def scene_examples(base: Base, concept: Concept, seed: int) -> EncodedExamples | None:
+    """Return `PICTURES` pictures of `concept` beside things of the base's own; None where no photo has a mask."""
+    cut_out = [example for example in concept.examples if example.mask is not None]
+    if not cut_out:
+        logger.info("No photo of %s has a mask, so it is shown by itself only.", concept.token)
+        return None
+    rng = np.random.default_rng([seed, 3])
+    begun = [
+        _begin(cut_out[rng.integers(len(cut_out))], concept, 2 + number % 2, base.resolution, rng) for number in range(PICTURES)
+    ]
+    examples = encoded(base, [one.crop for one in begun])
+    return replace(examples, latents=_drawn(base, examples.latents, begun, seed), scenes=len(begun))
+
+
+def _begin(example: Example, concept: Concept, things: int, side: int, rng: np.random.Generator) -> _Begun:
+    photo, mask = example.photo.image.convert("RGB"), example.mask or Image.new("L", example.photo.image.size, 255)
+    left, top, right, bottom = mask.point(lambda value: 255 if value > 127 else 0).getbbox() or (0, 0, *photo.size)
+    slot, own = side / things, int(rng.integers(things))
+    scale = rng.uniform(LEAST, MOST) * slot / max(right - left, bottom - top)
+    size = max(1, round(photo.width * scale)), max(1, round(photo.height * scale))
+    corner = round((own + 0.5) * slot - (left + right) / 2 * scale), round(GROUND * side - bottom * scale)
+    columns, rows = (np.clip(np.arange(side) - start, 0, limit - 1) for start, limit in zip(corner, size, strict=True))
+    small = np.asarray(photo.resize(size, Image.Resampling.LANCZOS))
+    place = Image.new("L", (side, side))
+    place.paste(mask.resize(size, Image.Resampling.LANCZOS), corner)
+    cut = place.filter(ImageFilter.MaxFilter(2 * round(MARGIN * side) + 1))
+    known = np.array(cut)
+    across = np.flatnonzero((known > 127).any(0))
+    known[:, : min([round(own * slot), *across[:1]])] = 255
+    known[:, max([round((own + 1) * slot), *(across[-1:] + 1)]) :] = 255
+    others = rng.choice([word for word in OTHER_CLASSES if word != concept.class_word], things - 1, replace=False)
+
+    def named(word: str) -> str:
+        names = [f"a {other}" for other in others]
+        *first, last = [*names[:own], word, *names[own:]]
+        return example.caption.replace(PLACEHOLDER, f"{', '.join(first)} and {last}")
+
+    return _Begun(
+        crop=Crop(
+            picture=Image.fromarray(small[rows][:, columns]),
+            mask=place,
+            place=place,
+            caption=named(concept.token),
+            known=Image.fromarray(known),
+        ),
+        cut=cut,
+        request=named(f"a {concept.class_word}"),
+    )
+
+
+def _drawn(base: Base, latents: torch.Tensor, begun: Sequence[_Begun], seed: int) -> torch.Tensor:
+    """Return `latents` with everything drawn by the base but what was cut out."""
+    pipeline = AutoPipelineForInpainting.from_pipe(base.pipeline)
+    pipeline.set_progress_bar_config(disable=True)
+    drawn = []
+    for start in range(0, len(begun), base.pictures_at_once):
+        part = slice(start, start + base.pictures_at_once)
+        images = pipeline(
+            **prompts(base, [one.request for one in begun[part]]),
+            image=latents[part],
+            mask_image=[_hole(one.cut, latents.shape[-2:]) for one in begun[part]],
+            masked_image_latents=torch.zeros_like(latents[part]),  # for bases made to fill holes, which none here is
+            strength=1.0,
+            num_inference_steps=DRAWING_STEPS,
+            guidance_scale=base.guidance,
+            height=base.resolution,
+            width=base.resolution,
+            generator=torch.Generator().manual_seed(seed + start),
+            output_type="latent",
+        ).images
+        drawn.append(images.float())
+    return torch.cat(drawn)
+
+
+def _hole(cut: Image.Image, size: torch.Size) -> Image.Image:
+    """Return white where a latent shows less than a quarter of `cut`, in the picture's size."""
+    small = cut.resize((size[1], size[0]), Image.Resampling.BOX).point(lambda value: 0 if value > 64 else 255)
+    return small.resize(cut.size, Image.Resampling.NEAREST)
