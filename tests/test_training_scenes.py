@@ -87,6 +87,20 @@ def test_what_the_base_drew_around_it_is_not_learnt(base: Base, monkeypatch: pyt
     assert 0.05 < float((weights == 0).float().mean()) < 0.5  # in its place, around it
 
 
+def test_a_training_is_the_same_whatever_the_last_bit_of_what_the_base_drew(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    fewer(monkeypatch)
+    found = scene_examples(base, thing(), seed=0)
+    assert found is not None
+
+    def told(given: examples.EncodedExamples) -> list[torch.Tensor]:
+        return list(batches.Photos(examples=given, ids=torch.zeros(8, 1, 4), tokens=torch.zeros(8, 4)).identity())
+
+    moved = replace(found, latents=found.latents + 1e-6)
+    assert all(one.equal(other) for one, other in zip(told(found), told(moved), strict=True))
+    alone = [replace(given, alone=8, scenes=0) for given in (found, moved)]
+    assert not all(one.equal(other) for one, other in zip(*map(told, alone), strict=True))
+
+
 @pytest.mark.parametrize("presence", [0.0, 0.5])
 def test_the_share_of_scenes_is_that_which_was_asked_for(base: Base, monkeypatch: pytest.MonkeyPatch, presence: float) -> None:
     prepare_less(monkeypatch)

@@ -25,6 +25,7 @@ from spectral_diffusion.training import PRESETS, TrainingSettings, preset
         ({"token_rate": math.nan}, "token_rate must not be negative, got nan"),
         ({"token_norm": -1.0}, "token_norm must not be negative"),
         ({"caption_dropout": 1.5}, "caption_dropout must be from 0 to 1, got 1.5"),
+        ({"scenes": 2.0}, "scenes must be from 0 to 1, got 2.0"),
         ({"background": -0.1}, "background must not be negative"),
     ],
 )
@@ -40,6 +41,7 @@ def test_presets_are_chosen_by_name_and_take_longer_in_turn(base: Base) -> None:
     real = replace(base, family="sd1")
     assert [preset("balanced", one, together=True).isolation for one in (base, real)] == [0, preset("balanced", real).isolation]
     assert [preset("balanced", base, together=together).token_distance > 0 for together in (False, True)] == [True, False]
+    assert [preset("balanced", base, together=together).scenes > 0 for together in (False, True)] == [True, False]
     assert [preset("balanced", one).weakest_first for one in (base, real)] == [True, False]
     turned = preset("balanced", base, changes={"parametrisation": "rotational", "unet_rate": 1e-3})
     assert (turned.weakest_first, turned.unet_rate, turned.text_encoder_rate) == (False, 1e-3, 3e-3)

@@ -93,9 +93,14 @@ def mask_of(example: Example) -> Image.Image:
     return example.mask or Image.new("L", example.photo.image.size, 255)
 
 
+def box_of(mask: Image.Image) -> tuple[int, int, int, int]:
+    """Return left, top, right and bottom of what is white in `mask`, in pixels; all of it where nothing is."""
+    return mask.point(lambda value: 255 if value > 127 else 0).getbbox() or (0, 0, *mask.size)
+
+
 @torch.no_grad()
 def encoded(base: Base, crops: Sequence[Crop]) -> EncodedExamples:
-    """Return `crops` as the trainer sees them, of none of which it is said what it shows."""
+    """Return `crops` as the trainer sees them, none of them counted as alone or as a scene."""
     vae = base.pipeline.vae
     latents = []
     for crop in crops:
@@ -123,7 +128,7 @@ def random_crop(picture: Image.Image, mask: Image.Image, side: int, rng: np.rand
     concept is larger than the square, any part of it may lie there. Nothing is mirrored: what faces both ways at once is learnt
     as both halves in one, and few things look the same in a mirror.
     """
-    box = mask.point(lambda value: 255 if value > 127 else 0).getbbox() or (0, 0, *picture.size)
+    box = box_of(mask)
     extent = box[2] - box[0], box[3] - box[1]
     whole = min(picture.size)
     edge = rng.uniform(min(CLOSE_UP * max(extent), whole / LARGEST_ZOOM), whole)

@@ -14,7 +14,7 @@ from PIL import Image
 
 from spectral_diffusion.base import Base
 from spectral_diffusion.concept import Concept, Example
-from spectral_diffusion.training.examples import Crop, EncodedExamples, encoded, mask_of
+from spectral_diffusion.training.examples import Crop, EncodedExamples, box_of, encoded, mask_of
 
 PICTURES = 48
 """Pictures of each concept beside others that are made."""
@@ -67,7 +67,7 @@ def strip(example: Example, columns: int, rows: int, rng: np.random.Generator) -
     What lies beyond the photo's edges repeats them and counts as background.
     """
     photo, mask = example.photo.image, mask_of(example)
-    box = mask.point(lambda value: 255 if value > 127 else 0).getbbox() or (0, 0, *photo.size)
+    box = box_of(mask)
     tallness = rows / columns
     least = max(box[2] - box[0], (box[3] - box[1]) / tallness)
     width = rng.uniform(CLOSEST, FARTHEST) * least

@@ -21,7 +21,7 @@ from PIL import Image, ImageFilter
 from spectral_diffusion.base import Base
 from spectral_diffusion.concept import PLACEHOLDER, Concept, Example
 from spectral_diffusion.conditioning import prompts
-from spectral_diffusion.training.examples import Crop, EncodedExamples, encoded
+from spectral_diffusion.training.examples import Crop, EncodedExamples, box_of, encoded, mask_of
 from spectral_diffusion.training.inertness import OTHER_CLASSES
 
 logger = logging.getLogger(__name__)
@@ -62,8 +62,8 @@ def scene_examples(base: Base, concept: Concept, seed: int) -> EncodedExamples |
 
 
 def _begin(example: Example, concept: Concept, things: int, side: int, rng: np.random.Generator) -> _Begun:
-    photo, mask = example.photo.image.convert("RGB"), example.mask or Image.new("L", example.photo.image.size, 255)
-    left, top, right, bottom = mask.point(lambda value: 255 if value > 127 else 0).getbbox() or (0, 0, *photo.size)
+    photo, mask = example.photo.image.convert("RGB"), mask_of(example)
+    left, top, right, bottom = box_of(mask)
     slot, own = side / things, int(rng.integers(things))
     scale = rng.uniform(LEAST, MOST) * slot / max(right - left, bottom - top)
     size = max(1, round(photo.width * scale)), max(1, round(photo.height * scale))

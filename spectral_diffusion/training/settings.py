@@ -156,7 +156,8 @@ def preset(
     Args:
         together: whether several concepts are trained in one go. Then those on the embedded base are not isolated: they learn to
             bear each other, and the bands of five are half of the directions of its narrow layers. Their tokens begin at their
-            class words and move as they like: they know each other's, and five that began apart were lost in regions.
+            class words and move as they like: they know each other's, and five that began apart were lost in regions. They are
+            shown beside each other (`mixing`) and not in scenes, which was not measured there.
         changes: settings that are chosen otherwise. On the embedded base the rotational form has others beside it: the
             strongest directions and higher rates.
 
