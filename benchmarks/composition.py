@@ -45,8 +45,8 @@ from spectral_diffusion.files import write_atomically
 from spectral_diffusion.fusion import fuse
 from spectral_diffusion.generation import generate
 from spectral_diffusion.picture_file import save_picture
+from spectral_diffusion.prompt_tokens import listed
 from spectral_diffusion.regions import suggest_regions
-from spectral_diffusion.toyworld.captions import listed
 from spectral_diffusion.toyworld.judge import Judge, Sighting, load_judge
 from spectral_diffusion.toyworld.recipe.sketches import silhouettes
 from spectral_diffusion.toyworld.scenes import SCENES

@@ -1,11 +1,18 @@
-"""Tokens of concepts in a prompt, found as the tokenizer finds them: in any case, and the longest where one begins another."""
+"""Things that a prompt names: several in a row, and the tokens of concepts, found as the tokenizer finds them, in any case and
+the longest where one begins another."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 _DETERMINED = re.compile(r"\b(an?|the|my|your|his|her|its|our|their|this|that|one)\s+[(\[]*$", re.IGNORECASE)
+
+
+def listed(phrases: Sequence[str]) -> str:
+    """Return `a`, `a and b` or `a, b and c`: how prompts name several things from left to right."""
+    *first, last = phrases
+    return f"{', '.join(first)} and {last}" if first else last
 
 
 def tokens_in(prompt: str, tokens: Collection[str]) -> list[str]:

@@ -26,7 +26,7 @@ from spectral_diffusion.drawing import Drawing
 from spectral_diffusion.fusion import fuse
 from spectral_diffusion.generation import generate
 from spectral_diffusion.parametrisations import TUNERS
-from spectral_diffusion.toyworld.captions import listed
+from spectral_diffusion.prompt_tokens import listed
 from spectral_diffusion.training import settle
 
 SETTLED = "settled"

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 
+from spectral_diffusion.prompt_tokens import listed
 from spectral_diffusion.toyworld.characters import CHARACTER_BY_NAME
 from spectral_diffusion.toyworld.render import Thing
 
@@ -30,12 +29,6 @@ def noun(thing: Thing, rng: np.random.Generator) -> str:
     character = CHARACTER_BY_NAME[thing.character]
     name = character.name if rng.random() < 0.55 else character.class_word
     return with_article(f"{thing.tint} {name}" if thing.tint else name)
-
-
-def listed(phrases: Sequence[str]) -> str:
-    """Return `a`, `a and b` or `a, b and c`: how prompts name several things from left to right."""
-    *first, last = phrases
-    return f"{', '.join(first)} and {last}" if first else last
 
 
 def join(nouns: list[str], rng: np.random.Generator) -> str:

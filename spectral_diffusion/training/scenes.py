@@ -21,6 +21,7 @@ from PIL import Image, ImageFilter
 from spectral_diffusion.base import Base
 from spectral_diffusion.concept import PLACEHOLDER, Concept, Example
 from spectral_diffusion.conditioning import prompts
+from spectral_diffusion.prompt_tokens import listed, name_by_class
 from spectral_diffusion.training.examples import Crop, EncodedExamples, box_of, encoded, mask_of
 from spectral_diffusion.training.inertness import OTHER_CLASSES
 
@@ -78,22 +79,18 @@ def _begin(example: Example, concept: Concept, things: int, side: int, rng: np.r
     known[:, : min([round(own * slot), *across[:1]])] = 255
     known[:, max([round((own + 1) * slot), *(across[-1:] + 1)]) :] = 255
     others = rng.choice([word for word in OTHER_CLASSES if word != concept.class_word], things - 1, replace=False)
-
-    def named(word: str) -> str:
-        names = [f"a {other}" for other in others]
-        *first, last = [*names[:own], word, *names[own:]]
-        return example.caption.replace(PLACEHOLDER, f"{', '.join(first)} and {last}")
-
+    names = [f"a {other}" for other in others]
+    caption = example.caption.replace(PLACEHOLDER, listed([*names[:own], concept.token, *names[own:]]))
     return _Begun(
         crop=Crop(
             picture=Image.fromarray(small[rows][:, columns]),
             mask=place,
             place=place,
-            caption=named(concept.token),
+            caption=caption,
             known=Image.fromarray(known),
         ),
         cut=cut,
-        request=named(f"a {concept.class_word}"),
+        request=name_by_class(caption, {concept.token: concept.class_word}),
     )
 
 
