@@ -15,12 +15,13 @@ import torch
 from torch import nn
 
 from spectral_diffusion.adapter import Adapter, token_words
-from spectral_diffusion.base import Base, linear_layers, tokenizer_name
+from spectral_diffusion.base import Base, adaptable_layers, tokenizer_name
 from spectral_diffusion.concept import check_new_word
 from spectral_diffusion.cross_attention import cross_attention_layers, each_reading_its_own
 from spectral_diffusion.errors import AdapterError, InputError
 from spectral_diffusion.joining import LowRank
-from spectral_diffusion.low_rank_addition import add_low_rank
+from spectral_diffusion.layer_matrix import Layer, matrix_of, projected
+from spectral_diffusion.low_rank_addition import add_low_rank, add_low_rank_to_pixels
 
 Factors = Callable[[], tuple[torch.Tensor, torch.Tensor]]
 """Gives a layer's `up (out, k)` and `down (in, k)` at the moment of the forward pass, or `(concepts, out, k)` and
@@ -39,7 +40,7 @@ class Switch:
 
 @contextmanager
 def hooked(
-    layers: dict[str, nn.Linear], factors: dict[str, Factors], switch: Switch | None = None, gate: Gate | None = None
+    layers: dict[str, Layer], factors: dict[str, Factors], switch: Switch | None = None, gate: Gate | None = None
 ) -> Iterator[None]:
     """While entered, layer `key` gives `W x + up (g * down^T x)`, `g` being 1 without a gate; no dense weight is formed."""
     switch = switch or Switch()
@@ -49,10 +50,10 @@ def hooked(
             if not switch.on:
                 return None
             up, down = (tensor.to(output.dtype) for tensor in factor())
-            is_convolution = isinstance(module, nn.Conv2d)
-            values, result = (tensor.movedim(1, -1) if is_convolution else tensor for tensor in (inputs[0], output))
-            changed = add_low_rank(result, values, up, down, partial(gate, key) if gate else None)
-            return changed.movedim(-1, 1) if is_convolution else changed
+            counts = partial(gate, key) if gate else None
+            if isinstance(module, nn.Conv2d):
+                return add_low_rank_to_pixels(output, projected(module, inputs[0], down), up, counts)
+            return add_low_rank(output, inputs[0], up, down, counts)
 
         return hook
 
@@ -64,7 +65,7 @@ def hooked(
 
 
 @contextmanager
-def folded(layers: dict[str, nn.Linear], deltas: dict[str, LowRank]) -> Iterator[None]:
+def folded(layers: dict[str, Layer], deltas: dict[str, LowRank]) -> Iterator[None]:
     """While entered, layer `key` has the weight `W + up down^T` in place of its own, which costs nothing in a forward pass."""
     own = {key: layers[key].weight.data for key in deltas}
     try:
@@ -218,7 +219,7 @@ def attached(base: Base, adapter: Adapter, gate: Gate | None = None) -> Iterator
         AdapterError: the adapter belongs to another family or its layers do not fit.
     """
     check_fits_base(base, adapter)
-    changed = folded(linear_layers(base, None), adapter.deltas()) if gate is None else beside(base, adapter, gate=gate)
+    changed = folded(adaptable_layers(base, None), adapter.deltas()) if gate is None else beside(base, adapter, gate=gate)
     with with_tokens(base, adapter.embeddings), changed:
         yield
 
@@ -233,7 +234,7 @@ def beside(
     """
     check_fits_base(base, adapter)
     factors = {key: _constant(delta.up, delta.down, base) for key, delta in adapter.deltas().items()}
-    return hooked(linear_layers(base, None), factors, switch, gate)
+    return hooked(adaptable_layers(base, None), factors, switch, gate)
 
 
 def check_fits_base(base: Base, adapter: Adapter) -> None:
@@ -243,12 +244,12 @@ def check_fits_base(base: Base, adapter: Adapter) -> None:
             f"The adapter belongs to a base of family '{adapter.family}', '{base.source}' is of family '{base.family}'; "
             "use it with a base of its own family."
         )
-    layers = linear_layers(base, None)
+    layers = adaptable_layers(base, None)
     for concept in adapter.concepts:
         for key, part in concept.layers.items():
             if key not in layers:
                 raise AdapterError(f"The base '{base.source}' has no layer '{key}' that '{concept.token}' was trained on.")
-            shape = tuple(layers[key].weight.shape[:2])
+            shape = tuple(matrix_of(layers[key]).shape)
             if shape != part.shape:
                 raise AdapterError(f"Layer '{key}' is {shape} in '{base.source}' but {part.shape} in '{concept.token}'.")
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from spectral_diffusion.adapter import Adapter, ConceptPart
 from spectral_diffusion.adapter_file import is_adapter_file, load_adapter
 from spectral_diffusion.bands import Band, next_free_band
-from spectral_diffusion.base import Base, linear_layers
+from spectral_diffusion.base import Base, adaptable_layers
 from spectral_diffusion.errors import BandError, InputError
 from spectral_diffusion.spectrum import directions_of
 
@@ -80,7 +80,7 @@ def fewest_directions(base: Base, endings: tuple[str, ...]) -> int:
     Raises:
         InputError: no layer ends so.
     """
-    layers = linear_layers(base, endings)
+    layers = adaptable_layers(base, endings)
     if not layers:
         raise InputError(f"No layer of '{base.source}' ends in {', '.join(endings)}; choose others as --layers.")
     return directions_of(layers)

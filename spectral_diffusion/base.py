@@ -15,6 +15,7 @@ from transformers import CLIPTokenizer
 
 from spectral_diffusion.checkpoint import PREDICTION_TYPES, family_of, hub_folder, load_folder, load_single_file
 from spectral_diffusion.errors import BaseError
+from spectral_diffusion.layer_matrix import Layer, is_one_pixel_convolution
 from spectral_diffusion.layer_names import ATTENTION_LAYERS
 
 EMBEDDED_BASE = Path(__file__).resolve().parents[1] / "assets" / "mini-sd"
@@ -194,32 +195,26 @@ def layer_key(part: str, module_path: str) -> str:
     return f"{part}.{module_path.removeprefix('text_model.')}"
 
 
-def linear_layers(base: Base, endings: tuple[str, ...] | None = ATTENTION_LAYERS) -> dict[str, nn.Linear]:
-    """Return the linear layers whose path ends in one of `endings`, by stable layer key, in model order.
+def adaptable_layers(base: Base, endings: tuple[str, ...] | None = ATTENTION_LAYERS) -> dict[str, Layer]:
+    """Return the layers whose path ends in one of `endings`, by stable layer key, in model order.
 
-    For None all are returned, and the convolutions of one pixel, which are linear layers over channels and part of LoRAs of SD1.
+    They are the linear layers and the convolutions of the text encoders and the UNet; for None all are returned.
     """
-    return dict(_linear_layers(base.pipeline, endings))
+    return dict(_adaptable_layers(base.pipeline, endings))
 
 
-def is_one_pixel_convolution(module: nn.Module) -> bool:
-    """Tell whether `module` is a convolution that does the same as a linear layer at every pixel."""
-    if not isinstance(module, nn.Conv2d) or module.groups != 1:
-        return False
-    return module.kernel_size == module.stride == (1, 1) and module.padding == (0, 0)
-
-
-def _linear_layers(pipeline: DiffusionPipeline, endings: tuple[str, ...] | None) -> Iterator[tuple[str, nn.Linear]]:
+def _adaptable_layers(pipeline: DiffusionPipeline, endings: tuple[str, ...] | None) -> Iterator[tuple[str, Layer]]:
     for part, model in (*_text_encoders(pipeline).items(), ("unet", pipeline.unet)):
         for path, module in model.named_modules():
             chosen = endings is None or any(f".{path}".endswith(f".{ending}") for ending in endings)
-            if chosen and (isinstance(module, nn.Linear) or (endings is None and is_one_pixel_convolution(module))):
+            if chosen and isinstance(module, nn.Linear | nn.Conv2d):
                 yield layer_key(part, path), module
 
 
 def _fingerprint(pipeline: DiffusionPipeline) -> str:
     digest = hashlib.sha256()
-    for key, layer in _linear_layers(pipeline, None):
-        digest.update(f"{key} {tuple(layer.weight.shape)}\n".encode())
-        digest.update(layer.weight.detach().half().contiguous().numpy().data)
+    for key, layer in _adaptable_layers(pipeline, None):
+        if isinstance(layer, nn.Linear) or is_one_pixel_convolution(layer):  # so many differ that no more are needed
+            digest.update(f"{key} {tuple(layer.weight.shape)}\n".encode())
+            digest.update(layer.weight.detach().half().contiguous().numpy().data)
     return digest.hexdigest()[:16]

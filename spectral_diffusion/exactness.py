@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from spectral_diffusion.adapter import Adapter
-from spectral_diffusion.base import Base, linear_layers, load_base
+from spectral_diffusion.base import Base, adaptable_layers, load_base
 from spectral_diffusion.joining import weighted_sum
+from spectral_diffusion.layer_matrix import matrix_of
 
 
 def fusion_error(base: Base, adapter: Adapter) -> float:
@@ -18,14 +19,14 @@ def fusion_error(base: Base, adapter: Adapter) -> float:
     Compared in Frobenius norm with the sum of the concepts' dense deltas are the joined low-rank delta, and the base with
     every concept's band replaced in one singular value decomposition, less the base. Additive parametrisation only.
     """
-    layers = linear_layers(base, None)
+    layers = adaptable_layers(base, None)
     worst = 0.0
     for key in adapter.layer_keys():
         parts = [concept for concept in adapter.concepts if key in concept.layers]
         deltas = [concept.delta(key) for concept in parts]
         summed = sum(delta.dense().double() for delta in deltas)
         joined = weighted_sum(deltas, [1.0] * len(deltas)).dense().double()
-        weight = layers[key].weight.detach().cpu().double()
+        weight = matrix_of(layers[key]).detach().cpu().double()
         plugged = weight.clone()
         for concept in parts:
             band, tensors = concept.layers[key].band, concept.layers[key].tensors
@@ -60,7 +61,7 @@ def _loaded_deltas(base: Base) -> dict[str, torch.Tensor]:
                 name = next(iter(module.lora_A))
                 up, down = module.lora_B[name].weight.detach(), module.lora_A[name].weight.detach()
                 key = f"{part}.{path.removeprefix('text_model.')}"
-                deltas[key] = module.scaling[name] * (up.double() @ down.double())
+                deltas[key] = module.scaling[name] * (up.double().flatten(1) @ down.double().flatten(1))
     return deltas
 
 

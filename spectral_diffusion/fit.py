@@ -9,7 +9,8 @@ import torch
 
 from spectral_diffusion.adapter import Adapter
 from spectral_diffusion.attach import check_fits_base
-from spectral_diffusion.base import Base, linear_layers
+from spectral_diffusion.base import Base, adaptable_layers
+from spectral_diffusion.layer_matrix import matrix_of
 
 GROUPS = ("text encoder", "UNet down", "UNet mid", "UNet up")
 """Groups of layers that a fit is told for, in the order of the data's way."""
@@ -35,14 +36,14 @@ def band_misfit(base: Base, adapter: Adapter) -> dict[str, float]:
         AdapterError: the adapter belongs to another family or its layers do not fit.
     """
     check_fits_base(base, adapter)
-    layers = linear_layers(base, None)
+    layers = adaptable_layers(base, None)
     errors: dict[str, float] = defaultdict(float)
     sizes: dict[str, float] = defaultdict(float)
     for concept in adapter.concepts:
         for key, part in concept.layers.items():
             if part.band is None:
                 continue
-            weight = layers[key].weight.detach().float().cpu()
+            weight = matrix_of(layers[key]).detach().float().cpu()
             met = part.band.U.T @ weight @ part.band.V
             errors[layer_group(key)] += float((met - torch.diag(part.band.s)).square().sum())
             sizes[layer_group(key)] += float(part.band.s.square().sum())

@@ -7,10 +7,15 @@ from __future__ import annotations
 
 import re
 
+from spectral_diffusion.checkpoint.original_layout import UNET_RESNET, original_unet_name
+
 ATTENTION_LAYERS = ("to_q", "to_k", "to_v", "to_out.0", "q_proj", "k_proj", "v_proj", "out_proj")
 """Endings of the linear layers adapted by default: every attention projection (the paper's choice)."""
 FEED_FORWARD_LAYERS = ("ff.net.0.proj", "ff.net.2", "fc1", "fc2")
 """Endings of the linear layers between the attention layers, in the UNet and in the text encoders."""
+CONVOLUTION_LAYERS = ("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "proj_in", "proj_out")
+"""Endings of the UNet's convolutions between and around the attention layers; later families project linearly (LoCon, LyCORIS,
+Yeh et al. 2024, arXiv 2309.14859)."""
 
 _PREFIXES = {
     "lora_unet_": "unet",
@@ -24,14 +29,23 @@ _PREFIXES = {
 """What a module's name begins with in a kohya, diffusers or PEFT file, and the part of the base that it means."""
 
 _TRANSFORMER = r"(transformer_blocks\.\d+\.(attn[12]\.(to_[qkv]|to_out\.0)|ff\.net\.(0\.proj|2))|proj_in|proj_out)"
+_RESNET = r"(conv[12]|conv_shortcut|time_emb_proj)"
 _LAYER_KEY = re.compile(
-    rf"unet\.((down|up)_blocks\.\d+|mid_block)\.attentions\.\d+\.{_TRANSFORMER}"
+    rf"unet\.((down|up)_blocks\.\d+|mid_block)\.(attentions\.\d+\.{_TRANSFORMER}|resnets\.\d+\.{_RESNET})"
+    r"|unet\.(down_blocks\.\d+\.down|up_blocks\.\d+\.up)samplers\.0\.conv"
     r"|text_encoder(_2)?\.encoder\.layers\.\d+\.(self_attn\.(q|k|v|out)_proj|mlp\.fc[12])"
 )
 """The layers that LoRAs change, as this library calls them."""
 
+_SDXL_CROSSED = (0, 1)
+"""The up blocks of SDXL with attention."""
+_KINDS = {"0": "resnets", "1": "attentions"}
+"""What stands where at one place of the original lists."""
+_RESNET_NAMES = {original: name for name, original in UNET_RESNET.items()}
+
 _WORDS = re.compile(
     r"(?:down|up|input|output|transformer)_blocks|mid(?:dle)?_block|to_(?:q|k|v|out)|proj_(?:in|out)"
+    r"|(?:in|out|emb)_layers|skip_connection|conv_shortcut|time_emb_proj"
     r"|text_model|self_attn|(?:q|k|v|out)_proj|[^_]+"
 )
 """The steps of a path in which kohya's names have `_` for `.`; some hold a `_` of their own."""
@@ -73,28 +87,31 @@ def layer_key_of(name: str) -> str | None:
     return key if _LAYER_KEY.fullmatch(key) else None
 
 
+def patch_side(key: str, family: str) -> int | None:
+    """Return how many pixels a side a convolution called `key` reads at once, in a base of `family`; None for a linear layer."""
+    if key.endswith((".conv1", ".conv2", "samplers.0.conv")):
+        return 3
+    if key.endswith(".conv_shortcut") or (family in ("sd1", "mini") and key.endswith((".proj_in", ".proj_out"))):
+        return 1
+    return None
+
+
 def _original_path(path: str) -> str:
-    """Return the original name of a path in SDXL's UNet; each of its levels has three numbers."""
-    path = re.sub(
-        r"^down_blocks\.(\d+)\.attentions\.(\d+)", lambda found: f"input_blocks.{3 * int(found[1]) + int(found[2]) + 1}.1", path
-    )
-    path = re.sub(
-        r"^up_blocks\.(\d+)\.attentions\.(\d+)", lambda found: f"output_blocks.{3 * int(found[1]) + int(found[2])}.1", path
-    )
-    return path.replace("mid_block.attentions.0", "middle_block.1")
+    """Return the original name of a path in SDXL's UNet."""
+    return original_unet_name(f"{path}.weight", _SDXL_CROSSED).removesuffix(".weight")
 
 
 def _diffusers_path(path: str) -> str:
-    """Undo `_original_path`; leave what already is a path of diffusers as it is."""
+    """Undo `_original_path`; leave what already is a path of diffusers as it is. Each level has three numbers."""
 
-    def down(found: re.Match[str]) -> str:
-        block, layer = divmod(int(found[1]) - 1, 3)
-        return f"down_blocks.{block}.attentions.{layer}"
+    def place(found: re.Match[str]) -> str:
+        side = "down" if found["list"] == "input" else "up"
+        block, layer = divmod(int(found["number"]) - (side == "down"), 3)
+        kind = _KINDS.get(found["kind"])
+        return f"{side}_blocks.{block}.{kind}.{layer}" if kind else f"{side}_blocks.{block}.{side}samplers.0.conv"
 
-    def up(found: re.Match[str]) -> str:
-        block, layer = divmod(int(found[1]), 3)
-        return f"up_blocks.{block}.attentions.{layer}"
-
-    path = re.sub(r"^input_blocks\.([1-9]\d*)\.1(?=\.)", down, path)
-    path = re.sub(r"^output_blocks\.(\d+)\.1(?=\.)", up, path)
-    return path.replace("middle_block.1.", "mid_block.attentions.0.")
+    places = r"^(?P<list>input|output)_blocks\.(?P<number>\d+)\.(?P<kind>0\.op$|[12]\.conv$|[01](?=\.))"
+    original = re.sub(places, place, path)
+    original = re.sub(r"^middle_block\.1\.", "mid_block.attentions.0.", original)
+    original = re.sub(r"^middle_block\.([02])\.", lambda found: f"mid_block.resnets.{int(found[1]) // 2}.", original)
+    return re.sub(r"(?<=\.resnets\.)(\d+)\.(.+)$", lambda found: f"{found[1]}.{_RESNET_NAMES.get(found[2], found[2])}", original)

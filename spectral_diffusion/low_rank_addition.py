@@ -63,6 +63,24 @@ def add_low_rank(
     return _LowRankAddition.apply(output.contiguous(), values, up, down, counts)
 
 
+def add_low_rank_to_pixels(
+    output: torch.Tensor, read: torch.Tensor, up: torch.Tensor, counts: Counts | None = None
+) -> torch.Tensor:
+    """Return `output + up (g * read)` at every pixel, `g` being 1 without `counts`.
+
+    Args:
+        output: `(batch, out, height, width)`.
+        read: what the layer reads, projected, `(batch, k, height, width)`.
+        up: `(out, k)`, or `(concepts, out, k)` for as many equal shares of the batch.
+    """
+    columns = read.flatten(2)
+    mask = counts(columns.mT) if counts else None
+    columns = columns if mask is None else columns * mask.mT
+    if up.dim() == 3:
+        up = up.repeat_interleave(len(columns) // len(up), 0)
+    return output + (up @ columns).view_as(output)
+
+
 def _rows(values: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
     """Return `values (batch, ..., width)` as `(rows, width)`, or for factors of several concepts as `(concepts, rows, width)`."""
     return values.reshape(*factor.shape[:-2], -1, values.shape[-1])

@@ -104,7 +104,8 @@ def confining_gate(adapter: Adapter, layout: Layout, places: Mapping[str, tuple[
 
 def _has_positions(key: str) -> bool:
     """Tell whether a layer reads positions of the picture; the others read words or the time."""
-    return ".attentions." in key and ".attn2.to_k" not in key and ".attn2.to_v" not in key
+    in_picture = (".attentions." in key or ".resnets." in key or "samplers." in key) and ".time_emb_proj" not in key
+    return in_picture and ".attn2.to_k" not in key and ".attn2.to_v" not in key
 
 
 class _RegionalProcessor:

@@ -15,10 +15,10 @@ import torch
 from filelock import FileLock
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 from spectral_diffusion.errors import StorageError
 from spectral_diffusion.files import write_atomically
+from spectral_diffusion.layer_matrix import Layer, matrix_of
 
 if TYPE_CHECKING:
     from spectral_diffusion.base import Base
@@ -48,9 +48,9 @@ def cache_folder() -> Path:
     return Path(os.environ.get("SPECTRAL_DIFFUSION_CACHE", Path.home() / ".cache" / "spectral-diffusion"))
 
 
-def directions_of(layers: Mapping[str, nn.Linear]) -> int:
+def directions_of(layers: Mapping[str, Layer]) -> int:
     """Return how many singular directions the smallest of `layers` has, `MAX_DIRECTIONS` at most."""
-    return min([MAX_DIRECTIONS, *(min(layer.weight.shape) for layer in layers.values())])
+    return min([MAX_DIRECTIONS, *(min(matrix_of(layer).shape) for layer in layers.values())])
 
 
 def singular_directions(weight: torch.Tensor, count: int = MAX_DIRECTIONS) -> Spectrum:
@@ -102,7 +102,7 @@ def _decomposed(count: int, weight: torch.Tensor) -> Spectrum:
 
 def base_spectrum(
     base: Base,
-    layers: dict[str, nn.Linear],
+    layers: dict[str, Layer],
     count: int = MAX_DIRECTIONS,
     on_layer: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Spectrum]:
@@ -122,17 +122,17 @@ def base_spectrum(
             return _load_or_compute(file, layers, count, on_layer)
     except (OSError, StorageError) as error:
         logger.warning("The spectrum could not be kept in '%s' (%s); it is computed each time.", file.parent, error)
-        return dict(zip(layers, spectra([layer.weight for layer in layers.values()], count), strict=True))
+        return dict(zip(layers, spectra([matrix_of(layer) for layer in layers.values()], count), strict=True))
 
 
 def _load_or_compute(
-    file: Path, layers: dict[str, nn.Linear], count: int, on_layer: Callable[[int, int], None]
+    file: Path, layers: dict[str, Layer], count: int, on_layer: Callable[[int, int], None]
 ) -> dict[str, Spectrum]:
     cached = _read_cache(file)
-    missing = [key for key, layer in layers.items() if len(cached.get(f"{key}.s", ())) < min(count, *layer.weight.shape)]
+    missing = [key for key, layer in layers.items() if len(cached.get(f"{key}.s", ())) < min(count, *matrix_of(layer).shape)]
     if missing:
         logger.info("Computing the spectrum of %d layers (once per base).", len(missing))
-        found = spectra([layers[key].weight for key in missing], count)
+        found = spectra([matrix_of(layers[key]) for key in missing], count)
         for number, (key, spectrum) in enumerate(zip(missing, found, strict=True), start=1):
             cached |= {f"{key}.U": spectrum.U.cpu(), f"{key}.s": spectrum.s.cpu(), f"{key}.V": spectrum.V.cpu()}
             on_layer(number, len(missing))

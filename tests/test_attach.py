@@ -12,7 +12,7 @@ from test_parametrisations import FORMS, random_adapter
 
 from spectral_diffusion.adapter import Adapter, token_words
 from spectral_diffusion.attach import Switch, attached, check_new_tokens, hooked, with_tokens
-from spectral_diffusion.base import Base, linear_layers
+from spectral_diffusion.base import Base, adaptable_layers
 from spectral_diffusion.errors import AdapterError, InputError
 from spectral_diffusion.fusion import fuse
 from spectral_diffusion.prompt_tokens import expand_prompt
@@ -55,7 +55,7 @@ def test_an_attached_adapter_is_the_dense_weight_plus_its_delta(form: str, base:
     bare = outputs(base)
     with attached(base, adapter):
         low_rank = outputs(base)
-    layers = linear_layers(tiny_base)
+    layers = adaptable_layers(tiny_base)
     for key, delta in adapter.deltas().items():
         layers[key].weight.data += delta.dense()
     dense = outputs(tiny_base)
@@ -128,7 +128,7 @@ def test_a_base_in_half_precision_gets_its_own_weights_back(tiny_base: Base) -> 
 
 
 def test_deltas_can_be_switched_off_for_a_while(base: Base) -> None:
-    (layer,) = list(linear_layers(base).items())[:1]
+    (layer,) = list(adaptable_layers(base).items())[:1]
     inputs, switch = torch.ones(1, layer[1].in_features), Switch()
     factors = {layer[0]: lambda: (torch.ones(layer[1].out_features, 1), torch.ones(layer[1].in_features, 1))}
     bare = layer[1](inputs)
@@ -139,7 +139,7 @@ def test_deltas_can_be_switched_off_for_a_while(base: Base) -> None:
 
 
 def test_each_share_of_a_batch_goes_through_factors_of_its_own(base: Base) -> None:
-    (key, layer), *_ = linear_layers(base).items()
+    (key, layer), *_ = adaptable_layers(base).items()
     generator = torch.Generator().manual_seed(0)
     up, down = (torch.randn(3, width, 2, generator=generator) for width in (layer.out_features, layer.in_features))
     inputs = torch.randn(6, 5, layer.in_features, generator=generator)

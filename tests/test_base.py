@@ -20,7 +20,7 @@ from test_parametrisations import random_adapter
 from spectral_diffusion.adapter import Adapter, input_group
 from spectral_diffusion.adapter_file import load_adapter, save_adapter
 from spectral_diffusion.attach import attached
-from spectral_diffusion.base import Base, linear_layers, load_base
+from spectral_diffusion.base import Base, adaptable_layers, load_base
 from spectral_diffusion.concept import Concept
 from spectral_diffusion.conditioning import encode, tokenize
 from spectral_diffusion.drawing import Drawing
@@ -47,7 +47,7 @@ def test_a_file_and_a_folder_are_the_same_base(
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_adapted_layers_are_the_attention_of_all_parts(family: str, loaded_bases: dict[str, Base]) -> None:
-    keys = linear_layers(loaded_bases[family])
+    keys = adaptable_layers(loaded_bases[family])
     counts = {part: sum(key.startswith(f"{part}.") for key in keys) for part in ("unet", "text_encoder", "text_encoder_2")}
     assert (
         counts
@@ -96,7 +96,7 @@ def test_an_attached_adapter_is_the_dense_weight_plus_its_delta(
         low_rank = predicted(base, "a dog")
     assert torch.equal(predicted(base, "a dog"), bare)
     merged = load_base(narrow_bases[family].folder, device="cpu")
-    layers = linear_layers(merged)
+    layers = adaptable_layers(merged)
     for key, delta in adapter.deltas().items():
         layers[key].weight.data += delta.dense()
     assert (low_rank - bare).norm() > 0.01 * bare.norm()

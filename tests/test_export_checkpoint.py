@@ -14,14 +14,16 @@ from narrow_bases import FAMILIES, NarrowBase
 from safetensors.torch import load_file
 from test_export_readers import (
     PRECISIONS,
-    acting_weights,
+    acting,
     load_tokens,
+    made_of_probes,
     narrow_base,
     picture,
     picture_of_reader,
     random_lora,
     relative,
 )
+from test_layer_names import ENDINGS, PROJECTIONS
 from test_parametrisations import random_adapter
 
 from spectral_diffusion.adapter import Adapter
@@ -43,8 +45,9 @@ def sd1(narrow_bases: dict[str, NarrowBase]) -> Base:
     return narrow_base("sd1", narrow_bases["sd1"].folder)
 
 
-def adapter_for(base: Base) -> Adapter:
-    return fuse([random_adapter(base, vectors=2), random_adapter(base, token="<V2>", start=2), random_lora(base)], method="sum")
+def adapter_for(base: Base, endings: tuple[str, ...] = ENDINGS) -> Adapter:
+    two = [random_adapter(base, vectors=2), random_adapter(base, token="<V2>", start=2)]
+    return fuse([*two, random_lora(base, endings=endings)], method="sum")
 
 
 def in_precision_of(dtype: torch.dtype, base: Base) -> Base:
@@ -77,19 +80,28 @@ def pipeline_of(path: Path, base: Base) -> StableDiffusionPipeline | StableDiffu
     return pipeline.to(torch.float32)
 
 
-@pytest.mark.parametrize(("name", "dtype"), [("merged.safetensors", torch.float16), ("merged", torch.float32)])
-def test_diffusers_loads_the_base_plus_the_adapter(name: str, dtype: torch.dtype, base: Base, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "dtype", "endings"),
+    [
+        pytest.param("merged.safetensors", torch.float16, PROJECTIONS, id="half precision"),  # rounded convolutions show
+        pytest.param("merged.safetensors", torch.float32, ENDINGS, id="file"),
+        pytest.param("merged", torch.float32, ENDINGS, id="folder"),
+    ],
+)
+def test_diffusers_loads_the_base_plus_the_adapter(
+    name: str, dtype: torch.dtype, endings: tuple[str, ...], base: Base, tmp_path: Path
+) -> None:
     base = in_precision_of(dtype, base)
-    adapter = adapter_for(base)
+    adapter = adapter_for(base, endings)
     before = weights_of(base)
     export = export_checkpoint(adapter, base, tmp_path / name, dtype=dtype)
     assert all(torch.equal(tensor, before[key]) for key, tensor in weights_of(base).items())
     assert {path.name for path in tmp_path.iterdir()} == {name, "V1.safetensors", "V2.safetensors"}
     merged = Base(pipeline=pipeline_of(export.path, base), family=base.family, fingerprint="", source="", embedded=False)
     deltas = adapter.deltas()
-    old, new = acting_weights(base, tuple(deltas)), acting_weights(merged, tuple(deltas))
+    old, new = acting(base, tuple(deltas)), acting(merged, tuple(deltas))
     for key, delta in deltas.items():
-        wanted = old[key] + delta.dense().double()
+        wanted = old[key] + made_of_probes(delta)
         assert (new[key] - wanted).norm() / wanted.norm() < PRECISIONS[dtype], key
     load_tokens(merged, export)
     with attached(base, adapter):

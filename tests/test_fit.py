@@ -12,7 +12,7 @@ from test_parametrisations import random_adapter
 
 from spectral_diffusion.adapter_file import save_adapter
 from spectral_diffusion.attach import attached
-from spectral_diffusion.base import Base, linear_layers, load_base
+from spectral_diffusion.base import Base, adaptable_layers, load_base
 from spectral_diffusion.cli import main
 from spectral_diffusion.errors import AdapterError
 from spectral_diffusion.fit import GROUPS, band_misfit, layer_group, misfit_in_words
@@ -32,7 +32,7 @@ def test_bands_fit_the_base_that_they_were_taken_from(own: Base) -> None:
 def test_the_misfit_is_told_for_the_group_whose_weights_differ(narrow_bases: dict[str, NarrowBase]) -> None:
     own = load_base(narrow_bases["sd1"].folder, device="cpu")
     adapter = random_adapter(own, rank=4)
-    for key, layer in linear_layers(own).items():
+    for key, layer in adaptable_layers(own).items():
         if layer_group(key) == "UNet mid":
             layer.weight.data *= 1.25
     misfit = band_misfit(own, adapter)

@@ -14,7 +14,7 @@ from shared_bases import BASES, shared_base
 from test_parametrisations import FORMS, random_adapter
 
 from spectral_diffusion.adapter import Adapter, input_group
-from spectral_diffusion.base import Base, linear_layers
+from spectral_diffusion.base import Base, adaptable_layers
 from spectral_diffusion.errors import AdapterError, BandError
 from spectral_diffusion.fusion import fuse
 from spectral_diffusion.joining import FUSERS
@@ -50,7 +50,7 @@ def test_the_fused_delta_is_the_sum_of_the_deltas(which: str, tiny_base_folder: 
 def test_base_plus_fused_is_one_svd_with_all_bands_plugged_in(which: str, tiny_base_folder: Path) -> None:
     base = shared_base(which, tiny_base_folder)
     adapters = on_bands_of_their_own(base, ["additive"] * 3)
-    fused, layers = fuse(adapters, method="sum").deltas(), linear_layers(base)
+    fused, layers = fuse(adapters, method="sum").deltas(), adaptable_layers(base)
     for key in list(fused)[:: len(fused) // 8]:
         weight = layers[key].weight.double()
         rest, changed = weight.clone(), torch.zeros_like(weight)

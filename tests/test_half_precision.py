@@ -13,7 +13,7 @@ from short_trainings import BAND, SHORT, prepare_less
 from test_parametrisations import random_adapter
 
 from spectral_diffusion.attach import attached
-from spectral_diffusion.base import Base, linear_layers, load_base
+from spectral_diffusion.base import Base, adaptable_layers, load_base
 from spectral_diffusion.concept import Concept
 from spectral_diffusion.drawing import SCHEDULERS, Drawing, Picture
 from spectral_diffusion.generation import generate
@@ -57,10 +57,10 @@ def half(tiny_base_folder: Path) -> Base:
 
 
 def test_a_base_in_half_precision_is_bit_for_bit_what_it_was(half: Base) -> None:
-    adapter, before = random_adapter(half, size=0.1), {key: layer.weight.clone() for key, layer in linear_layers(half).items()}
+    adapter, before = random_adapter(half, size=0.1), {key: layer.weight.clone() for key, layer in adaptable_layers(half).items()}
     with attached(half, adapter):
-        assert any(not torch.equal(layer.weight, before[key]) for key, layer in linear_layers(half).items())
-    assert all(torch.equal(layer.weight, before[key]) for key, layer in linear_layers(half).items())
+        assert any(not torch.equal(layer.weight, before[key]) for key, layer in adaptable_layers(half).items())
+    assert all(torch.equal(layer.weight, before[key]) for key, layer in adaptable_layers(half).items())
 
 
 def test_a_base_in_half_precision_is_trained(

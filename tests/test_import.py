@@ -217,14 +217,14 @@ GOOD = {f"{Q}.lora_up.weight": torch.ones(64, 2), f"{Q}.lora_down.weight": torch
         ({f"{Q}.lokr_w1": torch.ones(2, 2)}, "is a LoKr"),
         (GOOD | {f"{Q}.dora_scale": torch.ones(64, 1)}, "is a DoRA"),
         (GOOD | {f"{PEFT_Q}_magnitude_vector": torch.ones(64)}, "is a DoRA"),
-        (GOOD | {f"{Q}.lora_mid.weight": torch.ones(2, 2, 3, 3)}, "is a LoCon"),
+        (GOOD | {f"{Q}.lora_mid.weight": torch.ones(2, 2, 3, 3)}, "is a LoCon in Tucker form"),
         (
             GOOD
             | {
                 "lora_unet_down_blocks_0_resnets_0_conv1.lora_up.weight": torch.ones(8, 2, 1, 1),
-                "lora_unet_down_blocks_0_resnets_0_conv1.lora_down.weight": torch.ones(2, 8, 3, 3),
+                "lora_unet_down_blocks_0_resnets_0_conv1.lora_down.weight": torch.ones(2, 8, 5, 5),
             },
-            "is a LoRA of convolutions too .*conv1",
+            r"conv1' .* has matrices of shape \(8, 2\) and \(2, 8, 5, 5\)",
         ),
         (
             {"lora_transformer_x.lora_up.weight": torch.ones(8, 2), "lora_transformer_x.lora_down.weight": torch.ones(2, 8)},

@@ -12,15 +12,24 @@ from diffusers import UNet2DConditionModel
 from narrow_bases import FAMILIES
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from spectral_diffusion.base import is_one_pixel_convolution, layer_key
+from spectral_diffusion.base import layer_key
 from spectral_diffusion.checkpoint.single_file import CONFIGURATIONS
-from spectral_diffusion.layer_names import ATTENTION_LAYERS, kohya_name, layer_key_of, peft_name
+from spectral_diffusion.layer_names import (
+    ATTENTION_LAYERS,
+    CONVOLUTION_LAYERS,
+    FEED_FORWARD_LAYERS,
+    kohya_name,
+    layer_key_of,
+    peft_name,
+)
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out_0")
 TEXT_LAYERS = ("self_attn_q_proj", "self_attn_k_proj", "self_attn_v_proj", "self_attn_out_proj", "mlp_fc1", "mlp_fc2")
 FEED_FORWARD = ("ff_net_0_proj", "ff_net_2")
-ENDINGS = (*ATTENTION_LAYERS, "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out", "fc1", "fc2")
-"""All layers that LoRAs change."""
+ENDINGS = (*ATTENTION_LAYERS, *FEED_FORWARD_LAYERS, *CONVOLUTION_LAYERS, "time_emb_proj")
+"""All layers that LoRAs change, those of convolutions among them."""
+PROJECTIONS = (*ATTENTION_LAYERS, *FEED_FORWARD_LAYERS, "proj_in", "proj_out")
+"""Those that LoRAs without convolutions change."""
 
 ENCODER_DEPTHS = {"sd1": {"te": 12}, "sd2": {"te": 23}, "sdxl": {"te1": 12, "te2": 32}}
 
@@ -47,6 +56,46 @@ def transformer_layers(places: dict[str, int], prefix: str) -> Iterator[str]:
                 yield f"{prefix}{place}_transformer_blocks_{block}_{inner}"
 
 
+def diffusers_resnets() -> Iterator[str]:
+    """Yield the resnets' and samplers' layers of SD1 and SD2 as diffusers and kohya's scripts call them."""
+    widened = {"down_blocks_1_resnets_0", "down_blocks_2_resnets_0"}
+    widened |= {f"up_blocks_{block}_resnets_{layer}" for block in range(4) for layer in range(3)}
+    places = [f"down_blocks_{block}_resnets_{layer}" for block in range(4) for layer in range(2)]
+    places += ["mid_block_resnets_0", "mid_block_resnets_1", *sorted(widened - set(places))]
+    for place in places:
+        yield from (f"lora_unet_{place}_{name}" for name in ("conv1", "conv2", "time_emb_proj"))
+        if place in widened:
+            yield f"lora_unet_{place}_conv_shortcut"
+    yield from (f"lora_unet_down_blocks_{block}_downsamplers_0_conv" for block in range(3))
+    yield from (f"lora_unet_up_blocks_{block}_upsamplers_0_conv" for block in range(3))
+
+
+ORIGINAL_RESNETS = {
+    "sd1": {
+        "plain": ("input_blocks_1_0", "input_blocks_2_0", "input_blocks_5_0", "input_blocks_8_0", "input_blocks_10_0",
+                  "input_blocks_11_0", "middle_block_0", "middle_block_2"),
+        "widened": ("input_blocks_4_0", "input_blocks_7_0", *(f"output_blocks_{number}_0" for number in range(12))),
+        "samplers": ("input_blocks_3_0_op", "input_blocks_6_0_op", "input_blocks_9_0_op", "output_blocks_2_1_conv",
+                     "output_blocks_5_2_conv", "output_blocks_8_2_conv"),
+    },
+    "sdxl": {
+        "plain": ("input_blocks_1_0", "input_blocks_2_0", "input_blocks_5_0", "input_blocks_8_0", "middle_block_0",
+                  "middle_block_2"),
+        "widened": ("input_blocks_4_0", "input_blocks_7_0", *(f"output_blocks_{number}_0" for number in range(9))),
+        "samplers": ("input_blocks_3_0_op", "input_blocks_6_0_op", "output_blocks_2_2_conv", "output_blocks_5_2_conv"),
+    },
+}  # fmt: skip
+"""Where resnets stand in the original code, with and without a convolution beside them, and the layers between levels."""
+
+
+def original_resnets(family: str, prefix: str) -> Iterator[str]:
+    places = ORIGINAL_RESNETS["sdxl" if family == "sdxl" else "sd1"]
+    for place in (*places["plain"], *places["widened"]):
+        yield from (f"{prefix}{place}_{name}" for name in ("in_layers_2", "out_layers_3", "emb_layers_1"))
+    yield from (f"{prefix}{place}_skip_connection" for place in places["widened"])
+    yield from (f"{prefix}{name}" for name in places["samplers"])
+
+
 def text_layers(family: str, names: tuple[str, ...] = TEXT_LAYERS) -> Iterator[str]:
     for prefix, depth in ENCODER_DEPTHS[family].items():
         yield from (f"lora_{prefix}_text_model_encoder_layers_{layer}_{name}" for layer in range(depth) for name in names)
@@ -66,8 +115,7 @@ def keys_of(family: str) -> tuple[str, ...]:
         layer_key(part, path)
         for part, model in models.items()
         for path, module in model.named_modules()
-        if (isinstance(module, torch.nn.Linear) or is_one_pixel_convolution(module))
-        and any(f".{path}".endswith(f".{ending}") for ending in ENDINGS)
+        if isinstance(module, torch.nn.Linear | torch.nn.Conv2d) and any(f".{path}".endswith(f".{ending}") for ending in ENDINGS)
     )
 
 
@@ -77,11 +125,14 @@ def names_of(family: str) -> set[str]:
     return set(names)
 
 
-@pytest.mark.parametrize(("family", "count"), [("sd1", 16 * 12 + 12 * 6), ("sd2", 16 * 12 + 23 * 6), ("sdxl", 722 + 44 * 6)])
+@pytest.mark.parametrize(
+    ("family", "count"), [("sd1", 16 * 12 + 12 * 6 + 86), ("sd2", 16 * 12 + 23 * 6 + 86), ("sdxl", 722 + 44 * 6 + 66)]
+)
 def test_kohyas_scripts_know_every_name(family: str, count: int) -> None:
     """They call a module `lora_unet_` or `lora_te_` and its path, in the UNet that they run themselves."""
     places = SDXL_PLACES if family == "sdxl" else DIFFUSERS_PLACES
-    table = {*transformer_layers(places, "lora_unet_"), *text_layers(family)}
+    resnets = original_resnets(family, "lora_unet_") if family == "sdxl" else diffusers_resnets()
+    table = {*transformer_layers(places, "lora_unet_"), *resnets, *text_layers(family)}
     assert names_of(family) == table and len(table) == count
 
 
@@ -89,9 +140,18 @@ def test_kohyas_scripts_know_every_name(family: str, count: int) -> None:
 def test_comfyui_knows_every_name(family: str) -> None:
     """It takes the paths of diffusers and the original ones in the UNet, and these prefixes in text encoders."""
     unet = {*transformer_layers(SDXL_PLACES if family == "sdxl" else ORIGINAL_PLACES, "lora_unet_")}
+    unet |= {*original_resnets(family, "lora_unet_")}
     if family != "sdxl":
-        unet |= {*transformer_layers(DIFFUSERS_PLACES, "lora_unet_")}
+        unet |= {*transformer_layers(DIFFUSERS_PLACES, "lora_unet_"), *diffusers_resnets()}
     assert names_of(family) <= unet | {*text_layers(family)}
+
+
+A1111_RESNET = {
+    "conv1": "in_layers_2",
+    "conv2": "out_layers_3",
+    "time_emb_proj": "emb_layers_1",
+    "conv_shortcut": "skip_connection",
+}
 
 
 def a1111_module(name: str, family: str) -> str:
@@ -100,6 +160,16 @@ def a1111_module(name: str, family: str) -> str:
         direction, block, layer, rest = found[1], int(found[2]), int(found[3]), found[4]
         number = 1 + 3 * block + layer if direction == "down" else 3 * block + layer
         return f"diffusion_model_{'input' if direction == 'down' else 'output'}_blocks_{number}_1_{rest}"
+    if found := re.fullmatch(r"lora_unet_(down|up)_blocks_(\d+)_resnets_(\d+)_(.+)", name):
+        direction, number = found[1], 3 * int(found[2]) + int(found[3])
+        place = f"input_blocks_{1 + number}_0" if direction == "down" else f"output_blocks_{number}_0"
+        return f"diffusion_model_{place}_{A1111_RESNET[found[4]]}"
+    if found := re.fullmatch(r"lora_unet_mid_block_resnets_(\d)_(.+)", name):
+        return f"diffusion_model_middle_block_{2 * int(found[1])}_{A1111_RESNET[found[2]]}"
+    if found := re.fullmatch(r"lora_unet_down_blocks_(\d)_downsamplers_0_conv", name):
+        return f"diffusion_model_input_blocks_{3 + 3 * int(found[1])}_0_op"
+    if found := re.fullmatch(r"lora_unet_up_blocks_(\d)_upsamplers_0_conv", name):
+        return f"diffusion_model_output_blocks_{2 + 3 * int(found[1])}_{2 if int(found[1]) else 1}_conv"
     if found := re.fullmatch(r"lora_unet_mid_block_attentions_0_(.+)", name):
         return f"diffusion_model_middle_block_1_{found[1]}"
     if found := re.fullmatch(r"lora_te_text_model_encoder_layers_(\d+)_(.+)", name):
@@ -120,7 +190,7 @@ def openclip(name: str) -> str:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_automatic1111_knows_every_name(family: str) -> None:
     places = SDXL_PLACES if family == "sdxl" else ORIGINAL_PLACES
-    table = set(transformer_layers(places, "diffusion_model_"))
+    table = {*transformer_layers(places, "diffusion_model_"), *original_resnets(family, "diffusion_model_")}
     open_names = [openclip(name) for name in TEXT_LAYERS]
     if family == "sd1":
         table |= {f"transformer_text_model_encoder_layers_{layer}_{name}" for layer in range(12) for name in TEXT_LAYERS}
@@ -168,7 +238,9 @@ def test_every_naming_is_read_back(family: str) -> None:
             "text_encoder.text_model.encoder.layers.3.self_attn.to_q",
             "text_encoder.encoder.layers.3.self_attn.q_proj",
         ),
-        ("lora_unet_down_blocks_0_resnets_0_conv1", None),
+        ("lora_unet_input_blocks_0_0", None),
+        ("lora_unet_conv_in", None),
+        ("unet.down_blocks.0.resnets.0.norm1", None),
         ("lora_unet_time_embedding_linear_1", None),
         ("lora_te2_text_projection", None),
         ("transformer.single_blocks.0.linear1", None),

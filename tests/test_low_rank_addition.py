@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from spectral_diffusion.attach import hooked
+from spectral_diffusion.layer_matrix import matrix_of, projected, rows_read
 from spectral_diffusion.low_rank_addition import add_low_rank
 
 
@@ -46,19 +47,50 @@ def test_it_is_what_autograd_gives(shares: tuple[int, ...], fixed: str, gated: b
         torch.testing.assert_close(own, expected)
 
 
+CONVOLUTIONS = {
+    "of one pixel": {"kernel_size": 1},
+    "of patches": {"kernel_size": 3, "padding": 1},
+    "with strides": {"kernel_size": 3, "padding": 1, "stride": 2},
+}
+
+
+@pytest.mark.parametrize("kind", CONVOLUTIONS)
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_a_convolution_is_changed_however_it_lies_in_memory(memory_format: torch.memory_format) -> None:
-    layer = nn.Conv2d(6, 5, 1).double().requires_grad_(False).to(memory_format=memory_format)
-    up, down = numbers(5, 2), numbers(6, 2, seed=1)
+def test_a_convolution_is_changed_however_it_lies_in_memory(kind: str, memory_format: torch.memory_format) -> None:
+    layer = nn.Conv2d(6, 5, **CONVOLUTIONS[kind]).double().requires_grad_(False).to(memory_format=memory_format)
+    up, down = numbers(5, 2), numbers(layer.weight[0].numel(), 2, seed=1)
     pictures = numbers(2, 6, 3, 4, seed=2).detach().to(memory_format=memory_format).requires_grad_(True)
     with hooked({"layer": layer}, {"layer": lambda: (up, down)}):
         changed = layer(pictures)
-    expected = nn.functional.conv2d(pictures, layer.weight + (up @ down.T)[..., None, None], layer.bias)
+    weight = layer.weight + (up @ down.T).view_as(layer.weight)
+    expected = nn.functional.conv2d(pictures, weight, layer.bias, layer.stride, layer.padding)
     torch.testing.assert_close(changed, expected)
     for own, wanted in zip(
         *(torch.autograd.grad((one**2).sum(), (pictures, up, down)) for one in (changed, expected)), strict=True
     ):
         torch.testing.assert_close(own, wanted)
+
+
+@pytest.mark.parametrize("kind", CONVOLUTIONS)
+def test_each_share_of_a_batch_goes_through_kernels_of_its_own_as_far_as_they_count(kind: str) -> None:
+    layer = nn.Conv2d(6, 5, **CONVOLUTIONS[kind]).double().requires_grad_(False)
+    up, down = numbers(2, 5, 3), numbers(2, layer.weight[0].numel(), 3, seed=1)
+    pictures, counted = numbers(4, 6, 3, 4, seed=2), torch.tensor([1.0, 0.0, 1.0], dtype=torch.float64)
+    with hooked({"layer": layer}, {"layer": lambda: (up, down)}, gate=lambda key, read: counted.expand(1, read.shape[1], 3)):
+        together = layer(pictures)
+    for share, own in enumerate(pictures.chunk(2)):
+        weight = layer.weight + (up[share] * counted @ down[share].T).view_as(layer.weight)
+        expected = nn.functional.conv2d(own, weight, layer.bias, layer.stride, layer.padding)
+        torch.testing.assert_close(together[2 * share : 2 * share + 2], expected)
+
+
+@pytest.mark.parametrize("kind", CONVOLUTIONS)
+def test_a_convolution_is_its_matrix_on_the_rows_that_it_reads(kind: str) -> None:
+    layer = nn.Conv2d(6, 5, bias=False, **CONVOLUTIONS[kind]).double().requires_grad_(False)
+    pictures = numbers(2, 6, 3, 4)
+    torch.testing.assert_close(rows_read(layer, pictures) @ matrix_of(layer).T, layer(pictures).flatten(2).mT)
+    down = numbers(layer.weight[0].numel(), 3, seed=1)
+    torch.testing.assert_close(projected(layer, pictures, down).flatten(2).mT, rows_read(layer, pictures) @ down)
 
 
 def test_it_is_written_where_the_layers_output_was() -> None:

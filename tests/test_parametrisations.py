@@ -11,7 +11,7 @@ from torch import nn
 
 from spectral_diffusion.adapter import Adapter, ConceptPart, LayerPart, input_group
 from spectral_diffusion.bands import Band
-from spectral_diffusion.base import Base, linear_layers
+from spectral_diffusion.base import Base, adaptable_layers
 from spectral_diffusion.parametrisations import SPECTRAL
 from spectral_diffusion.spectrum import Spectrum, base_spectrum, singular_directions
 from spectral_diffusion.training import TrainingSettings
@@ -35,7 +35,7 @@ def random_adapter(
 ) -> Adapter:
     """Return an adapter of one concept on all attention layers with trained tensors of `size` times normal numbers."""
     generator = torch.Generator().manual_seed(seed)
-    layers = linear_layers(base)
+    layers = adaptable_layers(base)
     parts = {}
     for key, spectrum in base_spectrum(base, layers).items():
         band = band_of(spectrum, start, rank) if form in SPECTRAL else None
@@ -227,7 +227,7 @@ def test_isolated_bands_stay_untouched_after_optimiser_steps(form: str) -> None:
 def test_forms_hold_on_the_layers_of_a_base(which: str, form: str, tiny_base_folder: Path) -> None:
     base = shared_base(which, tiny_base_folder)
     (concept,) = random_adapter(base, form, start=2).concepts
-    for key, layer in list(linear_layers(base).items())[::12]:
+    for key, layer in list(adaptable_layers(base).items())[::12]:
         part, change = concept.layers[key], concept.delta(key)
         band = Spectrum(U=part.band.U.double(), s=part.band.s.double(), V=part.band.V.double())
         tensors = {name: tensor.double() for name, tensor in part.tensors.items()}

@@ -14,7 +14,7 @@ from spectral_diffusion.adapter import Adapter
 from spectral_diffusion.adapter_file import load_adapter, save_adapter
 from spectral_diffusion.attach import attached
 from spectral_diffusion.bands import Band
-from spectral_diffusion.base import Base, linear_layers, load_base
+from spectral_diffusion.base import Base, adaptable_layers, load_base
 from spectral_diffusion.concept import Concept
 from spectral_diffusion.conditioning import prompts
 from spectral_diffusion.errors import BandError, InputError
@@ -56,7 +56,7 @@ def test_nothing_changes_at_the_start_and_the_count_is_right(form: str, base: Ba
         torch.testing.assert_close(text_states(base), before, rtol=0, atol=1e-5)  # DoRA divides by norms that it took itself
     assert torch.equal(text_states(base), before)
     assert all(torch.equal(one, other) for one, other in zip(base.pipeline.unet.parameters(), parameters, strict=True))
-    shapes = [tuple(layer.weight.shape) for layer in linear_layers(base).values()]
+    shapes = [tuple(layer.weight.shape) for layer in adaptable_layers(base).values()]
     tokens = sum(vectors.numel() for vectors in trainable.embeddings[0].values())
     assert trainable.parameter_count() - tokens == parameter_count(form, shapes, BAND.rank)
 
@@ -106,7 +106,7 @@ def test_a_stopped_adalora_goes_on_where_it_was(base: Base, concept: Concept, tm
 
 
 def test_adalora_moves_its_budget_and_keeps_its_vectors_orthogonal(base: Base) -> None:
-    layers = dict(list(linear_layers(base).items())[:4])
+    layers = dict(list(adaptable_layers(base).items())[:4])
     tuned = tuned_layers("adalora", layers, rank=2, steps=10, seed=0)
     assert tuned.penalty() > 0
     tensors = [tensor for own in tuned.tensors().values() for tensor in own.values()]

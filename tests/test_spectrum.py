@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from spectral_diffusion.base import Base, linear_layers, load_base
+from spectral_diffusion.base import Base, adaptable_layers, load_base
 from spectral_diffusion.spectrum import LEADING, Spectrum, base_spectrum, leading_directions, singular_directions, spectra
 
 
@@ -41,7 +41,7 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
 
 
 def some_layers(base: Base, count: int = 3) -> dict[str, nn.Linear]:
-    return dict(list(linear_layers(base).items())[:count])
+    return dict(list(adaptable_layers(base).items())[:count])
 
 
 def assert_spectra(spectra: dict[str, Spectrum], layers: dict[str, nn.Linear]) -> None:

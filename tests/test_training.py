@@ -26,7 +26,7 @@ from spectral_diffusion.activations import PROMPTS, measure_activations
 from spectral_diffusion.adapter import Adapter, input_group
 from spectral_diffusion.attach import attached
 from spectral_diffusion.bands import Band, bands_in_order
-from spectral_diffusion.base import Base, linear_layers, load_base
+from spectral_diffusion.base import Base, adaptable_layers, load_base
 from spectral_diffusion.concept import Concept, Example, load_concept
 from spectral_diffusion.errors import BandError, InputError, TrainingError
 from spectral_diffusion.photos import Photo
@@ -62,7 +62,7 @@ def test_only_the_adapter_and_the_token_move(which: str, form: str, concept: Con
     assert torch.equal(torch.get_rng_state(), random_state)
     assert all(torch.count_nonzero(tensor) for tensor in trained_tensors(adapter).values())
     assert not torch.equal(adapter.concepts[0].embeddings["text_encoder"], class_word_vectors(base, "dog")["text_encoder"])
-    spectra = base_spectrum(base, linear_layers(base))
+    spectra = base_spectrum(base, adaptable_layers(base))
     assert spectra.keys() == adapter.concepts[0].layers.keys()
     for key, part in adapter.concepts[0].layers.items():
         own = band_of(spectra[key], BAND.start, BAND.rank)
@@ -70,7 +70,7 @@ def test_only_the_adapter_and_the_token_move(which: str, form: str, concept: Con
 
 
 def test_a_trained_concept_leaves_the_other_leading_bands_alone(base: Base, undisturbed: Adapter) -> None:
-    for key, spectrum in base_spectrum(base, linear_layers(base)).items():
+    for key, spectrum in base_spectrum(base, adaptable_layers(base)).items():
         others = [column for column in range(8) if not BAND.start <= column < BAND.stop]
         change = undisturbed.delta(key).dense()
         written, read = spectrum.U[:, others].T @ change, change @ spectrum.V[:, others]
@@ -80,7 +80,7 @@ def test_a_trained_concept_leaves_the_other_leading_bands_alone(base: Base, undi
 
 
 def test_a_concept_on_weak_directions_leaves_the_other_weak_bands_alone(base: Base, concept: Concept) -> None:
-    spectra = base_spectrum(base, linear_layers(base))
+    spectra = base_spectrum(base, adaptable_layers(base))
     fewest = min(len(spectrum.s) for spectrum in spectra.values())
     (last, before, *_) = bands_in_order(SHORT.rank, fewest, weakest_first=True)
     adapter = train(base, concept, before, replace(SHORT, weakest_first=True, isolation=2)).adapter
@@ -101,10 +101,12 @@ def test_the_rates_of_the_parts_are_their_own(base: Base, concept: Concept) -> N
 
 
 def test_the_chosen_layers_are_adapted_whichever_they_are(base: Base, concept: Concept) -> None:
-    settings = replace(SHORT, steps=1, layers=("to_v", "net.2", "mlp.fc1"))
+    settings = replace(SHORT, steps=1, layers=("to_v", "net.2", "mlp.fc1", "0.conv1", "upsamplers.0.conv"))
     adapter = train(base, concept, BAND, settings).adapter
     endings = {key.rpartition("_")[2] if key.endswith("to_v") else ".".join(key.split(".")[-2:]) for key in adapter.layer_keys()}
-    assert endings == {"v", "net.2", "mlp.fc1"}
+    assert endings == {"v", "net.2", "mlp.fc1", "0.conv1", "0.conv"}
+    assert adapter.concepts[0].activations.keys() == {input_group(key) for key in adapter.layer_keys()}
+    assert all(adapter.delta(key).dense().norm() > 0 for key in adapter.layer_keys())
     with attached(base, adapter):
         pass
     with pytest.raises(InputError, match=r"No layer of .* ends in to_x; choose others"):

@@ -14,10 +14,11 @@ from test_parametrisations import FORMS, random_adapter
 from spectral_diffusion.adapter import Adapter, LayerPart
 from spectral_diffusion.band_plan import neighbours
 from spectral_diffusion.bands import Band
-from spectral_diffusion.base import Base, linear_layers
+from spectral_diffusion.base import Base, adaptable_layers
 from spectral_diffusion.concept import Concept, load_concept
 from spectral_diffusion.errors import AdapterError, InputError
 from spectral_diffusion.fusion import fuse
+from spectral_diffusion.layer_names import ATTENTION_LAYERS, CONVOLUTION_LAYERS
 from spectral_diffusion.spectrum import Spectrum
 from spectral_diffusion.training import TrainingProgress, train, train_together
 from spectral_diffusion.training.batches import Batch, draw_batch
@@ -36,9 +37,14 @@ def concepts(photo_folder: Path) -> list[tuple[Concept, Band]]:
     return list(zip(fewer, BANDS, strict=True))
 
 
-@pytest.mark.parametrize("form", [*FORMS, "orthogonal"])
-def test_concepts_trained_together_end_as_alone(form: str, base: Base, concepts: list[tuple[Concept, Band]]) -> None:
-    settings = replace(SHORT, parametrisation=form, steps=3, batch=2, token_vectors=2, presence=0.0)
+@pytest.mark.parametrize(
+    ("form", "layers"),
+    [*((form, ATTENTION_LAYERS) for form in (*FORMS, "orthogonal")), ("additive", CONVOLUTION_LAYERS)],
+)
+def test_concepts_trained_together_end_as_alone(
+    form: str, layers: tuple[str, ...], base: Base, concepts: list[tuple[Concept, Band]]
+) -> None:
+    settings = replace(SHORT, parametrisation=form, layers=layers, steps=3, batch=2, token_vectors=2, presence=0.0)
     events: list[TrainingProgress] = []
     together = train_together(base, concepts, settings, on_progress=events.append)
     losses = []
@@ -118,13 +124,13 @@ def test_what_was_trained_before_is_the_start_and_stays(base: Base, concepts: li
     """The first step is made among the others: were the bare base the teacher, the inertness loss would not begin at zero."""
     (concept, band), before = concepts[1], random_adapter(base, token="<V0>", size=0.3)
     kept = {key: delta.dense() for key, delta in before.deltas().items()}
-    weights = {key: layer.weight.clone() for key, layer in linear_layers(base, None).items()}
+    weights = {key: layer.weight.clone() for key, layer in adaptable_layers(base, None).items()}
     events: list[TrainingProgress] = []
     result = train(base, concept, band, SHORT, among=before, on_progress=events.append)
     assert events[0].inertness_loss < 1e-10 < events[-1].inertness_loss
     assert result.adapter.tokens == ("<V1>",) and result.adapter.concepts[0].settings["among"] == ["<V0>"]
     assert all(torch.equal(kept[key], delta.dense()) for key, delta in before.deltas().items())
-    assert all(torch.equal(weights[key], layer.weight) for key, layer in linear_layers(base, None).items())
+    assert all(torch.equal(weights[key], layer.weight) for key, layer in adaptable_layers(base, None).items())
     apart = train(base, concept, band, replace(SHORT, presence=0.0), among=before).adapter
     assert_bit_equal(apart, train(base, concept, band, replace(SHORT, presence=0.0)).adapter)
     with pytest.raises(AssertionError):

@@ -24,7 +24,7 @@ from benchmarks.lab.record import Case, Record
 from benchmarks.lab.workshop import Workshop
 from spectral_diffusion.adapter_file import save_adapter
 from spectral_diffusion.bands import Band
-from spectral_diffusion.base import linear_layers
+from spectral_diffusion.base import adaptable_layers
 from spectral_diffusion.fusion import fuse
 from spectral_diffusion.spectrum import spectra
 from spectral_diffusion.training import TrainingProgress, train
@@ -49,7 +49,7 @@ def cases(config: dict[str, Any]) -> Iterator[Case]:
 def measure(case: Case, workshop: Workshop) -> dict[str, Any]:
     """Measure one."""
     if case["kind"] == "svd":
-        layers = linear_layers(workshop.base, workshop.settings({}).layers)
+        layers = adaptable_layers(workshop.base, workshop.settings({}).layers)
         return {"seconds": _timed(lambda: list(spectra([layer.weight for layer in layers.values()])))}
     if case["kind"] == "fuse":
         adapters = [workshop.adapter(name, slot, case["settings"]) for slot, name in enumerate(case["concepts"])]

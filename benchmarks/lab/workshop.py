@@ -15,7 +15,7 @@ from benchmarks.lab.record import Postponed, digest
 from spectral_diffusion.adapter import Adapter
 from spectral_diffusion.adapter_file import load_adapter, save_adapter
 from spectral_diffusion.bands import Band, bands_in_order
-from spectral_diffusion.base import Base, linear_layers, load_base
+from spectral_diffusion.base import Base, adaptable_layers, load_base
 from spectral_diffusion.clip_scorer import ClipScorer, load_scorer
 from spectral_diffusion.concept import SAMPLES_FOLDER, SETTINGS_FILE, Concept, load_concept
 from spectral_diffusion.drawing import Drawing, Picture
@@ -85,7 +85,7 @@ class Workshop:
 
     def shapes(self, settings: TrainingSettings) -> list[tuple[int, int]]:
         """Return the shapes of the layers that `settings` adapt."""
-        return [tuple(layer.weight.shape) for layer in linear_layers(self.base, settings.layers).values()]
+        return [tuple(layer.weight.shape) for layer in adaptable_layers(self.base, settings.layers).values()]
 
     def adapter(self, name: str, slot: int, changes: Mapping[str, Any], group: Sequence[str] = ()) -> Adapter:
         """Return the concept `name` trained on band number `slot` with `changes`, from disk where it was trained before.

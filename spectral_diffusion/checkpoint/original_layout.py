@@ -36,7 +36,7 @@ _UNET_ENDS = {
     "conv_norm_out": "out.0",
     "conv_out": "out.2",
 }
-_UNET_RESNET = {
+UNET_RESNET = {
     "norm1": "in_layers.0",
     "conv1": "in_layers.2",
     "time_emb_proj": "emb_layers.1",
@@ -44,6 +44,7 @@ _UNET_RESNET = {
     "conv2": "out_layers.3",
     "conv_shortcut": "skip_connection",
 }
+"""What stands in a resnet of the UNet, and what the original code calls it."""
 _VAE_NAMES = (
     (r"mid_block\.attentions\.0\.", "mid.attn_1."),
     (r"attn_1\.group_norm", "attn_1.norm"),
@@ -151,7 +152,7 @@ def original_unet_name(name: str, crossed: Collection[int] = ()) -> str:
         "up": f"output_blocks.{first + number}.0",
     }
     inner, dot, ending = rest.partition(".")
-    return f"{place[kind]}.{_UNET_RESNET[inner]}{dot}{ending}"
+    return f"{place[kind]}.{UNET_RESNET[inner]}{dot}{ending}"
 
 
 def _vae_place(name: str, blocks: int) -> Place:

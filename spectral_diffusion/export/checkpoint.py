@@ -16,7 +16,7 @@ from torch import nn
 
 from spectral_diffusion.adapter import Adapter
 from spectral_diffusion.attach import check_fits_base
-from spectral_diffusion.base import Base, linear_layers
+from spectral_diffusion.base import Base, adaptable_layers
 from spectral_diffusion.checkpoint import to_original_layout
 from spectral_diffusion.errors import InputError
 from spectral_diffusion.export.embedding import embedding_files, embedding_writers, words_to_type
@@ -73,7 +73,7 @@ def merged_pipeline(base: Base, adapter: Adapter | None, dtype: torch.dtype, *pa
         tensors = {name: tensor for name, tensor in (*model.named_parameters(), *model.named_buffers())}
         memo = {id(tensor): _converted(tensor, dtype, f"{part}.{name}") for name, tensor in tensors.items()}
         setattr(pipeline, part, copy.deepcopy(model, memo))
-    originals, copies = linear_layers(base, None), linear_layers(replace(base, pipeline=pipeline), None)
+    originals, copies = adaptable_layers(base, None), adaptable_layers(replace(base, pipeline=pipeline), None)
     for key in adapter.layer_keys() if adapter else ():
         if copies[key] is not originals[key]:
             weight = originals[key].weight.detach().cpu().float()

@@ -12,6 +12,7 @@ from spectral_diffusion.errors import AdapterError, InputError
 from spectral_diffusion.finite import is_finite
 from spectral_diffusion.fit import GROUPS, layer_group
 from spectral_diffusion.joining import LowRank
+from spectral_diffusion.layer_names import patch_side
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,16 +27,15 @@ class LoraFactors:
     def matrices(self, key: str, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the up matrix `(out, rank)` and the down matrix `(rank, in)` of layer `key` in `dtype`.
 
-        `proj_in` and `proj_out` of SD 1 are convolutions of one pixel; their matrices get two more dimensions.
+        A convolution's are kernels, `(out, rank, 1, 1)` and `(rank, channels, side, side)`, as in LoCon.
 
         Raises:
             AdapterError: a number is too large for `dtype`.
         """
         up = in_precision(self.layers[key].up, dtype, key)
         down = in_precision(self.layers[key].down.T, dtype, key)
-        if self.family in ("sd1", "mini") and key.endswith((".proj_in", ".proj_out")):
-            return up[:, :, None, None], down[:, :, None, None]
-        return up, down
+        side = patch_side(key, self.family)
+        return (up, down) if side is None else (up[:, :, None, None], down.unflatten(1, (-1, side, side)))
 
 
 def lora_factors(adapter: Adapter, rank: int | None = None) -> LoraFactors:

@@ -16,7 +16,7 @@ from spectral_diffusion.concept import check_class_word, check_token
 from spectral_diffusion.errors import InputError
 from spectral_diffusion.imports.tensors import peft_scales, read_embedding, read_safetensors, refuse_what_is_no_lora
 from spectral_diffusion.joining import LowRank
-from spectral_diffusion.layer_names import layer_key_of
+from spectral_diffusion.layer_names import layer_key_of, patch_side
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ def import_lora(path: Path, *, token: str, class_word: str, embedding: Path | No
     for name, parts in modules.items():
         key = layer_key_of(name)
         if key is None:
-            raise InputError(f"'{path}' {_what_is_wrong_with(name, parts)}; give a plain LoRA of linear layers.")
+            raise InputError(f"'{path}' changes '{name}', which is no layer that a LoRA is known to change; give a plain LoRA.")
         if key in layers:
             raise InputError(f"'{path}' changes layer '{key}' twice, under two names; it cannot be used.")
         layers[key] = _layer(path, name, key, parts, configuration)
@@ -115,16 +115,10 @@ def _modules(path: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, dict[
     return modules
 
 
-def _what_is_wrong_with(name: str, parts: Mapping[str, torch.Tensor]) -> str:
-    if any(tensor.ndim == 4 for tensor in parts.values()):
-        return f"is a LoRA of convolutions too ('{name}')"
-    return f"changes '{name}', which is no layer that a LoRA is known to change"
-
-
 def _layer(path: Path, name: str, key: str, parts: Mapping[str, torch.Tensor], configuration: Mapping[str, Any]) -> LayerPart:
     if not {"up", "down"} <= parts.keys():
         raise InputError(f"'{name}' in '{path}' lacks its up or its down matrix; copy the file again.")
-    up, down = (_as_matrix(parts[kind]) for kind in ("up", "down"))
+    up, down = _up_matrix(parts["up"]), _down_matrix(parts["down"], key)
     if up.ndim != 2 or down.ndim != 2 or up.shape[1] != len(down) or not up.numel() or not down.numel():
         raise InputError(
             f"'{name}' in '{path}' has matrices of shape {tuple(up.shape)} and {tuple(down.shape)}, "
@@ -140,9 +134,15 @@ def _layer(path: Path, name: str, key: str, parts: Mapping[str, torch.Tensor], c
     return LayerPart(band=None, tensors={"up": change.up.contiguous(), "down": change.down.contiguous()})
 
 
-def _as_matrix(tensor: torch.Tensor) -> torch.Tensor:
+def _up_matrix(tensor: torch.Tensor) -> torch.Tensor:
     """Return a convolution of one pixel as the matrix that it is; anything else as it stands."""
     return tensor[:, :, 0, 0] if tensor.ndim == 4 and tensor.shape[2:] == (1, 1) else tensor
+
+
+def _down_matrix(tensor: torch.Tensor, key: str) -> torch.Tensor:
+    """Return the kernels of layer `key`, of three pixels a side or one, as the matrix that they are; others as they stand."""
+    side = patch_side(key, "") or 1
+    return tensor.flatten(1) if tensor.ndim == 4 and tensor.shape[2:] == (side, side) else tensor
 
 
 def _peft_scale(path: Path, key: str, rank: int, configuration: Mapping[str, Any]) -> float:
@@ -152,7 +152,7 @@ def _peft_scale(path: Path, key: str, rank: int, configuration: Mapping[str, Any
     if f"{prefix}lora_alpha" not in configuration:
         return 1.0
     if configuration.get(f"{prefix}use_dora"):
-        raise InputError(f"'{path}' is a DoRA, which is not supported; give a plain LoRA of linear layers.")
+        raise InputError(f"'{path}' is a DoRA, which is not supported; give a plain LoRA.")
     patterns = configuration.get(f"{prefix}alpha_pattern") or {}
     try:
         for pattern, own_alpha in patterns.items():

@@ -27,7 +27,7 @@ _OTHER_KINDS = {
     ".oft_diag": "an OFT",
     ".a1.weight": "a GLoRA",
     ".on_input": "an (IA)3",
-    ".lora_mid.weight": "a LoCon (a LoRA of convolutions)",
+    ".lora_mid.weight": "a LoCon in Tucker form",
     ".diff": "a file of whole weight differences",
 }
 """What stands in the names of files that are no plain LoRA."""
@@ -103,7 +103,7 @@ def refuse_what_is_no_lora(path: Path, names: set[str], metadata: Mapping[str, s
         raise InputError(f"'{path}' is an embedding, not a LoRA; give it as --embedding beside the LoRA.")
     kind = next((kind for mark, kind in _OTHER_KINDS.items() if any(mark in name for name in names)), None)
     if kind is not None:
-        raise InputError(f"'{path}' is {kind}, which is not supported; give a plain LoRA of linear layers.")
+        raise InputError(f"'{path}' is {kind}, which is not supported; give a plain LoRA.")
 
 
 def peft_scales(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:

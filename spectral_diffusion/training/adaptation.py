@@ -10,13 +10,13 @@ from itertools import islice
 from typing import Any, Literal, Protocol
 
 import torch
-from torch import nn
 
 from spectral_diffusion.adapter import LayerPart
 from spectral_diffusion.attach import hooked
 from spectral_diffusion.bands import Band, bands_in_order, check_fits
 from spectral_diffusion.errors import InputError
 from spectral_diffusion.joining import LowRank
+from spectral_diffusion.layer_matrix import Layer, matrix_of
 from spectral_diffusion.parametrisations import RIVALS, SPECTRAL
 from spectral_diffusion.parametrisations.site import Beginning, Site
 from spectral_diffusion.spectrum import Spectrum, directions_of
@@ -32,7 +32,7 @@ FAINTEST = 1e-4
 class Adaptation(Protocol):
     """Layers with a change in training, of one concept or several; no change at the start."""
 
-    layers: dict[str, nn.Linear]
+    layers: dict[str, Layer]
 
     @property
     def fixed(self) -> torch.Tensor:
@@ -76,7 +76,7 @@ class Adaptation(Protocol):
 
 
 def adapt(
-    layers: dict[str, nn.Linear], spectra: dict[str, Spectrum], bands: Sequence[Band], settings: TrainingSettings
+    layers: dict[str, Layer], spectra: dict[str, Spectrum], bands: Sequence[Band], settings: TrainingSettings
 ) -> Adaptation:
     """Return `layers` with a change of one concept per band as `settings` ask, at its start.
 
@@ -98,9 +98,9 @@ def adapt(
 
 
 def _spectral(
-    layers: dict[str, nn.Linear], spectra: dict[str, Spectrum], bands: Sequence[Band], settings: TrainingSettings
+    layers: dict[str, Layer], spectra: dict[str, Spectrum], bands: Sequence[Band], settings: TrainingSettings
 ) -> Stacks:
-    smallest = min(layers, key=lambda key: min(layers[key].weight.shape))
+    smallest = min(layers, key=lambda key: min(matrix_of(layers[key]).shape))
     directions = directions_of(layers)
     for band in bands:
         check_fits(band, directions, smallest)
@@ -143,7 +143,7 @@ class Rivals:
             `shares` of the batch.
     """
 
-    layers: dict[str, nn.Linear]
+    layers: dict[str, Layer]
     concepts: tuple[dict[str, Beginning], ...]
     shown: int | Literal["sum", "shares"] = "shares"
     company: Company = field(default_factory=Company)
@@ -228,7 +228,7 @@ class Tuned:
     """
 
     tuner: TunedLayers
-    layers: dict[str, nn.Linear]
+    layers: dict[str, Layer]
     tensors: dict[str, torch.Tensor]
     fixed: torch.Tensor
 
@@ -287,11 +287,11 @@ def _kept(deltas: dict[str, LowRank]) -> TrainedLayers:
     return TrainedLayers(form="lora" if thin else "dense", parts=parts)
 
 
-def _rivals(layers: dict[str, nn.Linear], bands: Sequence[Band], settings: TrainingSettings) -> Rivals:
+def _rivals(layers: dict[str, Layer], bands: Sequence[Band], settings: TrainingSettings) -> Rivals:
     if settings.parametrisation == "orthogonal":
-        smallest = min(layers, key=lambda key: layers[key].in_features)
+        smallest = min(layers, key=lambda key: matrix_of(layers[key]).shape[1])
         for band in bands:
-            check_fits(band, layers[smallest].in_features, smallest)
+            check_fits(band, matrix_of(layers[smallest]).shape[1], smallest)
     concepts = tuple(
         {key: _begun(key, layer, band, settings, settings.seed + 1000 * number) for key, layer in layers.items()}
         for number, band in enumerate(bands)
@@ -299,16 +299,16 @@ def _rivals(layers: dict[str, nn.Linear], bands: Sequence[Band], settings: Train
     return Rivals(layers=layers, concepts=concepts)
 
 
-def _begun(key: str, layer: nn.Linear, band: Band, settings: TrainingSettings, seed: int) -> Beginning:
+def _begun(key: str, layer: Layer, band: Band, settings: TrainingSettings, seed: int) -> Beginning:
     """Return the beginning of one layer; concepts with one seed would begin with the same random directions."""
     form = RIVALS[settings.parametrisation]
-    beginning = form.begin(Site(key=key, weight=layer.weight.detach().float(), band=band, seed=seed))
+    beginning = form.begin(Site(key=key, weight=matrix_of(layer).detach().float(), band=band, seed=seed))
     for tensor in beginning.tensors.values():
         tensor.requires_grad_(True)
     return beginning
 
 
-def _tuned(layers: dict[str, nn.Linear], settings: TrainingSettings) -> Tuned:
+def _tuned(layers: dict[str, Layer], settings: TrainingSettings) -> Tuned:
     tuner = tuned_layers(settings.parametrisation, layers, settings.rank, settings.steps, settings.seed)
     tensors = {f"{key}/{name}": tensor for key, own in tuner.tensors().items() for name, tensor in own.items()}
     first = next(iter(tensors.values()))

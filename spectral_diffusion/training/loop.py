@@ -12,7 +12,7 @@ import torch
 from spectral_diffusion.adapter import Adapter, ConceptPart, token_words
 from spectral_diffusion.attach import Switch, beside, check_fits_base, check_new_tokens, with_tokens
 from spectral_diffusion.bands import Band
-from spectral_diffusion.base import Base, linear_layers
+from spectral_diffusion.base import Base, adaptable_layers
 from spectral_diffusion.concept import Concept
 from spectral_diffusion.conditioning import tokenize
 from spectral_diffusion.errors import AdapterError, InputError
@@ -247,7 +247,7 @@ def _started(base: Base, subject: Subject, settings: TrainingSettings, adapter: 
     ):
         if was != wanted:
             raise AdapterError(f"'{subject.token}' was trained with {what} {was}, not {wanted}; choose that, or start it anew.")
-    if part.layers.keys() != linear_layers(base, settings.layers).keys():
+    if part.layers.keys() != adaptable_layers(base, settings.layers).keys():
         raise AdapterError(f"'{subject.token}' was trained on other layers; choose those again, or start it anew.")
     return part
 

@@ -9,11 +9,11 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import nn
 from torch.nn.functional import pad
 
 from spectral_diffusion.adapter import LayerPart
 from spectral_diffusion.attach import hooked
+from spectral_diffusion.layer_matrix import Layer
 from spectral_diffusion.spectrum import Spectrum
 from spectral_diffusion.training.company import Company
 
@@ -136,7 +136,7 @@ class Stacks:
     """
 
     form: str
-    layers: dict[str, nn.Linear]
+    layers: dict[str, Layer]
     stacks: tuple[Stack, ...]
     now: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
     company: Company = field(default_factory=Company)

@@ -11,7 +11,7 @@ import torch
 
 from spectral_diffusion.adapter import ConceptPart
 from spectral_diffusion.bands import Band
-from spectral_diffusion.base import Base, linear_layers
+from spectral_diffusion.base import Base, adaptable_layers
 from spectral_diffusion.cross_attention import cross_attention_layers
 from spectral_diffusion.errors import InputError
 from spectral_diffusion.parametrisations import SPECTRAL
@@ -97,7 +97,7 @@ def training_spectrum(
     """
     if settings.parametrisation not in SPECTRAL:
         return {}
-    layers = linear_layers(base, settings.layers)
+    layers = adaptable_layers(base, settings.layers)
     isolated = isolated_bands(settings, directions_of(layers))
     return base_spectrum(base, layers, max(band.stop for band in [*bands, *isolated]), on_layer)
 
@@ -114,7 +114,7 @@ def build_trainable(
         InputError: no layer of the base is called as the settings ask, or the parametrisation does not take what they ask.
         BandError: a band lies beyond the smallest layer.
     """
-    layers = linear_layers(base, settings.layers)
+    layers = adaptable_layers(base, settings.layers)
     if not layers:
         raise InputError(f"No layer of '{base.source}' ends in {', '.join(settings.layers)}; choose others as layers.")
     spectra = training_spectrum(base, bands, settings)

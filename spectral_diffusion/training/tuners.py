@@ -114,8 +114,11 @@ def tuned_layers(method: str, layers: dict[str, nn.Linear], rank: int, steps: in
         steps: of the whole training, which AdaLoRA's schedule needs.
 
     Raises:
-        InputError: `rank` does not fit the method.
+        InputError: `rank` does not fit the method, or a layer is a convolution.
     """
+    convolution = next((key for key, layer in layers.items() if isinstance(layer, nn.Conv2d)), None)
+    if convolution is not None:
+        raise InputError(f"{method} is for linear layers, '{convolution}' is a convolution; choose others as layers.")
     from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 
     config, bound = _configuration(method, layers, rank, steps)

@@ -1,0 +1,47 @@
+"""A layer as the matrix that a low-rank change is added to: a convolution is a linear layer over patches of pixels."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+Layer = nn.Linear | nn.Conv2d
+
+
+def matrix_of(layer: Layer) -> torch.Tensor:
+    """Return the weight of `layer` as `(out, in)`; for a convolution `in` counts channels, rows and columns of a patch."""
+    return layer.weight.flatten(1)
+
+
+def is_one_pixel_convolution(module: nn.Module) -> bool:
+    """Tell whether `module` is a convolution that does the same as a linear layer at every pixel."""
+    if not isinstance(module, nn.Conv2d) or module.groups != 1:
+        return False
+    return module.kernel_size == module.stride == (1, 1) and module.padding == (0, 0)
+
+
+def rows_read(layer: Layer, values: torch.Tensor) -> torch.Tensor:
+    """Return what `layer` reads as rows that its matrix is applied to, `(batch, n, in)`.
+
+    Args:
+        values: its input, `(batch, ..., in)`, or for a convolution `(batch, channels, height, width)`.
+    """
+    if isinstance(layer, nn.Linear):
+        return values.reshape(len(values), -1, values.shape[-1])
+    if is_one_pixel_convolution(layer):
+        return values.flatten(2).mT
+    return functional.unfold(values, layer.kernel_size, padding=layer.padding, stride=layer.stride).mT
+
+
+def projected(layer: nn.Conv2d, values: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+    """Return what a convolution reads projected on `down (in, k)`, as `(batch, k, height, width)`, without forming patches.
+
+    Args:
+        down: or `(concepts, in, k)` for as many equal shares of the batch.
+    """
+    concepts = len(down) if down.dim() == 3 else 1
+    kernels = down.mT.reshape(-1, layer.in_channels, *layer.kernel_size)
+    shares = values.unflatten(0, (concepts, -1)).transpose(0, 1).flatten(1, 2)
+    read = functional.conv2d(shares, kernels, None, layer.stride, layer.padding, groups=concepts)
+    return read.unflatten(1, (concepts, -1)).transpose(0, 1).flatten(0, 1)
