@@ -6,18 +6,17 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
+from torch import nn
 
 from spectral_diffusion.adapter import input_group
 from spectral_diffusion.base import Base, adaptable_layers
 from spectral_diffusion.conditioning import read
-from spectral_diffusion.layer_matrix import Layer, matrix_of, rows_read
+from spectral_diffusion.layer_names import is_convolution
 
 DRAWING_STEPS = 5
 GUIDANCE = 4.0
 COLUMNS = 48
 """Leading eigenvectors kept of each Gram matrix."""
-DIRECTIONS = 4 * COLUMNS
-"""Random directions that a Gram matrix is known by."""
 PROMPTS = (
     "{}",
     "a photo of {}",
@@ -49,15 +48,17 @@ PROMPTS = (
 
 @torch.no_grad()
 def measure_activations(base: Base, token: str, layer_keys: tuple[str, ...], seed: int) -> dict[str, torch.Tensor]:
-    """Return, per group of layers with one input, a factor `F (in, k)` with `F F^T` near the Gram matrix of that input.
+    """Return, per group of linear layers with one input, a factor `F (in, k)` with `F F^T` near the Gram matrix of that input.
 
+    Convolutions read much the same patches whatever is drawn, so that nothing is gained by telling concepts apart by them.
     The base must have the concept's adapter and token attached. Each of `PROMPTS` is drawn with `token` in few steps;
     only the conditional half of each guidance pair counts. The Gram matrices are scaled to trace `in`.
     A token with vectors for every cross-attention layer is measured as the first of the adapted ones reads it.
     """
     layers = adaptable_layers(base, None)
-    watched = {input_group(key): layers[key] for key in reversed(layer_keys)}
-    grams = {group: _GramSketch(matrix_of(layer).shape[1]) for group, layer in watched.items()}
+    linear = [key for key in layer_keys if not is_convolution(key, base.family)]
+    watched = {input_group(key): layers[key] for key in reversed(linear)}
+    grams = {group: torch.zeros(layer.in_features, layer.in_features) for group, layer in watched.items()}
     captions = [prompt.format(token) for prompt in PROMPTS]
     texts = {group: layer for group, layer in watched.items() if group.startswith("text_encoder")}
     with _recorded(texts, grams):
@@ -75,52 +76,29 @@ def measure_activations(base: Base, token: str, layer_keys: tuple[str, ...], see
                 generator=generator,
                 output_type="latent",
             )
-    return {group: gram.thin_factor() for group, gram in grams.items()}
-
-
-class _GramSketch:
-    """A Gram matrix `G (in, in)` by what it makes of fixed random directions: a convolution's is too large to be held.
-
-    Its leading eigenvectors come out by the stabilised Nyström approximation, as they are where there are as many directions as
-    inputs (Tropp, Yurtsever, Udell & Cevher 2017, arXiv 1706.05736, algorithm 3).
-    """
-
-    def __init__(self, width: int):
-        generator = torch.Generator().manual_seed(0)
-        directions = torch.randn(width, min(width, DIRECTIONS), dtype=torch.float64, generator=generator)
-        self.directions = torch.linalg.qr(directions).Q.float()
-        self.image, self.trace = torch.zeros_like(self.directions), 0.0
-
-    def add(self, rows: torch.Tensor) -> None:
-        """Add the Gram matrix of `rows (n, in)`."""
-        self.directions = self.directions.to(rows.device)
-        self.image += (rows.T @ (rows @ self.directions)).cpu()
-        self.trace += float(rows.square().sum())
-
-    def thin_factor(self) -> torch.Tensor:
-        """Return `F (in, COLUMNS at most)` with `F F^T` near `G`, scaled to trace `in`."""
-        directions = self.directions.cpu().double()
-        image = self.image.double() * (len(directions) / max(self.trace, 1e-12))
-        shift = 1e-6 * image.norm().clamp(min=1e-12)  # what single precision has lost
-        image = image + shift * directions
-        inner = directions.T @ image
-        values, vectors = torch.linalg.eigh((inner + inner.T) / 2)
-        U, s, _ = torch.linalg.svd(image @ (vectors / values.clamp(min=shift / 2).sqrt()), full_matrices=False)
-        return (U[:, :COLUMNS] * (s[:COLUMNS].square() - shift).clamp(min=0).sqrt()).float().contiguous()
+    return {group: _thin_factor(gram) for group, gram in grams.items()}
 
 
 @contextmanager
-def _recorded(watched: dict[str, Layer], grams: dict[str, _GramSketch], *, paired: bool = False) -> Iterator[None]:
+def _recorded(watched: dict[str, nn.Linear], grams: dict[str, torch.Tensor], *, paired: bool = False) -> Iterator[None]:
     """While entered, what the `watched` layers read is added to `grams`; of guidance pairs (`paired`) the conditional half."""
     with ExitStack() as stack:
         for group, layer in watched.items():
-            stack.callback(layer.register_forward_pre_hook(_recorder(grams[group], paired)).remove)
+            stack.callback(layer.register_forward_pre_hook(_recorder(grams, group, paired)).remove)
         yield
 
 
-def _recorder(gram: _GramSketch, paired: bool) -> Callable[[Layer, tuple[torch.Tensor, ...]], None]:
-    def record(module: Layer, inputs: tuple[torch.Tensor, ...]) -> None:
+def _recorder(grams: dict[str, torch.Tensor], group: str, paired: bool) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
+    def record(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
         values = inputs[0]
-        gram.add(rows_read(module, values[len(values) // 2 if paired else 0 :]).flatten(0, 1).float())
+        flat = values[len(values) // 2 if paired else 0 :].flatten(0, -2).float()
+        grams[group] += (flat.T @ flat).cpu()
 
     return record
+
+
+def _thin_factor(gram: torch.Tensor) -> torch.Tensor:
+    gram = gram.double() * (len(gram) / gram.trace().clamp(min=1e-12))
+    values, vectors = torch.linalg.eigh(gram)
+    kept = min(COLUMNS, len(values))
+    return (vectors[:, -kept:] * values[-kept:].clamp(min=0).sqrt()).float().contiguous()

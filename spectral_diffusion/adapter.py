@@ -14,6 +14,7 @@ import torch
 from spectral_diffusion.bands import Band
 from spectral_diffusion.errors import AdapterError
 from spectral_diffusion.joining import FUSERS, Inputs, LowRank, weighted_sum
+from spectral_diffusion.layer_names import is_convolution
 from spectral_diffusion.parametrisations import FORMS
 from spectral_diffusion.spectrum import Spectrum
 
@@ -53,7 +54,7 @@ class ConceptPart:
             each `(n, width of that encoder)` with one `n`, or layer-wise `(cross-attention layers, n, width)`; where there are
             none, the token stands for the class word.
         layers: its part in each adapted layer, by layer key.
-        activations: per group of layers with one input, a factor `(in, k)` of the Gram matrix of that input (see
+        activations: per group of linear layers with one input, a factor `(in, k)` of the Gram matrix of that input (see
             `joining.aligned_sum`), in float16 or float32; empty when it was not measured.
         settings: how it was trained, for the record.
     """
@@ -135,7 +136,7 @@ class Adapter:
             raise AdapterError(f"Strengths must be numbers, got {', '.join(map(str, self.weights))}.")
         _check_tokens(self.concepts)
         if FUSERS[self.method].measured and len(self.concepts) > 1:
-            _check_measured(self.concepts, self.method)
+            _check_measured(self.concepts, self.method, self.family)
 
     @property
     def tokens(self) -> tuple[str, ...]:
@@ -199,11 +200,14 @@ class Adapter:
     def delta(self, key: str) -> LowRank:
         """Return the joined change of layer `key`: exact factors, low rank.
 
+        Methods that look at the inputs join linear layers only; convolutions, of which none were measured, are summed.
+
         Raises:
             AdapterError: the method fails on this layer; the message says why.
         """
         having = self._having(key)
-        if self.method == "sum" or len(having) == 1:
+        summed = self.method == "sum" or (FUSERS[self.method].measured and is_convolution(key, self.family))
+        if summed or len(having) == 1:
             return weighted_sum(*self._parts(key, having))
         if key not in self._joined:
             self._joined.update(self._join_readers_of(input_group(key)))
@@ -255,9 +259,10 @@ def _check_tokens(concepts: Sequence[ConceptPart]) -> None:
             )
 
 
-def _check_measured(concepts: Sequence[ConceptPart], method: str) -> None:
+def _check_measured(concepts: Sequence[ConceptPart], method: str, family: str) -> None:
     for concept in concepts:
-        if not all(input_group(key) in concept.activations for key in concept.layers):
+        linear = (key for key in concept.layers if not is_convolution(key, family))
+        if not all(input_group(key) in concept.activations for key in linear):
             raise AdapterError(
                 f"'{concept.token}' carries no measured activations, which the method '{method}' needs; fuse with the method "
                 "'sum'."

@@ -21,19 +21,6 @@ def is_one_pixel_convolution(module: nn.Module) -> bool:
     return module.kernel_size == module.stride == (1, 1) and module.padding == (0, 0)
 
 
-def rows_read(layer: Layer, values: torch.Tensor) -> torch.Tensor:
-    """Return what `layer` reads as rows that its matrix is applied to, `(batch, n, in)`.
-
-    Args:
-        values: its input, `(batch, ..., in)`, or for a convolution `(batch, channels, height, width)`.
-    """
-    if isinstance(layer, nn.Linear):
-        return values.reshape(len(values), -1, values.shape[-1])
-    if is_one_pixel_convolution(layer):
-        return values.flatten(2).mT
-    return functional.unfold(values, layer.kernel_size, padding=layer.padding, stride=layer.stride).mT
-
-
 def projected(layer: nn.Conv2d, values: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
     """Return what a convolution reads projected on `down (in, k)`, as `(batch, k, height, width)`, without forming patches.
 

@@ -96,6 +96,11 @@ def patch_side(key: str, family: str) -> int | None:
     return None
 
 
+def is_convolution(key: str, family: str) -> bool:
+    """Tell whether the layer called `key` is a convolution in a base of `family`."""
+    return patch_side(key, family) is not None
+
+
 def _original_path(path: str) -> str:
     """Return the original name of a path in SDXL's UNet."""
     return original_unet_name(f"{path}.weight", _SDXL_CROSSED).removesuffix(".weight")

@@ -15,6 +15,7 @@ from spectral_diffusion.attach import Switch, attached, check_new_tokens, hooked
 from spectral_diffusion.base import Base, adaptable_layers
 from spectral_diffusion.errors import AdapterError, InputError
 from spectral_diffusion.fusion import fuse
+from spectral_diffusion.layer_names import ATTENTION_LAYERS, CONVOLUTION_LAYERS
 from spectral_diffusion.prompt_tokens import expand_prompt
 
 
@@ -49,17 +50,22 @@ def test_an_untrained_adapter_changes_no_output_bit(which: str, form: str, tiny_
         assert same(outputs(base), before)
 
 
+@pytest.mark.parametrize("endings", [ATTENTION_LAYERS, CONVOLUTION_LAYERS], ids=["attention", "convolutions"])
 @pytest.mark.parametrize("form", FORMS)
-def test_an_attached_adapter_is_the_dense_weight_plus_its_delta(form: str, base: Base, tiny_base: Base) -> None:
-    adapter = random_adapter(base, form)
+def test_an_attached_adapter_is_the_dense_weight_plus_its_delta(
+    form: str, endings: tuple[str, ...], base: Base, tiny_base: Base
+) -> None:
+    adapter = random_adapter(base, form, endings=endings)
     bare = outputs(base)
     with attached(base, adapter):
         low_rank = outputs(base)
-    layers = adaptable_layers(tiny_base)
+    layers = adaptable_layers(tiny_base, endings)
     for key, delta in adapter.deltas().items():
-        layers[key].weight.data += delta.dense()
+        layers[key].weight.data += delta.dense().view_as(layers[key].weight)
     dense = outputs(tiny_base)
-    for one, other, before in zip(low_rank, dense, bare, strict=True):
+    for one, other, before in list(zip(low_rank, dense, bare, strict=True))[
+        endings == CONVOLUTION_LAYERS :
+    ]:  # none in the encoder
         assert (other - before).norm() > 0.01 * before.norm()
         assert (one - other).norm() / other.norm() < 1e-5  # float32 round-off through all layers
 

@@ -71,6 +71,20 @@ def test_the_order_of_adapters_does_not_matter(base: Base) -> None:
         assert max(relative(other, dense[0]) for other in dense[1:]) < EXACT
 
 
+def test_what_was_measured_joins_linear_layers_and_convolutions_are_summed(base: Base) -> None:
+    endings = ("attn2.to_q", "conv1")
+    one, two = (
+        random_adapter(base, token=f"<V{number}>", start=2 * number, seed=number, measured=True, endings=endings)
+        for number in (1, 2)
+    )
+    plain = fuse([one, two], method="sum")
+    for method in ("aligned", "regmean", "ssr"):
+        joined = fuse([one, two], method=method)
+        for key in joined.layer_keys():
+            apart = relative(joined.delta(key).dense(), plain.delta(key).dense())
+            assert apart == 0 if key.endswith("conv1") else apart > 1e-3
+
+
 def test_fusing_what_is_fused_is_fusing_all_at_once(base: Base) -> None:
     one, two, three = on_bands_of_their_own(base, ["additive"] * 3)
     nested = fuse([fuse([one, two], strengths=[0.5, 1.0], method="sum"), three], strengths=[2.0, 1.0], method="sum")

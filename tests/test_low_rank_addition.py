@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from spectral_diffusion.attach import hooked
-from spectral_diffusion.layer_matrix import matrix_of, projected, rows_read
 from spectral_diffusion.low_rank_addition import add_low_rank
 
 
@@ -82,15 +81,6 @@ def test_each_share_of_a_batch_goes_through_kernels_of_its_own_as_far_as_they_co
         weight = layer.weight + (up[share] * counted @ down[share].T).view_as(layer.weight)
         expected = nn.functional.conv2d(own, weight, layer.bias, layer.stride, layer.padding)
         torch.testing.assert_close(together[2 * share : 2 * share + 2], expected)
-
-
-@pytest.mark.parametrize("kind", CONVOLUTIONS)
-def test_a_convolution_is_its_matrix_on_the_rows_that_it_reads(kind: str) -> None:
-    layer = nn.Conv2d(6, 5, bias=False, **CONVOLUTIONS[kind]).double().requires_grad_(False)
-    pictures = numbers(2, 6, 3, 4)
-    torch.testing.assert_close(rows_read(layer, pictures) @ matrix_of(layer).T, layer(pictures).flatten(2).mT)
-    down = numbers(layer.weight[0].numel(), 3, seed=1)
-    torch.testing.assert_close(projected(layer, pictures, down).flatten(2).mT, rows_read(layer, pictures) @ down)
 
 
 def test_it_is_written_where_the_layers_output_was() -> None:

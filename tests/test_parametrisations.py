@@ -12,6 +12,8 @@ from torch import nn
 from spectral_diffusion.adapter import Adapter, ConceptPart, LayerPart, input_group
 from spectral_diffusion.bands import Band
 from spectral_diffusion.base import Base, adaptable_layers
+from spectral_diffusion.layer_matrix import matrix_of
+from spectral_diffusion.layer_names import ATTENTION_LAYERS
 from spectral_diffusion.parametrisations import SPECTRAL
 from spectral_diffusion.spectrum import Spectrum, base_spectrum, singular_directions
 from spectral_diffusion.training import TrainingSettings
@@ -32,17 +34,19 @@ def random_adapter(
     vectors: int = 1,
     measured: bool = False,
     seed: int = 0,
+    endings: tuple[str, ...] = ATTENTION_LAYERS,
 ) -> Adapter:
-    """Return an adapter of one concept on all attention layers with trained tensors of `size` times normal numbers."""
+    """Return an adapter of one concept on the layers of `endings` with trained tensors of `size` times normal numbers."""
     generator = torch.Generator().manual_seed(seed)
-    layers = adaptable_layers(base)
+    layers = adaptable_layers(base, endings)
     parts = {}
     for key, spectrum in base_spectrum(base, layers).items():
         band = band_of(spectrum, start, rank) if form in SPECTRAL else None
-        zeros = SPECTRAL[form].initial(band) if band else zero_tensors(form, layers[key].weight, rank)
+        zeros = SPECTRAL[form].initial(band) if band else zero_tensors(form, matrix_of(layers[key]), rank)
         tensors = {name: size * torch.randn(zero.shape, generator=generator) for name, zero in zeros.items()}
         parts[key] = LayerPart(band=band, tensors=tensors)
-    widths = {input_group(key): layers[key].in_features for key in parts}
+    linear = [key for key in parts if isinstance(layers[key], nn.Linear)]
+    widths = {input_group(key): layers[key].in_features for key in linear}
     concept = ConceptPart(
         token=token,
         class_word="dog",

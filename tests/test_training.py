@@ -105,7 +105,7 @@ def test_the_chosen_layers_are_adapted_whichever_they_are(base: Base, concept: C
     adapter = train(base, concept, BAND, settings).adapter
     endings = {key.rpartition("_")[2] if key.endswith("to_v") else ".".join(key.split(".")[-2:]) for key in adapter.layer_keys()}
     assert endings == {"v", "net.2", "mlp.fc1", "0.conv1", "0.conv"}
-    assert adapter.concepts[0].activations.keys() == {input_group(key) for key in adapter.layer_keys()}
+    assert adapter.concepts[0].activations.keys() == {input_group(key) for key in adapter.layer_keys() if ".0.conv" not in key}
     assert all(adapter.delta(key).dense().norm() > 0 for key in adapter.layer_keys())
     with attached(base, adapter):
         pass
