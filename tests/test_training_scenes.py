@@ -49,7 +49,7 @@ def test_the_concept_stands_in_its_place_as_it_is_and_the_base_draws_the_rest(
         return encoded(base, given)
 
     monkeypatch.setattr(scenes, "encoded", look)
-    found = scene_examples(base, thing(), seed=1)
+    found = scene_examples(base, thing(), seed=0)
     assert found is not None and (found.alone, found.scenes, len(found.latents), len(crops)) == (0, 8, 8, 8)
     before = encoded(base, crops).latents
     places = set()

@@ -71,9 +71,10 @@ class Photos:
         }
 
     def identity(self) -> tuple[torch.Tensor, ...]:
-        """Return the photos, their masks and captions; what the base drew differs a little from run to run on a GPU."""
+        """Return the photos, their masks and captions; what the base drew in scenes differs a little from run to run on a GPU."""
         examples = self.examples
-        return examples.latents[: examples.alone], examples.masks, examples.known, self.ids
+        alone, drawn = examples.alone, examples.alone + examples.scenes
+        return examples.latents[:alone], examples.latents[drawn:], examples.masks, examples.known, self.ids
 
 
 @dataclass(frozen=True, kw_only=True)

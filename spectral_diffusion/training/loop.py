@@ -23,8 +23,9 @@ from spectral_diffusion.training.batches import Photos, Pool, Shown, Source
 from spectral_diffusion.training.examples import EncodedExamples, encode_examples
 from spectral_diffusion.training.inertness import STRANGERS, build_inert_pool, stranger_vectors
 from spectral_diffusion.training.memory import lightened
+from spectral_diffusion.training.mixing import mixed_examples
 from spectral_diffusion.training.run import Run, TrainingProgress
-from spectral_diffusion.training.scenes import meeting_examples, scene_examples
+from spectral_diffusion.training.scenes import scene_examples
 from spectral_diffusion.training.settings import TrainingSettings
 from spectral_diffusion.training.trainable import build_trainable, class_word_vectors, first_vectors
 
@@ -107,7 +108,7 @@ def train_together(
         scenes = [scene_examples(base, concept, settings.seed) for concept, _ in concepts]
         examples = [own.followed_by(more) if more else own for own, more in zip(examples, scenes, strict=True)]
     if settings.mixing and settings.presence and len(concepts) > 1:
-        beside_others = meeting_examples(base, [concept for concept, _ in concepts], settings.seed)
+        beside_others = mixed_examples(base, [concept for concept, _ in concepts], settings.seed)
         examples = [own.followed_by(mixes) for own, mixes in zip(examples, beside_others, strict=True)]
 
     def photos(written: dict[str, str]) -> list[Source]:

@@ -67,7 +67,7 @@ class TrainingSettings:
     )
     mixing: float = _setting(
         0.0,
-        "share of the photos in steps among the others that stand, cut out, beside one or two others trained in the same go",
+        "share of the photos in steps among the others that stand beside one or two of them, of concepts trained in one go",
     )
     weakest_first: bool = _setting(
         False, "give bands out from the weakest directions on: the weaker, the freer a concept chooses what it reads and writes"

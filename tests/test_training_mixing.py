@@ -16,8 +16,8 @@ from spectral_diffusion.bands import Band
 from spectral_diffusion.base import Base
 from spectral_diffusion.concept import Concept, Example
 from spectral_diffusion.photos import Photo
-from spectral_diffusion.training import batches, examples, scenes, train_together
-from spectral_diffusion.training.scenes import PICTURES, meeting_examples
+from spectral_diffusion.training import batches, train_together
+from spectral_diffusion.training.mixing import PICTURES, mixed_examples, strip
 
 RED, GREEN, GREY = (220, 30, 30), (30, 200, 30), (128, 128, 128)
 
@@ -34,30 +34,50 @@ def thing(token: str, colour: tuple[int, int, int], box: tuple[int, int, int, in
 
 @pytest.fixture
 def pair() -> list[Concept]:
-    return [thing("<one>", RED, (5, 40, 65, 80)), thing("<two>", GREEN, (80, 5, 110, 80))]
+    return [thing("<one>", RED, (5, 40, 65, 80)), thing("<two>", GREEN, (90, 0, 115, 88))]
+
+
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("columns", [32, 21])
+def test_a_strip_shows_all_of_the_thing_and_its_mask_fits(columns: int, masked: bool) -> None:
+    concept = thing("<one>", RED, (0, 50, 40, 90), masked=masked)
+    for seed in range(20):
+        picture, mask = strip(concept.examples[0], columns, 64, np.random.default_rng(seed))
+        assert picture.shape == (64, columns, 3) and mask.shape == (64, columns)
+        red = (picture[..., 0] > 170) & (picture[..., 1] < 80)
+        assert red.any()
+        if masked:
+            edge = (
+                np.abs(np.diff((mask > 127).astype(int), axis=0)).sum() + np.abs(np.diff((mask > 127).astype(int), axis=1)).sum()
+            )
+            repeated = red & (mask <= 127)  # the thing touches the photo's edges, which are repeated
+            assert not ((mask > 127) & ~red).sum() > edge and repeated.any()
+            down, across = np.nonzero(mask > 127)
+            assert abs((np.ptp(down) + 1) - (np.ptp(across) + 1)) <= 2  # a square stays one
+        else:
+            assert (mask > 127).sum() < mask.size  # what lies beyond the photo is nothing to learn
 
 
 def test_who_is_named_first_stands_on_the_left(base: Base, pair: list[Concept], monkeypatch: pytest.MonkeyPatch) -> None:
     shown = {}
 
-    def look(base: Base, crops: list[examples.Crop]) -> examples.EncodedExamples:
-        shown[len(shown)] = crops
-        return examples.encoded(base, crops)
+    def look(base: Base, examples: list[object]) -> object:
+        shown[len(shown)] = examples
+        return examples
 
-    monkeypatch.setattr(scenes, "encoded", look)
-    monkeypatch.setattr(scenes, "DRAWING_STEPS", 1)
-    meeting_examples(base, pair, seed=0)
+    monkeypatch.setattr("spectral_diffusion.training.mixing.encoded", look)
+    mixed_examples(base, pair, seed=0)
     assert len(shown) == 2
-    for number, crops in shown.items():
-        assert len(crops) == PICTURES
+    for number, examples in shown.items():
+        assert len(examples) == PICTURES
         sides = set()
-        for example in crops:
+        for example in examples:
             colours = np.asarray(example.picture).astype(int)
             red, green = (colours[..., own] - colours[..., other] > 60 for own, other in ((0, 1), (1, 0)))
-            across = {token: np.nonzero(shown_as)[1].mean() for token, shown_as in (("<one>", red), ("<two>", green))}
-            left, right = sorted(across, key=across.get)
-            assert across[left] < colours.shape[1] / 2 < across[right]
+            middle = colours.shape[1] // 2
+            left, right = ("<one>", "<two>") if red[:, :middle].any() else ("<two>", "<one>")
             assert example.caption.index(left) < example.caption.index(right)
+            assert not (red[:, :middle].any() and red[:, middle:].any()) and red.any() and green.any()
             place = np.asarray(example.place) > 127
             own, other = (red, green) if number == 0 else (green, red)
             assert (place & own).any() and not (place & other).any()
@@ -67,16 +87,14 @@ def test_who_is_named_first_stands_on_the_left(base: Base, pair: list[Concept], 
 
 
 def test_of_three_every_two_meet_and_all_three(base: Base, pair: list[Concept], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scenes, "DRAWING_STEPS", 1)
-    three = [*pair, thing("<three>", RED, (5, 5, 60, 60), masked=False)]
-    for concept, found in zip(three, meeting_examples(base, three, seed=0), strict=True):
+    monkeypatch.setattr("spectral_diffusion.training.mixing.encoded", lambda base, examples: examples)
+    three = [*pair, thing("<three>", RED, (5, 5, 60, 60))]
+    for concept, examples in zip(three, mixed_examples(base, three, seed=0), strict=True):
         others = {other.token for other in three if other is not concept}
-        met = [frozenset(token for token in others if token in caption) for caption in found.captions]
-        assert all(concept.token in caption for caption in found.captions) and (found.alone, found.scenes) == (0, 0)
+        met = [frozenset(token for token in others if token in example.caption) for example in examples]
+        assert all(concept.token in example.caption for example in examples)
         assert set(met) == {frozenset([one]) for one in others} | {frozenset(others)}
-        own, all_of_them = found.places > 0.5, found.masks > 0.5
-        assert bool((all_of_them >= own).all()) and bool((all_of_them.sum((1, 2, 3)) > own.sum((1, 2, 3))).all())
-        assert float(found.known[own].min()) > 0.5 and bool(found.latents.isfinite().all())
+        assert {example.picture.size for example in examples} == {(base.resolution, base.resolution)}
 
 
 def test_they_are_shown_in_steps_among_the_others_only(base: Base, pair: list[Concept], monkeypatch: pytest.MonkeyPatch) -> None:
