@@ -126,7 +126,7 @@ _FOR_REAL_BASES = {
 # was only shown large is not known at the size that two or three have beside each other. Its weakest directions leave a concept
 # the freest choice of what it reads and writes, and want a higher rate. Tokens that begin at their class words and move as they
 # like all go the same way, so that each concept answers to the others' tokens; those that begin apart and move little stay apart,
-# as the strangers do that inertness knows.
+# as the strangers do that inertness knows; convolutions, which hear no words, ask for more of it.
 _EMBEDDED = replace(
     _PAPER,
     rank=4,
@@ -135,6 +135,7 @@ _EMBEDDED = replace(
     text_encoder_rate=3e-4,
     token_rate=5e-4,
     token_distance=1.5,
+    inertness=2.0,
     weakest_first=True,
     isolation=4,
     background=1.0,
@@ -142,15 +143,15 @@ _EMBEDDED = replace(
     mixing=0.3,
     layers=(*ATTENTION_LAYERS, *FEED_FORWARD_LAYERS, *CONVOLUTION_LAYERS),
 )
-_IN_ONE_GO = {"isolation": 0, "scenes": 0.0, "token_distance": 0.0, "token_rate": 5e-3}
+_IN_ONE_GO = {"isolation": 0, "inertness": 1.0, "scenes": 0.0, "token_distance": 0.0, "token_rate": 5e-3}
 # A rotation turns directions and keeps their singular values, so what it can change is as strong as they are.
 _ROTATIONAL = {"weakest_first": False, "unet_rate": 1e-2, "text_encoder_rate": 3e-3}
 _LINEAR = {"rank": 8, "layers": (*ATTENTION_LAYERS, *FEED_FORWARD_LAYERS)}
 _OF_FORM: dict[str, dict[str, Any]] = {"rotational": _ROTATIONAL, **dict.fromkeys(TUNERS, _LINEAR)}
 _FOR_EMBEDDED_BASE = {
     "fast": replace(_EMBEDDED, steps=150, scenes=0.0),  # drawing the scenes takes nearly as long
-    "balanced": replace(_EMBEDDED, steps=2000),
-    "best": replace(_EMBEDDED, steps=3000),
+    "balanced": replace(_EMBEDDED, steps=1400),
+    "best": replace(_EMBEDDED, steps=2500),
 }
 
 
