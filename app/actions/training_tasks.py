@@ -47,7 +47,6 @@ _PACE_KNOWN = 20  # steps after which the pace of a training is noted for what i
 def look_task(arguments: dict[str, Any], context: TaskContext) -> dict[str, Any]:
     """Load the base and write down what it is and what a training on it takes here."""
     base = chosen_base(arguments["settings"])
-    directions = fewest_directions(base, TrainingSettings().layers)
     fastest = preset(PRESETS[0], base)
     _find_spectrum(base, [Band(start=0, rank=fastest.rank)], fastest, context)
     pace = measure_pace(base, fastest, context.should_stop)
@@ -59,7 +58,8 @@ def look_task(arguments: dict[str, Any], context: TaskContext) -> dict[str, Any]
         "chosen": chosen,
         "family": base.family,
         "resolution": base.resolution,
-        "directions": directions,
+        "directions": fewest_directions(base, fastest.layers),
+        "rank": fastest.rank,
         "device": str(base.device),
         "precision": str(base.pipeline.unet.dtype).removeprefix("torch."),
         "presets": {name: preset(name, base).steps for name in PRESETS},

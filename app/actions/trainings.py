@@ -50,11 +50,11 @@ def look_at_base(studio: Studio) -> str | None:
 
 
 def base_facts(studio: Studio) -> dict[str, Any] | None:
-    """Return what is known of the chosen base: `family`, `resolution`, `directions`, `device`, `presets`, pace."""
+    """Return what is known of the chosen base: `family`, `resolution`, `directions`, `rank`, `device`, `presets`, pace."""
     path = studio.root / FACTS
     facts = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     settings = studio.settings
-    known = facts.get("chosen") == [settings.base, settings.device] and "seconds_per_step" in facts
+    known = facts.get("chosen") == [settings.base, settings.device] and "rank" in facts  # the latest to be noted
     return facts if known else None
 
 

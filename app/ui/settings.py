@@ -49,7 +49,10 @@ def _facts(studio: Studio) -> str:
         base = [
             ["the base", f"family {facts['family']}, pictures of {facts['resolution']} pixels, on {facts['device']}"],
             ["precision", _precision(facts)],
-            ["room", f"{facts['directions'] // 8} concepts of rank 8 ({facts['directions']} directions)"],
+            [
+                "room",
+                f"{facts['directions'] // facts['rank']} concepts of rank {facts['rank']} ({facts['directions']} directions)",
+            ],
         ]
     memory, disk = psutil.virtual_memory(), psutil.disk_usage(str(studio.root))
     rows = [
