@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 
-from spectral_diffusion.checkpoint.original_layout import UNET_RESNET, original_unet_name
+from spectral_diffusion.unet_names import UNET_RESNET, original_unet_name
 
 ATTENTION_LAYERS = ("to_q", "to_k", "to_v", "to_out.0", "q_proj", "k_proj", "v_proj", "out_proj")
 """Endings of the linear layers adapted by default: every attention projection (the paper's choice)."""

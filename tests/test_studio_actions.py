@@ -208,8 +208,8 @@ def test_a_stopped_training_keeps_its_band_and_ends_as_an_undisturbed_one(
     assert "goes on from step 1" in studio.jobs.log(stopped)
     resumed = load_adapter(studio.folder("adapters") / f"{first}.safetensors").concepts[0]
     assert (resumed.band.start, load_adapter(studio.folder("adapters") / f"{second}.safetensors").concepts[0].band.start) == (
-        46,
-        44,
+        30,
+        28,
     )
     undisturbed = train(studio, first, changes=apart)
     work(studio)
@@ -231,7 +231,7 @@ def test_concepts_are_trained_in_one_go_and_longer(tiny_studio: Studio, photo_fo
     with pytest.raises(InputError, match="<two> is queued already"):
         train(studio, names[1])
     assert work(studio) == [State.DONE] * 2, studio.jobs.job(job).reason
-    assert studio.jobs.job(job).result["bands"] == {names[0]: "44-45", names[1]: "42-43"}
+    assert studio.jobs.job(job).result["bands"] == {names[0]: "28-29", names[1]: "26-27"}
     views = [training_view(studio, studio.jobs.job(job), name) for name in names[:2]]
     assert [len(view.samples) for view in views] == [2, 2] and views[0].samples != views[1].samples
     among = [load_adapter(card.path).concepts[0].settings["among"] for card in adapter_cards(studio)]
@@ -254,7 +254,7 @@ def test_concepts_are_trained_in_one_go_and_longer(tiny_studio: Studio, photo_fo
         report(studio, "fused/x.safetensors")
     assert studio.jobs.job(longer).arguments["concepts"] == [names[1], names[0]]
     result = studio.jobs.job(longer).result
-    assert (result["steps"], result["bands"]) == (2, {names[0]: "44-45", names[1]: "42-43"})
+    assert (result["steps"], result["bands"]) == (2, {names[0]: "28-29", names[1]: "26-27"})
     steps = [load_adapter(card.path).concepts[0].settings["steps_done"] for card in adapter_cards(studio)[:3]]
     assert steps == [4, 2, 4]
 
