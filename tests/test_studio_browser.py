@@ -83,7 +83,7 @@ def test_from_uploaded_photos_to_a_file_that_diffusers_loads(
     go_to(page, "Fuse")
     choose_both(page)
     expect(page.locator("#band-map svg")).to_have_attribute(
-        "aria-label", "Band map: <leopard> owns directions 72 to 79; <wizard> owns directions 64 to 71"
+        "aria-label", "Band map: <leopard> owns directions 28 to 31; <wizard> owns directions 24 to 27"
     )
     expect(page.locator("#band-map table")).to_contain_text("100%")
     page.locator("#tab-fuse").get_by_label("Name").fill("pair")
