@@ -115,7 +115,7 @@ def _answers(
     for key in concept.layers:
         factor = concept.activations.get(input_group(key))
         if factor is None:
-            return (None,) * len(deltas)
+            continue  # a convolution, of whose inputs nothing is measured, or a layer of an imported LoRA
         for index, changes in enumerate(deltas):
             if key in changes:
                 answer = LowRank(up=changes[key].up, down=factor.to(changes[key].down.dtype).T @ changes[key].down)
