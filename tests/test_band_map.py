@@ -34,6 +34,15 @@ def test_energies_and_cross_talk_are_those_of_the_dense_changes(tiny_base: Base)
     assert result.cross_talk[0] == pytest.approx((1, expected), rel=1e-4)
 
 
+def test_cross_talk_is_told_by_the_linear_layers_where_convolutions_are_adapted_too(tiny_base: Base) -> None:
+    def answers(*endings: str) -> tuple[tuple[float | None, ...], ...]:
+        first = random_adapter(tiny_base, measured=True, endings=endings)
+        return band_map([first, random_adapter(tiny_base, token="<V2>", start=2, measured=True, endings=endings)]).cross_talk
+
+    assert answers("attn2.to_q", "conv1")[0][0] == pytest.approx(1)
+    assert answers("conv1") == ((None, None), (None, None))
+
+
 def test_overlapping_bands_are_conflicts(tiny_base: Base) -> None:
     adapters = [random_adapter(tiny_base), random_adapter(tiny_base, token="<V2>", start=1)]
     assert band_map(adapters).conflicts == (("<V1>", "<V2>"),)

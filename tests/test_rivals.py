@@ -143,6 +143,8 @@ def test_what_a_rival_cannot_do_is_refused(base: Base, concept: Concept) -> None
     pair = [(concept, BAND), (replace(concept, token="<V2>"), BAND)]
     with pytest.raises(InputError, match="'dora' trains one concept at a time, got 2; train them one after the other"):
         train_together(base, pair, settings_of("dora"))
+    with pytest.raises(InputError, match=r"dora is for linear layers, '.*conv1' is a convolution; choose others as layers"):
+        first_step(base, concept, replace(settings_of("dora"), layers=("to_q", "conv1")))
     with pytest.raises(InputError, match="adalora needs steps to move its budget, got 1; give 2 or more"):
         first_step(base, concept, settings_of("adalora", steps=1))
     with pytest.raises(InputError, match="block size of 2 or more that divides the width of every layer, got 5"):

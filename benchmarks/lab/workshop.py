@@ -20,15 +20,14 @@ from spectral_diffusion.clip_scorer import ClipScorer, load_scorer
 from spectral_diffusion.concept import SAMPLES_FOLDER, SETTINGS_FILE, Concept, load_concept
 from spectral_diffusion.drawing import Drawing, Picture
 from spectral_diffusion.generation import generate
-from spectral_diffusion.layer_names import ATTENTION_LAYERS, FEED_FORWARD_LAYERS
 from spectral_diffusion.parametrisations import BANDED
 from spectral_diffusion.toyworld.characters import HELD_OUT_CHARACTERS, SAMPLE_CONCEPTS
 from spectral_diffusion.toyworld.judge import Judge, load_judge
 from spectral_diffusion.toyworld.recipe.concepts import render_concept
 from spectral_diffusion.toyworld.sprites import fetch_sprites
 from spectral_diffusion.training import TrainingSettings, preset, train_together
+from spectral_diffusion.training.settings import LINEAR
 
-_LINEAR = {"rank": 8, "layers": (*ATTENTION_LAYERS, *FEED_FORWARD_LAYERS)}
 PATIENCE = 1.0
 """Seconds until somebody who wants what is in training elsewhere does something else."""
 PROMPTS = ("{} near a lake", "a photo of {} in the snow", "{} on the beach", "{} in the city", "a picture of {} in the forest")
@@ -83,7 +82,7 @@ class Workshop:
 
     def settings(self, changes: Mapping[str, Any]) -> TrainingSettings:
         """Return the preset `balanced` of the base with `changes`, on linear layers only: those that every rival can adapt."""
-        return preset("balanced", self.base, changes={**_LINEAR, **changes})
+        return preset("balanced", self.base, changes={**LINEAR, **changes})
 
     def shapes(self, settings: TrainingSettings) -> list[tuple[int, int]]:
         """Return the shapes of the layers that `settings` adapt."""

@@ -146,8 +146,9 @@ _EMBEDDED = replace(
 _IN_ONE_GO = {"isolation": 0, "inertness": 1.0, "scenes": 0.0, "token_distance": 0.0, "token_rate": 5e-3}
 # A rotation turns directions and keeps their singular values, so what it can change is as strong as they are.
 _ROTATIONAL = {"weakest_first": False, "unet_rate": 1e-2, "text_encoder_rate": 3e-3}
-_LINEAR = {"rank": 8, "layers": (*ATTENTION_LAYERS, *FEED_FORWARD_LAYERS)}
-_OF_FORM: dict[str, dict[str, Any]] = {"rotational": _ROTATIONAL, **dict.fromkeys(TUNERS, _LINEAR)}
+LINEAR = {"rank": 8, "layers": (*ATTENTION_LAYERS, *FEED_FORWARD_LAYERS)}
+"""What is chosen on the embedded base where only linear layers are adapted, as PEFT's forms and comparisons with them want it."""
+_OF_FORM: dict[str, dict[str, Any]] = {"rotational": _ROTATIONAL, **dict.fromkeys(TUNERS, LINEAR)}
 _FOR_EMBEDDED_BASE = {
     "fast": replace(_EMBEDDED, steps=150, scenes=0.0),  # drawing the scenes takes nearly as long
     "balanced": replace(_EMBEDDED, steps=1400),
@@ -164,7 +165,7 @@ def preset(
         together: whether several concepts are trained in one go. Then those on the embedded base are not isolated: they learn to
             bear each other, and the bands of five are half of the directions of its narrow layers. Their tokens begin at their
             class words and move as they like: they know each other's, and five that began apart were lost in regions. They are
-            shown beside each other (`mixing`) and not in scenes, which was not measured there.
+            shown beside each other (`mixing`) and not in scenes, which made it worse there.
         changes: settings that are chosen otherwise. On the embedded base the rotational form has others beside it: the
             strongest directions and higher rates; PEFT's are put on linear layers only, at twice the rank.
 
