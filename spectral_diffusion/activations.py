@@ -12,6 +12,7 @@ from spectral_diffusion.adapter import input_group
 from spectral_diffusion.base import Base, adaptable_layers
 from spectral_diffusion.conditioning import read
 from spectral_diffusion.layer_names import is_convolution
+from spectral_diffusion.stages import counted
 
 DRAWING_STEPS = 5
 GUIDANCE = 4.0
@@ -66,7 +67,7 @@ def measure_activations(base: Base, token: str, layer_keys: tuple[str, ...], see
     encoded = wanted | read(base, [""] * len(captions), "negative_")
     generator, batch = torch.Generator().manual_seed(seed), base.pictures_at_once
     with _recorded({group: layer for group, layer in watched.items() if group not in texts}, grams, paired=True):
-        for start in range(0, len(captions), batch):
+        for start in counted("what its layers read", "batch", range(0, len(captions), batch)):
             base.pipeline(
                 **{name: values[start : start + batch] for name, values in encoded.items()},
                 num_inference_steps=DRAWING_STEPS,

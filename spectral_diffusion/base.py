@@ -24,6 +24,8 @@ EMBEDDED_BASE = Path(__file__).resolve().parents[1] / "assets" / "mini-sd"
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _LATENT_PIXELS = 2**15
 """Latent pixels that go through the UNet at once where the trainer prepares: 8 pictures of SD1, 2 of SDXL."""
+_MOST_PICTURES = 8
+"""So many pictures at once at most, that one sees how far it is."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +79,7 @@ class Base:
     @property
     def pictures_at_once(self) -> int:
         """How many pictures of the base's resolution are made at once, so that memory suffices for large ones too."""
-        return max(1, _LATENT_PIXELS // self.pipeline.unet.config.sample_size**2)
+        return min(_MOST_PICTURES, max(1, _LATENT_PIXELS // self.pipeline.unet.config.sample_size**2))
 
 
 def load_base(

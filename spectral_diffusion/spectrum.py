@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from spectral_diffusion.errors import StorageError
 from spectral_diffusion.files import write_atomically
 from spectral_diffusion.layer_matrix import Layer, matrix_of
+from spectral_diffusion.stages import counted
 
 if TYPE_CHECKING:
     from spectral_diffusion.base import Base
@@ -104,13 +105,11 @@ def base_spectrum(
     base: Base,
     layers: dict[str, Layer],
     count: int = MAX_DIRECTIONS,
-    on_layer: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Spectrum]:
     """Return the spectrum of each of `layers`, from the cache under the base's fingerprint where it is there.
 
     Args:
         count: so many leading directions are needed, as far as a layer has them; there may be more.
-        on_layer: called with the number of layers done and to be done after each one that had to be computed.
 
     Two processes may ask at once: one computes, the other waits. A damaged cache is computed again. A cache that cannot
     be written is a warning, not an error.
@@ -119,23 +118,20 @@ def base_spectrum(
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{file}.lock"):
-            return _load_or_compute(file, layers, count, on_layer)
+            return _load_or_compute(file, layers, count)
     except (OSError, StorageError) as error:
         logger.warning("The spectrum could not be kept in '%s' (%s); it is computed each time.", file.parent, error)
         return dict(zip(layers, spectra([matrix_of(layer) for layer in layers.values()], count), strict=True))
 
 
-def _load_or_compute(
-    file: Path, layers: dict[str, Layer], count: int, on_layer: Callable[[int, int], None]
-) -> dict[str, Spectrum]:
+def _load_or_compute(file: Path, layers: dict[str, Layer], count: int) -> dict[str, Spectrum]:
     cached = _read_cache(file)
     missing = [key for key, layer in layers.items() if len(cached.get(f"{key}.s", ())) < min(count, *matrix_of(layer).shape)]
     if missing:
         logger.info("Computing the spectrum of %d layers (once per base).", len(missing))
         found = spectra([matrix_of(layers[key]) for key in missing], count)
-        for number, (key, spectrum) in enumerate(zip(missing, found, strict=True), start=1):
+        for key, spectrum in zip(counted("spectrum", "layer", missing), found, strict=True):
             cached |= {f"{key}.U": spectrum.U.cpu(), f"{key}.s": spectrum.s.cpu(), f"{key}.V": spectrum.V.cpu()}
-            on_layer(number, len(missing))
         write_atomically(file, lambda path: save_file(cached, path))
     return {key: Spectrum(U=cached[f"{key}.U"], s=cached[f"{key}.s"], V=cached[f"{key}.V"]) for key in layers}
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from app.jobs import Stopped, TaskContext
 from spectral_diffusion.errors import InputError
+from spectral_diffusion.stages import counted
 
 
 def count(arguments: dict[str, Any], context: TaskContext) -> dict[str, Any]:
@@ -44,4 +45,11 @@ def stumble(arguments: dict[str, Any], context: TaskContext) -> dict[str, Any]:
     return {"never": 1 / 0}
 
 
-TASKS = {"count": count, "write": write, "refuse": refuse, "stumble": stumble}
+def prepare(arguments: dict[str, Any], context: TaskContext) -> dict[str, Any]:
+    """Do what never ends and is counted where it is done."""
+    for _ in counted("scenes", "batch", range(10**6)):
+        time.sleep(0.02)
+    return {}
+
+
+TASKS = {"count": count, "prepare": prepare, "write": write, "refuse": refuse, "stumble": stumble}

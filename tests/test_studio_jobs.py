@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from app.actions.studio import Studio
 from app.jobs import JobStore, State, WorkerProcess
+from app.ui.activity import progress
 from spectral_diffusion.errors import InputError
 
 TASKS = "tests.studio_tasks:TASKS"
@@ -122,6 +124,17 @@ def test_cancelling_stops_within_a_step_and_keeps_what_was_done(store: JobStore,
     assert 0 < done < 60
     store.resume(name)
     wait_for(lambda: state_of(store, name) is State.DONE)
+
+
+def test_a_preparation_tells_how_far_it_is_and_can_be_cancelled(studio: Studio) -> None:
+    store = studio.jobs
+    name = store.submit("prepare", "long", {})
+    with WorkerProcess(store.folder, TASKS):
+        wait_for(lambda: len(store.progress(name)) > 3)
+        done, total, words = progress(studio, store.job(name))
+        assert 0 < done < total == 10**6 and words == f"scenes: batch {done} of {total}"
+        store.cancel(name)
+        wait_for(lambda: state_of(store, name) is State.CANCELLED, seconds=5)
 
 
 def test_no_job_is_stuck_at_stopping_when_the_worker_dies(store: JobStore, worker: WorkerProcess, tmp_path: Path) -> None:

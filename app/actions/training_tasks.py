@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +47,7 @@ def look_task(arguments: dict[str, Any], context: TaskContext) -> dict[str, Any]
     """Load the base and write down what it is and what a training on it takes here."""
     base = chosen_base(arguments["settings"])
     fastest = preset(PRESETS[0], base)
-    _find_spectrum(base, [Band(start=0, rank=fastest.rank)], fastest, context)
+    training_spectrum(base, [Band(start=0, rank=fastest.rank)], fastest)
     pace = measure_pace(base, fastest, context.should_stop)
     if pace is None:
         raise Stopped
@@ -71,17 +70,6 @@ def look_task(arguments: dict[str, Any], context: TaskContext) -> dict[str, Any]
     return facts
 
 
-def _find_spectrum(base: Base, bands: Sequence[Band], settings: TrainingSettings, context: TaskContext) -> None:
-    """Compute what is not known yet of the spectrum that a training on `bands` asks for."""
-
-    def report(done: int, total: int) -> None:
-        context.report(done=done, total=total)
-        if context.should_stop():
-            raise Stopped
-
-    training_spectrum(base, bands, settings, report)
-
-
 def train_task(arguments: dict[str, Any], context: TaskContext) -> dict[str, Any]:
     """Train concepts in one go, each on a free band, among those that are trained already, going on from a checkpoint."""
     studio, names = studio_of(context), arguments["concepts"]
@@ -99,7 +87,6 @@ def train_task(arguments: dict[str, Any], context: TaskContext) -> dict[str, Any
         bands = [
             _reserved_band(studio, base, settings, concept.token, out, known) for concept, out in zip(concepts, outs, strict=True)
         ]
-    _find_spectrum(base, bands, settings, context)
     folders = [studio.folder("thumbnails") / name / "samples" for name in names]
 
     def report(progress: TrainingProgress) -> None:

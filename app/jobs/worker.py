@@ -18,6 +18,7 @@ from filelock import FileLock, Timeout
 from app.jobs.identity import identity, runs
 from app.jobs.store import JobStore, State
 from spectral_diffusion.errors import SpectralDiffusionError
+from spectral_diffusion.stages import listening
 
 _PAUSE = 0.1  # seconds between two looks into an empty queue
 LOCK = "worker.lock"
@@ -42,6 +43,16 @@ class TaskContext:
     def should_stop(self) -> bool:
         """Tell whether to stop: somebody cancelled the job, or the studio closes."""
         return self._leaving() or self._store.must_stop(self._name)
+
+    def hear(self, what: str, unit: str, done: int, total: int) -> None:
+        """Report how far a stage of the task's work is, see `stages.listening`.
+
+        Raises:
+            Stopped: the task shall stop.
+        """
+        self.report(stage=what, unit=unit, done=done, total=total)
+        if self.should_stop():
+            raise Stopped
 
 
 Task = Callable[[dict[str, Any], TaskContext], dict[str, Any]]
@@ -84,7 +95,9 @@ class Worker:
             try:
                 if self.store.must_stop(name):
                     raise Stopped
-                self.store.finish(name, State.DONE, result=self.tasks[job.kind](job.arguments, context))
+                with listening(context.hear):
+                    result = self.tasks[job.kind](job.arguments, context)
+                self.store.finish(name, State.DONE, result=result)
             except Stopped:
                 if self.store.must_stop(name):
                     self.store.finish(name, State.CANCELLED)

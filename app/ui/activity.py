@@ -77,6 +77,8 @@ def progress(studio: Studio, job: Job) -> tuple[float, float, str]:
     if "step" in last:
         speed, remaining = last["speed"], markup.duration(last["remaining"])
         return last["step"], last["steps"], f"step {last['step']} of {last['steps']}, {speed:.1f} per second, {remaining} left"
+    if "stage" in last:
+        return last["done"], last["total"], f"{last['stage']}: {last['unit']} {last['done']} of {last['total']}"
     if "total" in last:
         return last["done"], last["total"], f"{last['done']} of {last['total']}"
     return 0, 1, "getting ready …"

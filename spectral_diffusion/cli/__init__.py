@@ -13,13 +13,16 @@ import sys
 import traceback
 import warnings
 from collections.abc import Sequence
+from contextlib import closing
 from importlib.metadata import version
 from types import ModuleType
 
 from spectral_diffusion.cli import compare, demo, export, fuse, generate, import_lora, info, mask, score, studio, train
 from spectral_diffusion.cli.console import Console, log_lines_on_stderr, survive_any_encoding
+from spectral_diffusion.cli.displays import StageDisplay
 from spectral_diffusion.cli.options import Parser
 from spectral_diffusion.errors import SpectralDiffusionError
+from spectral_diffusion.stages import listening
 
 __all__ = ["COMMANDS", "main"]
 
@@ -92,7 +95,8 @@ def _run(arguments: argparse.Namespace) -> int:
     console = Console(json_target=arguments.json)
     try:
         console.check()
-        return COMMANDS[arguments.command].run(arguments, console)
+        with closing(StageDisplay()) as display, listening(display.show):
+            return COMMANDS[arguments.command].run(arguments, console)
     except SpectralDiffusionError as error:
         return _fail(str(error), arguments)
     except KeyboardInterrupt:

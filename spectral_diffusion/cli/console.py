@@ -59,9 +59,9 @@ class Console:
             write_atomically(Path(self.json_target), lambda path: path.write_text(f"{text}\n", encoding="utf-8"))
 
 
-def progress_bar(what: str, total: int, unit: str, done: int = 0) -> tqdm:
+def progress_bar(what: str, total: int, unit: str, done: int = 0, *, stays: bool = True) -> tqdm:
     """Return a progress bar on stderr that shows the remaining time; seldom redrawn where stderr is a file."""
-    return tqdm(desc=what, total=total, unit=unit, initial=done, **bar_style())
+    return tqdm(desc=what, total=total, unit=unit, initial=done, leave=stays, **bar_style())
 
 
 def bar_style() -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_PATIENCE = 2.0  # seconds
 STOPPING = "Stopping after this step; press Ctrl-C again to leave at once."
 
 
@@ -44,6 +46,30 @@ class CountDisplay:
         """Leave the bar as it is."""
         if self.bar is not None:
             self.bar.close()
+
+
+class StageDisplay:
+    """Shows what is prepared or measured as a bar that goes when that is done, if it takes long enough to wonder."""
+
+    def __init__(self) -> None:
+        self.bar: tqdm | None = None
+        self.began = 0.0
+
+    def show(self, what: str, unit: str, done: int, total: int) -> None:
+        """Show that `done` of `total` are done; with none done another stage begins."""
+        if done == 0 or done == total:
+            self.close()
+            self.began = time.monotonic()
+        elif self.bar is None and time.monotonic() - self.began > _PATIENCE:
+            self.bar = progress_bar(what, total, unit, done=done, stays=False)
+        if self.bar is not None:
+            self.bar.update(done - self.bar.n)
+
+    def close(self) -> None:
+        """Take the bar away."""
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
 
 
 class TrainingDisplay:

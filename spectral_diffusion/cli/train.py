@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from spectral_diffusion.cli.console import Console, quiet_libraries, stop_on_interrupt
 from spectral_diffusion.cli.describe import adapter_data, adapter_lines
-from spectral_diffusion.cli.displays import STOPPING, CountDisplay, TrainingDisplay, how_to_resume
+from spectral_diffusion.cli.displays import STOPPING, TrainingDisplay, how_to_resume
 from spectral_diffusion.cli.options import (
     add_base_options,
     add_device_option,
@@ -212,10 +212,8 @@ def _train(
     outs: Sequence[Path],
 ) -> list[TrainingResult]:
     """Train with a progress bar until the end or Ctrl-C."""
-    from spectral_diffusion.training import train_together, training_spectrum
+    from spectral_diffusion.training import train_together
 
-    with closing(CountDisplay("spectrum", "layer")) as display:
-        training_spectrum(base, [band for _, band in concepts], settings, display.show)
     samples = [out.with_name(f"{out.stem}-samples") for out in outs]
     if settings.sample_every:
         for folder in samples:

@@ -11,6 +11,7 @@ from PIL import Image
 
 from spectral_diffusion.base import Base
 from spectral_diffusion.concept import PLACEHOLDER, Concept, Example
+from spectral_diffusion.stages import counted
 from spectral_diffusion.training.captions import vary_caption
 
 CROPS_PER_PHOTO = 8
@@ -103,7 +104,7 @@ def encoded(base: Base, crops: Sequence[Crop]) -> EncodedExamples:
     """Return `crops` as the trainer sees them, none of them counted as alone or as a scene."""
     vae = base.pipeline.vae
     latents = []
-    for crop in crops:
+    for crop in counted("photos", "crop", crops):
         pixels = torch.from_numpy(np.array(crop.picture)).permute(2, 0, 1)[None].float() / 127.5 - 1
         latents.append(vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mean.float() * vae.config.scaling_factor)
     size, device = latents[0].shape[-2:], latents[0].device

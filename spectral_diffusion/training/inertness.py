@@ -14,6 +14,7 @@ import torch
 
 from spectral_diffusion.base import Base
 from spectral_diffusion.conditioning import prompts, tokenize
+from spectral_diffusion.stages import counted
 from spectral_diffusion.training.batches import Pool
 from spectral_diffusion.training.prediction import predict
 from spectral_diffusion.training.trainable import class_word_vectors, moved
@@ -100,7 +101,7 @@ def build_pool(base: Base, captions: Sequence[str], generator: torch.Generator) 
                 generator=generator,
                 output_type="latent",
             ).images.float()
-            for start in range(0, len(to_draw), base.pictures_at_once)
+            for start in counted("what stays as it is", "batch", range(0, len(to_draw), base.pictures_at_once))
         ]
     )
     chosen = torch.arange(count) % len(drawn)
@@ -109,8 +110,8 @@ def build_pool(base: Base, captions: Sequence[str], generator: torch.Generator) 
     noisy = scheduler.add_noise(drawn[chosen.to(drawn.device)], noise, times)
     ids = tokenize(base, captions)
     parts = []
-    batch = min(32, base.pictures_at_once)
-    for start in range(0, count, batch):
+    batch = base.pictures_at_once
+    for start in counted("what the base says of it", "batch", range(0, count, batch)):
         part = slice(start, start + batch)
         parts.append(predict(base, noisy[part], times[part], ids[part]))
     return Pool(noisy=noisy, times=times, ids=ids, predictions=torch.cat(parts))

@@ -22,6 +22,7 @@ from spectral_diffusion.base import Base
 from spectral_diffusion.concept import PLACEHOLDER, Concept, Example
 from spectral_diffusion.conditioning import prompts
 from spectral_diffusion.prompt_tokens import listed, name_by_class
+from spectral_diffusion.stages import counted
 from spectral_diffusion.training.examples import Crop, EncodedExamples, box_of, encoded, mask_of
 from spectral_diffusion.training.inertness import OTHER_CLASSES
 
@@ -99,7 +100,7 @@ def _drawn(base: Base, latents: torch.Tensor, begun: Sequence[_Begun], seed: int
     pipeline = AutoPipelineForInpainting.from_pipe(base.pipeline)
     pipeline.set_progress_bar_config(disable=True)
     drawn = []
-    for start in range(0, len(begun), base.pictures_at_once):
+    for start in counted("scenes", "batch", range(0, len(begun), base.pictures_at_once)):
         part = slice(start, start + base.pictures_at_once)
         images = pipeline(
             **prompts(base, [one.request for one in begun[part]]),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,22 +84,13 @@ class Trainable:
         return {part: vectors.detach().clone().cpu() for part, vectors in self.embeddings[concept].items()}
 
 
-def training_spectrum(
-    base: Base,
-    bands: Sequence[Band],
-    settings: TrainingSettings,
-    on_layer: Callable[[int, int], None] = lambda done, total: None,
-) -> dict[str, Spectrum]:
-    """Return the spectrum of the adapted layers as far as a training on `bands` reaches; nothing where a form needs none.
-
-    Args:
-        on_layer: see `base_spectrum`.
-    """
+def training_spectrum(base: Base, bands: Sequence[Band], settings: TrainingSettings) -> dict[str, Spectrum]:
+    """Return the spectrum of the adapted layers as far as a training on `bands` reaches; nothing where a form needs none."""
     if settings.parametrisation not in SPECTRAL:
         return {}
     layers = adaptable_layers(base, settings.layers)
     isolated = isolated_bands(settings, directions_of(layers))
-    return base_spectrum(base, layers, max(band.stop for band in [*bands, *isolated]), on_layer)
+    return base_spectrum(base, layers, max(band.stop for band in [*bands, *isolated]))
 
 
 def build_trainable(

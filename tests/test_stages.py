@@ -1,0 +1,45 @@
+"""Work that takes a while is counted for whoever listens."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from short_trainings import SHORT
+
+from spectral_diffusion.bands import Band
+from spectral_diffusion.base import Base
+from spectral_diffusion.concept import SAMPLES_FOLDER, load_concept
+from spectral_diffusion.stages import counted, listening
+from spectral_diffusion.training import train
+
+
+def test_a_listener_hears_of_the_start_and_of_every_item() -> None:
+    heard: list[tuple[str, str, int, int]] = []
+    with listening(lambda *stage: heard.append(stage)):
+        assert list(counted("spectrum", "layer", "ab")) == ["a", "b"]
+    assert heard == [("spectrum", "layer", done, 2) for done in range(3)]
+    assert list(counted("spectrum", "layer", "ab")) == ["a", "b"] and len(heard) == 3
+
+
+def test_what_a_listener_raises_ends_the_work_and_the_listening() -> None:
+    def refuse(what: str, unit: str, done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), listening(refuse):
+        next(counted("spectrum", "layer", "ab"))
+    assert next(counted("spectrum", "layer", "ab")) == "a"
+
+
+def test_a_training_tells_all_that_it_prepares(
+    base: Base, less_preparation: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("SPECTRAL_DIFFUSION_CACHE", str(tmp_path))
+    ended: dict[str, bool] = {}
+    settings = replace(SHORT, steps=1, scenes=0.5)
+    with listening(lambda what, unit, done, total: ended.update({what: done == total})):
+        train(base, load_concept(SAMPLES_FOLDER / "poodle"), Band(start=0, rank=settings.rank), settings)
+    assert ended == dict.fromkeys(
+        ("photos", "scenes", "spectrum", "what stays as it is", "what the base says of it", "what its layers read"), True
+    )
