@@ -15,7 +15,9 @@ from spectral_diffusion.concept import Concept
 from spectral_diffusion.training import TrainingProgress, TrainingSettings, train
 
 BAND = Band(start=2, rank=2)
-SHORT = TrainingSettings(steps=5, batch=1, rank=2, unet_rate=1e-2, text_encoder_rate=1e-2, isolation=4, checkpoint_every=2)
+SHORT = TrainingSettings(
+    steps=5, batch=1, inert_batch=1, rank=2, unet_rate=1e-2, text_encoder_rate=1e-2, isolation=4, checkpoint_every=2
+)
 FEWER = {
     ("training.loop", "INERT_SAMPLES"): 4,
     ("training.settling", "SAMPLES"): 4,

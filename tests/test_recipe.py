@@ -23,6 +23,7 @@ from spectral_diffusion.toyworld.characters import (
 from spectral_diffusion.toyworld.recipe.autoencoder import encode_all, refine_decoder, train_autoencoder
 from spectral_diffusion.toyworld.recipe.denoiser import assemble, build_text_encoder, build_unet, train_denoiser
 from spectral_diffusion.toyworld.recipe.pictures import PictureSet, is_reserved, load_or_render
+from spectral_diffusion.toyworld.recipe.sharpening import build_critic, draw_own, opposed, sharpen_decoder
 from spectral_diffusion.toyworld.recipe.sketches import make_sketch_adapter, silhouettes, sketch
 from spectral_diffusion.toyworld.recipe.tokenizer import build_tokenizer
 
@@ -71,6 +72,9 @@ def test_all_stages_run_and_make_a_base_that_draws(pictures: PictureSet, tmp_pat
     encoder = {name: value.clone() for name, value in autoencoder.encoder.state_dict().items()}
     make_sketch_adapter(tmp_path, pictures, latents, pipeline, 2, 2, folder=tmp_path / "sketch-adapter")
     refine_decoder(tmp_path, autoencoder, (pictures,), 2, 2, CPU)
+    own = draw_own(pipeline, pictures, tmp_path / "own.npy", 3)
+    assert own.shape == (3, 4, 16, 16) and own.std() > 0
+    sharpen_decoder(tmp_path, autoencoder, (pictures,), own, 2, 2, CPU)
     assert all(torch.equal(encoder[name], value) for name, value in autoencoder.encoder.state_dict().items())
     pipeline.to("cpu", torch.float16).save_pretrained(tmp_path / "base")
     base = load_base(tmp_path / "base", device="cpu")
@@ -78,6 +82,16 @@ def test_all_stages_run_and_make_a_base_that_draws(pictures: PictureSet, tmp_pat
     drawn = [generate(base, Drawing(prompt="a dog", steps=1, condition=used))[0].image for used in (None, followed)]
     assert drawn[0].size == (64, 64) and drawn[0].tobytes() != drawn[1].tobytes()
     assert list((tmp_path / "sheets").glob("denoiser-*.png"))
+
+
+def test_what_a_critic_learns_is_turned_against_the_pictures_it_looks_at() -> None:
+    torch.manual_seed(0)
+    critic, pictures = build_critic(), torch.randn(2, 3, 64, 64, requires_grad=True)
+    plain = torch.autograd.grad(critic(pictures).mean(), pictures)[0]
+    looked_at = opposed(pictures, torch.tensor(3.0))
+    assert torch.equal(looked_at, pictures)
+    turned = torch.autograd.grad(critic(looked_at).mean(), pictures)[0]
+    torch.testing.assert_close(turned, -3.0 * plain / plain.norm())
 
 
 def test_a_finished_stage_is_not_done_again(pictures: PictureSet, tmp_path: Path) -> None:

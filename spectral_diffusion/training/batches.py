@@ -185,11 +185,12 @@ def _share(
     concept, generator = concepts[number], torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
     count, pool = settings.batch, concept.pool_among if among else concept.pool
     learnt = concept.learnt.samples(base, settings, count, generator, among=among)
-    inert = pool.samples(base, settings, count if settings.inertness else 0, generator, among=among)
+    inert = pool.samples(base, settings, settings.inert_batch if settings.inertness else 0, generator, among=among)
     both = {name: torch.cat([own, inert[name]]) for name, own in learnt.items()}
-    kinds = torch.block_diag(torch.ones(count, 1), torch.ones(len(inert["times"]), 1))
-    company = draw_company(number, len(concepts), len(kinds), generator)
-    return both | {"shares": _sent(kinds / count, base.device), "company": _sent(company, base.device)}
+    means = (torch.full((samples, 1), 1 / max(samples, 1)) for samples in (count, len(inert["times"])))
+    shares = torch.block_diag(*means)
+    company = draw_company(number, len(concepts), len(shares), generator)
+    return both | {"shares": _sent(shares, base.device), "company": _sent(company, base.device)}
 
 
 def _sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

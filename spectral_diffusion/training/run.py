@@ -78,7 +78,7 @@ class Run:
             weight_decay=settings.weight_decay,
             fused=True,
         )
-        self.samples_each = settings.batch * (2 if settings.inertness else 1)
+        self.samples_each = settings.batch + (settings.inert_batch if settings.inertness else 0)
         self.plan, self.fell_back = Plan(), False
         self.seen: CrossAttention | None = None
         self.step, self.seconds = 0, 0.0

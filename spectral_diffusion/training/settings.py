@@ -39,7 +39,8 @@ class TrainingSettings:
     )
     rank: int = _setting(8, "singular directions per concept and layer")
     steps: int = _setting(1250, "optimiser steps")
-    batch: int = _setting(2, "photos per step; as many inertness samples are drawn beside them")
+    batch: int = _setting(2, "photos per step")
+    inert_batch: int = _setting(2, "inertness samples per step, beside the photos")
     unet_rate: float = _setting(1e-4, "learning rate of the UNet's layers")
     text_encoder_rate: float = _setting(1e-5, "learning rate of the text encoder's layers")
     token_rate: float = _setting(1e-3, "learning rate of the token embedding")
@@ -88,7 +89,14 @@ class TrainingSettings:
     def __post_init__(self) -> None:
         if self.parametrisation not in PARAMETRISATIONS:
             raise InputError(f"parametrisation '{self.parametrisation}' is unknown; choose one of {', '.join(PARAMETRISATIONS)}.")
-        for name, least in (("rank", 1), ("steps", 1), ("batch", 1), ("token_vectors", 1), ("checkpoint_every", 1)):
+        for name, least in (
+            ("rank", 1),
+            ("steps", 1),
+            ("batch", 1),
+            ("inert_batch", 1),
+            ("token_vectors", 1),
+            ("checkpoint_every", 1),
+        ):
             if getattr(self, name) < least:
                 raise InputError(f"{name} must be at least {least}, got {getattr(self, name)}.")
         for name in (
@@ -131,6 +139,7 @@ _EMBEDDED = replace(
     _PAPER,
     rank=4,
     batch=4,
+    inert_batch=4,
     unet_rate=3e-3,
     text_encoder_rate=3e-4,
     token_rate=5e-4,
@@ -143,7 +152,14 @@ _EMBEDDED = replace(
     mixing=0.3,
     layers=(*ATTENTION_LAYERS, *FEED_FORWARD_LAYERS, *CONVOLUTION_LAYERS),
 )
-_IN_ONE_GO = {"isolation": 0, "inertness": 1.0, "scenes": 0.0, "token_distance": 0.0, "token_rate": 5e-3}
+_IN_ONE_GO = {
+    "isolation": 0,
+    "inertness": 0.5,
+    "inert_batch": 1,
+    "scenes": 0.0,
+    "token_distance": 0.0,
+    "token_rate": 5e-3,
+}
 # A rotation turns directions and keeps their singular values, so what it can change is as strong as they are.
 _ROTATIONAL = {"weakest_first": False, "unet_rate": 1e-2, "text_encoder_rate": 3e-3}
 LINEAR = {"rank": 8, "layers": (*ATTENTION_LAYERS, *FEED_FORWARD_LAYERS)}
@@ -151,7 +167,7 @@ LINEAR = {"rank": 8, "layers": (*ATTENTION_LAYERS, *FEED_FORWARD_LAYERS)}
 _OF_FORM: dict[str, dict[str, Any]] = {"rotational": _ROTATIONAL, **dict.fromkeys(TUNERS, LINEAR)}
 _FOR_EMBEDDED_BASE = {
     "fast": replace(_EMBEDDED, steps=150, scenes=0.0),  # drawing the scenes takes nearly as long
-    "balanced": replace(_EMBEDDED, steps=1400),
+    "balanced": replace(_EMBEDDED, steps=1600),
     "best": replace(_EMBEDDED, steps=2500),
 }
 
@@ -165,7 +181,7 @@ def preset(
         together: whether several concepts are trained in one go. Then those on the embedded base are not isolated: they learn to
             bear each other, and the bands of five are half of the directions of its narrow layers. Their tokens begin at their
             class words and move as they like: they know each other's, and five that began apart were lost in regions. They are
-            shown beside each other (`mixing`) and not in scenes, which made it worse there.
+            shown beside each other (`mixing`) and not in scenes, which made it worse there. Of inertness a little does.
         changes: settings that are chosen otherwise. On the embedded base the rotational form has others beside it: the
             strongest directions and higher rates; PEFT's are put on linear layers only, at twice the rank.
 

@@ -19,6 +19,7 @@ from spectral_diffusion.toyworld.recipe.concepts import render_sample_concepts
 from spectral_diffusion.toyworld.recipe.denoiser import assemble, build_text_encoder, build_unet, train_denoiser
 from spectral_diffusion.toyworld.recipe.judge import make_judge
 from spectral_diffusion.toyworld.recipe.pictures import load_or_render
+from spectral_diffusion.toyworld.recipe.sharpening import draw_own, sharpen_decoder
 from spectral_diffusion.toyworld.recipe.sketches import make_sketch_adapter
 from spectral_diffusion.toyworld.recipe.tokenizer import build_tokenizer
 from spectral_diffusion.toyworld.sprites import fetch_sprites
@@ -39,6 +40,7 @@ def main() -> None:
     parser.add_argument("--autoencoder-steps", type=int, default=3000, help="steps of 4 pictures for the autoencoder")
     parser.add_argument("--denoiser-steps", type=int, default=12_000, help="steps of 32 latents for text encoder and UNet")
     parser.add_argument("--decoder-steps", type=int, default=3000, help="steps of 8 pictures for the decoder alone")
+    parser.add_argument("--sharpening-steps", type=int, default=1500, help="steps of 4 pictures and 4 drawings against a critic")
     parser.add_argument("--sketch-steps", type=int, default=3000, help="steps of 32 latents for the sketch adapter")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
@@ -49,6 +51,7 @@ def main() -> None:
         autoencoder_steps=options.autoencoder_steps,
         denoiser_steps=options.denoiser_steps,
         decoder_steps=options.decoder_steps,
+        sharpening_steps=options.sharpening_steps,
         sketch_steps=options.sketch_steps,
     )
 
@@ -61,6 +64,7 @@ def build(
     autoencoder_steps: int,
     denoiser_steps: int,
     decoder_steps: int,
+    sharpening_steps: int,
     sketch_steps: int,
 ) -> None:
     """Render the toy world and train everything from it, in order; what is finished is not done again."""
@@ -77,6 +81,8 @@ def build(
     pipeline = assemble(autoencoder, text_encoder, tokenizer, unet)
     train_denoiser(work, pictures, latents, pipeline, denoiser_steps, 32)
     refine_decoder(work, autoencoder, (pictures, colourful), decoder_steps, 8, device)
+    own = draw_own(pipeline, pictures, work / "own-latents.npy")
+    sharpen_decoder(work, autoencoder, (pictures, colourful), own, sharpening_steps, 4, device)
     make_sketch_adapter(work, pictures, latents, pipeline, sketch_steps, 32)
     pipeline.to("cpu", torch.float16).save_pretrained(EMBEDDED_BASE)
     finished = load_base(device=str(device)).pipeline.vae

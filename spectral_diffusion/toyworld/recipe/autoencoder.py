@@ -27,7 +27,7 @@ def build_autoencoder() -> AutoencoderKL:
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
         block_out_channels=(24, 48, 80),
-        layers_per_block=1,
+        layers_per_block=3,
         latent_channels=LATENT_CHANNELS,
         norm_num_groups=8,
         mid_block_add_attention=False,
@@ -51,7 +51,7 @@ def train_autoencoder(folder: Path, pictures: PictureSet, steps: int, batch: int
     autoencoder = build_autoencoder().to(device, memory_format=torch.channels_last)
 
     def loss_of_step(step: int, generator: torch.Generator) -> torch.Tensor:
-        pixels = to_tensor(_some_of(pictures, batch, generator), device)
+        pixels = to_tensor(some_of(pictures, batch, generator), device)
         posterior = autoencoder.encode(pixels).latent_dist
         noise = torch.randn(posterior.mean.shape, generator=generator).to(device)
         decoded = autoencoder.decode(posterior.mean + posterior.std * noise).sample
@@ -76,7 +76,7 @@ def refine_decoder(
     autoencoder.post_quant_conv.requires_grad_(True)
 
     def loss_of_step(step: int, generator: torch.Generator) -> torch.Tensor:
-        pixels = to_tensor(_some_of(pictures[step % len(pictures)], batch, generator), device)
+        pixels = to_tensor(some_of(pictures[step % len(pictures)], batch, generator), device)
         with torch.no_grad():
             posterior = autoencoder.encode(pixels).latent_dist
             noise = torch.randn(posterior.mean.shape, generator=generator).to(device)
@@ -91,7 +91,7 @@ def refine_decoder(
     return autoencoder.eval().requires_grad_(False)
 
 
-def _some_of(pictures: PictureSet, count: int, generator: torch.Generator) -> np.ndarray:
+def some_of(pictures: PictureSet, count: int, generator: torch.Generator) -> np.ndarray:
     chosen = torch.randint(len(pictures.pixels), (count,), generator=generator).sort().values.numpy()
     return pictures.pixels[chosen]
 
