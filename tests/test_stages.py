@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import time
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +13,7 @@ from short_trainings import SHORT
 
 from spectral_diffusion.bands import Band
 from spectral_diffusion.base import Base
+from spectral_diffusion.cli import displays
 from spectral_diffusion.concept import SAMPLES_FOLDER, load_concept
 from spectral_diffusion.stages import counted, listening
 from spectral_diffusion.training import train
@@ -43,3 +47,18 @@ def test_a_training_tells_all_that_it_prepares(
     assert ended == dict.fromkeys(
         ("photos", "scenes", "spectrum", "what stays as it is", "what the base says of it", "what its layers read"), True
     )
+
+
+def test_the_command_line_shows_what_takes_long_with_its_remaining_time(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(displays, "_PATIENCE", 0.05)
+    with closing(displays.StageDisplay()) as display, listening(display.show):
+        for _ in counted("photos", "crop", "ab"):
+            pass
+        assert not capsys.readouterr().err
+        for _ in counted("scenes", "batch", "abcd"):
+            time.sleep(0.04)
+    shown = capsys.readouterr().err
+    assert "scenes:  50%" in shown and "photos" not in shown
+    assert re.search(r"2/4 \[00:00<00:00, +[\d.]+batch/s\]", shown) and shown.rstrip(" ").endswith("\r")

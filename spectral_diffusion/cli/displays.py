@@ -61,8 +61,11 @@ class StageDisplay:
             self.close()
             self.began = time.monotonic()
         elif self.bar is None and time.monotonic() - self.began > _PATIENCE:
-            self.bar = progress_bar(what, total, unit, done=done, stays=False)
-        if self.bar is not None:
+            self.bar = progress_bar(what, total, unit, stays=False)
+            self.bar.start_t -= time.monotonic() - self.began  # the pace is that from the beginning on
+            self.bar.n = done
+            self.bar.refresh()
+        elif self.bar is not None:
             self.bar.update(done - self.bar.n)
 
     def close(self) -> None:
