@@ -16,7 +16,7 @@ from spectral_diffusion.training import train
 from spectral_diffusion.training.memory import Plan, choose_plan, in_bfloat16
 from spectral_diffusion.training.run import Run
 
-SETTINGS = replace(SHORT, steps=2, batch=2)
+SETTINGS = replace(SHORT, steps=2, batch=2, inert_batch=2)
 
 
 pytestmark = pytest.mark.usefixtures("less_preparation", "followed_gradients")

@@ -42,7 +42,7 @@ def test_presets_are_chosen_by_name_and_take_longer_in_turn(base: Base) -> None:
     assert [preset("balanced", one, together=True).isolation for one in (base, real)] == [0, preset("balanced", real).isolation]
     assert [preset("balanced", base, together=together).token_distance > 0 for together in (False, True)] == [True, False]
     assert [preset("balanced", base, together=together).scenes > 0 for together in (False, True)] == [True, False]
-    assert [preset("balanced", base, together=together).inertness for together in (False, True)] == [2, 1]
+    assert [preset("balanced", base, together=together).inertness for together in (False, True)] == [2, 0.5]
     assert [preset("balanced", one).weakest_first for one in (base, real)] == [True, False]
     forms = [preset("balanced", base, changes={"parametrisation": form}) for form in ("additive", "lora", "dora")]
     assert ["conv1" in form.layers for form in forms] == [True, True, False]
