@@ -67,7 +67,7 @@ def measure_activations(base: Base, token: str, layer_keys: tuple[str, ...], see
     encoded = wanted | read(base, [""] * len(captions), "negative_")
     generator, batch = torch.Generator().manual_seed(seed), base.pictures_at_once
     with _recorded({group: layer for group, layer in watched.items() if group not in texts}, grams, paired=True):
-        for start in counted("what its layers read", "batch", range(0, len(captions), batch)):
+        for start in counted("activations", "batch", range(0, len(captions), batch)):
             base.pipeline(
                 **{name: values[start : start + batch] for name, values in encoded.items()},
                 num_inference_steps=DRAWING_STEPS,

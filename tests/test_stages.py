@@ -9,14 +9,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from short_trainings import SHORT
+from short_trainings import BAND, SHORT, assert_bit_equal
 
 from spectral_diffusion.bands import Band
 from spectral_diffusion.base import Base
 from spectral_diffusion.cli import displays
-from spectral_diffusion.concept import SAMPLES_FOLDER, load_concept
+from spectral_diffusion.concept import SAMPLES_FOLDER, Concept, load_concept
 from spectral_diffusion.stages import counted, listening
-from spectral_diffusion.training import train
+from spectral_diffusion.training import TrainingProgress, train
 
 
 def test_a_listener_hears_of_the_start_and_of_every_item() -> None:
@@ -45,8 +45,23 @@ def test_a_training_tells_all_that_it_prepares(
     with listening(lambda what, unit, done, total: ended.update({what: done == total})):
         train(base, load_concept(SAMPLES_FOLDER / "poodle"), Band(start=0, rank=settings.rank), settings)
     assert ended == dict.fromkeys(
-        ("photos", "scenes", "spectrum", "what stays as it is", "what the base says of it", "what its layers read"), True
+        ("photos", "scenes", "spectrum", "reference pictures", "reference predictions", "activations"), True
     )
+
+
+def test_what_is_stopped_after_the_last_step_loses_none(
+    base: Base, concept: Concept, less_preparation: None, tmp_path: Path
+) -> None:
+    def stop(what: str, unit: str, done: int, total: int) -> None:
+        if what == "activations":
+            raise KeyboardInterrupt
+
+    events: list[TrainingProgress] = []
+    with pytest.raises(KeyboardInterrupt), listening(stop):
+        train(base, concept, BAND, SHORT, checkpoint=tmp_path / "state")
+    result = train(base, concept, BAND, SHORT, checkpoint=tmp_path / "state", on_progress=events.append)
+    assert result.finished and not events
+    assert_bit_equal(result.adapter, train(base, concept, BAND, SHORT).adapter)
 
 
 def test_the_command_line_shows_what_takes_long_with_its_remaining_time(

@@ -101,7 +101,7 @@ def build_pool(base: Base, captions: Sequence[str], generator: torch.Generator) 
                 generator=generator,
                 output_type="latent",
             ).images.float()
-            for start in counted("what stays as it is", "batch", range(0, len(to_draw), base.pictures_at_once))
+            for start in counted("reference pictures", "batch", range(0, len(to_draw), base.pictures_at_once))
         ]
     )
     chosen = torch.arange(count) % len(drawn)
@@ -111,7 +111,7 @@ def build_pool(base: Base, captions: Sequence[str], generator: torch.Generator) 
     ids = tokenize(base, captions)
     parts = []
     batch = base.pictures_at_once
-    for start in counted("what the base says of it", "batch", range(0, count, batch)):
+    for start in counted("reference predictions", "batch", range(0, count, batch)):
         part = slice(start, start + batch)
         parts.append(predict(base, noisy[part], times[part], ids[part]))
     return Pool(noisy=noisy, times=times, ids=ids, predictions=torch.cat(parts))

@@ -147,8 +147,7 @@ class Run:
                         samples=self._samples(),
                     )
                 )
-        if self.step < steps:
-            self._save()
+        self._save()  # after the last step too: what is measured then can be stopped
 
     def _one_step(self) -> tuple[float, float] | None:
         """Make one step; return its losses where they are looked at."""

@@ -7,7 +7,6 @@ shown beside those of renderings, since they are what will be decoded.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -112,21 +111,20 @@ def sharpen_decoder(
         own: what the base draws, see `draw_own`, as many a step; by squares they keep the colours that they have.
     """
     torch.manual_seed(6)
-    before = copy.deepcopy(autoencoder)
+    colours = _coarse_colours(autoencoder, own.to(device))
     autoencoder.decoder.requires_grad_(True)
     autoencoder.post_quant_conv.requires_grad_(True)
     critic = build_critic().to(device, memory_format=torch.channels_last)
 
     def loss_of_step(step: int, generator: torch.Generator) -> torch.Tensor:
         pixels = to_tensor(some_of(pictures[step % len(pictures)], batch, generator), device)
-        drawn = own[torch.randint(len(own), (batch,), generator=generator)].to(device)
+        chosen = torch.randint(len(own), (batch,), generator=generator)
         with torch.no_grad():
             mean = autoencoder.encode(pixels).latent_dist.mean
             amount = SMEAR * torch.rand(batch, 1, 1, 1, generator=generator).square() * mean.std().cpu()
             latents = mean + (amount * torch.randn(mean.shape, generator=generator)).to(device)
-            colours = F.avg_pool2d(before.decode(drawn).sample, COARSE)
-        decoded = autoencoder.decode(torch.cat([latents, drawn])).sample
-        off = (F.avg_pool2d(decoded[batch:], COARSE) - colours).abs().mean()
+        decoded = autoencoder.decode(torch.cat([latents, own[chosen].to(device)])).sample
+        off = (F.avg_pool2d(decoded[batch:], COARSE) - colours[chosen.to(device)]).abs().mean()
         close = reconstruction_loss(decoded[:batch], pixels) + off
         pull = torch.autograd.grad(close, decoded, retain_graph=True)[0].norm() * (SHARE if step >= HEAD_START else 0.0)
         return close + F.relu(1 - critic(pixels)).mean() + F.relu(1 + critic(opposed(decoded, pull))).mean()
@@ -137,3 +135,9 @@ def sharpen_decoder(
     models = {"decoder": autoencoder.decoder, "post_quant_conv": autoencoder.post_quant_conv, "critic": critic}
     train_stage(folder, "sharpening", models, loss_of_step, steps=steps, peak_rate=5e-4, ema_decay=0.99, every=sheet)
     return autoencoder.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def _coarse_colours(autoencoder: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
+    """Return the mean colours of squares of `COARSE` pixels, `(n, 3, side, side)`, that the decoder gives `latents` as it is."""
+    return torch.cat([F.avg_pool2d(autoencoder.decode(part).sample, COARSE) for part in latents.split(_AT_ONCE)])
