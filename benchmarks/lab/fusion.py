@@ -56,7 +56,7 @@ def cases(config: dict[str, Any]) -> Iterator[Case]:
 
 def _trained(training: dict[str, Any], names: list[str], everybody: list[str], seed: int) -> dict[str, Any]:
     """Return the settings of a training and the `group` that is trained in one pass; apart, none is attached for another."""
-    settings = {name: value for name, value in training.items() if name != "together"} | {"seed": seed}
+    settings = training | {"seed": seed}
     if training.get("together"):
         return {"settings": settings, "group": names}
     one_by_one = settings.get("parametrisation") in TUNERS

@@ -81,8 +81,14 @@ class Workshop:
         return load_concept(folder)
 
     def settings(self, changes: Mapping[str, Any]) -> TrainingSettings:
-        """Return the preset `balanced` of the base with `changes`, on linear layers only: those that every rival can adapt."""
-        return preset("balanced", self.base, changes={**LINEAR, **changes})
+        """Return the preset `balanced` of the base with `changes`, on linear layers only: those that every rival can adapt.
+
+        Two of the changes choose the preset: with `linear = false` it stays on the layers and at the rank that ship, with
+        `together = true` it is that of several concepts in one go.
+        """
+        chosen = dict(changes)
+        layers = LINEAR if chosen.pop("linear", True) else {}
+        return preset("balanced", self.base, together=chosen.pop("together", False), changes={**layers, **chosen})
 
     def shapes(self, settings: TrainingSettings) -> list[tuple[int, int]]:
         """Return the shapes of the layers that `settings` adapt."""
