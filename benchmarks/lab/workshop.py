@@ -14,6 +14,7 @@ from benchmarks.lab.lost import Own, lost, own_predictions
 from benchmarks.lab.record import Postponed, digest
 from spectral_diffusion.adapter import Adapter
 from spectral_diffusion.adapter_file import load_adapter, save_adapter
+from spectral_diffusion.band_plan import fewest_directions
 from spectral_diffusion.bands import Band, bands_in_order
 from spectral_diffusion.base import Base, adaptable_layers, load_base
 from spectral_diffusion.clip_scorer import ClipScorer, load_scorer
@@ -135,7 +136,7 @@ class Workshop:
         """Return the band of the concept that gets its own after `place` others."""
         if settings.parametrisation not in BANDED:
             return Band(start=0, rank=settings.rank)
-        directions = min(min(shape) for shape in self.shapes(settings))
+        directions = fewest_directions(self.base, settings.layers)
         return list(bands_in_order(settings.rank, directions, weakest_first=settings.weakest_first))[place]
 
     def draw(self, adapter: Adapter, token: str, per_prompt: int) -> list[Picture]:
