@@ -17,6 +17,7 @@ from spectral_diffusion.checkpoint import PREDICTION_TYPES, family_of, hub_folde
 from spectral_diffusion.errors import BaseError
 from spectral_diffusion.layer_matrix import Layer, is_one_pixel_convolution
 from spectral_diffusion.layer_names import ATTENTION_LAYERS
+from spectral_diffusion.stages import counted
 
 EMBEDDED_BASE = Path(__file__).resolve().parents[1] / "assets" / "mini-sd"
 """The small Stable Diffusion that ships with the project."""
@@ -102,11 +103,14 @@ def load_base(
     base = read_base(source, prediction_type=prediction_type, configuration=configuration)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     precision = precision or (torch.float32 if torch.device(device).type == "cpu" else torch.float16)
-    for part, model in _models(base.pipeline).items():
-        floating = torch.float32 if part == "vae" else precision
-        for tensor in (*model.parameters(), *model.buffers()):
-            dtype = floating if tensor.is_floating_point() else tensor.dtype
-            tensor.data = tensor.data.to(device, dtype, copy=True)
+    tensors = [
+        (tensor, torch.float32 if part == "vae" else precision)
+        for part, model in _models(base.pipeline).items()
+        for tensor in (*model.parameters(), *model.buffers())
+    ]
+    for tensor, floating in counted("loading the base", "tensor", tensors):
+        dtype = floating if tensor.is_floating_point() else tensor.dtype
+        tensor.data = tensor.data.to(device, dtype, copy=True)
     return base
 
 
@@ -215,7 +219,7 @@ def _adaptable_layers(pipeline: DiffusionPipeline, endings: tuple[str, ...] | No
 
 def _fingerprint(pipeline: DiffusionPipeline) -> str:
     digest = hashlib.sha256()
-    for key, layer in _adaptable_layers(pipeline, None):
+    for key, layer in counted("reading the base", "layer", list(_adaptable_layers(pipeline, None))):
         if isinstance(layer, nn.Linear) or is_one_pixel_convolution(layer):  # so many differ that no more are needed
             digest.update(f"{key} {tuple(layer.weight.shape)}\n".encode())
             digest.update(layer.weight.detach().half().contiguous().numpy().data)

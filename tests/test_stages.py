@@ -12,7 +12,7 @@ import pytest
 from short_trainings import BAND, SHORT, assert_bit_equal
 
 from spectral_diffusion.bands import Band
-from spectral_diffusion.base import Base
+from spectral_diffusion.base import Base, load_base
 from spectral_diffusion.cli import displays
 from spectral_diffusion.concept import SAMPLES_FOLDER, Concept, load_concept
 from spectral_diffusion.stages import counted, listening
@@ -47,6 +47,13 @@ def test_a_training_tells_all_that_it_prepares(
     assert ended == dict.fromkeys(
         ("photos", "scenes", "spectrum", "reference pictures", "reference predictions", "activations"), True
     )
+
+
+def test_loading_a_base_tells_how_far_it_is() -> None:
+    ended: dict[str, bool] = {}
+    with listening(lambda what, unit, done, total: ended.update({f"{what}, {unit}": done == total})):
+        load_base()
+    assert ended == {"reading the base, layer": True, "loading the base, tensor": True}
 
 
 def test_what_is_stopped_after_the_last_step_loses_none(

@@ -21,6 +21,7 @@ from spectral_diffusion.errors import SpectralDiffusionError
 from spectral_diffusion.stages import listening
 
 _PAUSE = 0.1  # seconds between two looks into an empty queue
+_BETWEEN = 0.1  # seconds between two reports on one stage, which may count thousands
 LOCK = "worker.lock"
 """The worker of a folder holds this lock in it; a second one ends at once."""
 
@@ -35,6 +36,7 @@ class TaskContext:
     def __init__(self, store: JobStore, name: str, leaving: Callable[[], bool]):
         self.folder = store.folder / name
         self._store, self._name, self._leaving = store, name, leaving
+        self._heard = 0.0
 
     def report(self, **event: Any) -> None:
         """Add an event to the job's progress."""
@@ -45,11 +47,14 @@ class TaskContext:
         return self._leaving() or self._store.must_stop(self._name)
 
     def hear(self, what: str, unit: str, done: int, total: int) -> None:
-        """Report how far a stage of the task's work is, see `stages.listening`.
+        """Report how far a stage of the task's work is, see `stages.listening`: its start, its end, and now and then between.
 
         Raises:
             Stopped: the task shall stop.
         """
+        if 0 < done < total and time.monotonic() - self._heard < _BETWEEN:
+            return
+        self._heard = time.monotonic()
         self.report(stage=what, unit=unit, done=done, total=total)
         if self.should_stop():
             raise Stopped
