@@ -63,9 +63,9 @@ def test_no_extra_character_bears_a_class_word_that_the_judge_is_asked_for() -> 
 
 
 def test_all_stages_run_and_make_a_base_that_draws(pictures: PictureSet, tmp_path: Path) -> None:
-    autoencoder = train_autoencoder(tmp_path, pictures, 2, 2, CPU)
+    autoencoder = train_autoencoder(tmp_path, (pictures,), 2, 2, CPU)
     latents = encode_all(autoencoder, pictures, tmp_path / "latents.npy", CPU)
-    assert latents.shape == (24, 4, 16, 16)
+    assert latents.shape == (24, 8, 16, 16)
     tokenizer = build_tokenizer(EMBEDDED_BASE / "tokenizer")
     pipeline = assemble(autoencoder, build_text_encoder(tokenizer), tokenizer, build_unet())
     train_denoiser(tmp_path, pictures, latents, pipeline, 2, 2)
@@ -73,7 +73,7 @@ def test_all_stages_run_and_make_a_base_that_draws(pictures: PictureSet, tmp_pat
     make_sketch_adapter(tmp_path, pictures, latents, pipeline, 2, 2, folder=tmp_path / "sketch-adapter")
     refine_decoder(tmp_path, autoencoder, (pictures,), 2, 2, CPU)
     own = draw_own(pipeline, pictures, tmp_path / "own.npy", 3)
-    assert own.shape == (3, 4, 16, 16) and own.std() > 0
+    assert own.shape == (3, 8, 16, 16) and own.std() > 0
     sharpen_decoder(tmp_path, autoencoder, (pictures,), own, 2, 2, CPU)
     assert all(torch.equal(encoder[name], value) for name, value in autoencoder.encoder.state_dict().items())
     pipeline.to("cpu", torch.float16).save_pretrained(tmp_path / "base")
@@ -95,8 +95,8 @@ def test_what_a_critic_learns_is_turned_against_the_pictures_it_looks_at() -> No
 
 
 def test_a_finished_stage_is_not_done_again(pictures: PictureSet, tmp_path: Path) -> None:
-    first = train_autoencoder(tmp_path, pictures, 2, 2, CPU).state_dict()
-    again = train_autoencoder(tmp_path, pictures, 2, 2, CPU).state_dict()
+    first = train_autoencoder(tmp_path, (pictures,), 2, 2, CPU).state_dict()
+    again = train_autoencoder(tmp_path, (pictures,), 2, 2, CPU).state_dict()
     assert all(torch.equal(first[name], again[name]) for name in first)
 
 

@@ -8,7 +8,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from spectral_diffusion.cli.console import Console, progress_bar, quiet_libraries
+from spectral_diffusion.cli.console import Console, open_libraries, progress_bar
 from spectral_diffusion.cli.generate import add_drawing_options
 from spectral_diffusion.cli.options import (
     add_base_options,
@@ -67,7 +67,7 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
     for path in (arguments.out, table):
         check_output(path, force=arguments.force, inputs=arguments.adapter)
     references = unique_pairs(arguments.references, "--references")
-    quiet_libraries()
+    open_libraries()
     from spectral_diffusion.album import Album
     from spectral_diffusion.clip_scorer import load_scorer
     from spectral_diffusion.comparison import compare, write_comparison

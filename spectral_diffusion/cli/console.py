@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -19,7 +20,9 @@ from tqdm import tqdm
 
 from spectral_diffusion.cli.outputs import check_file
 from spectral_diffusion.files import write_atomically
+from spectral_diffusion.stages import counted
 
+_LIBRARIES = ("torch", "transformers", "diffusers")
 STDOUT = "-"
 """Given to `--json` for the terminal."""
 
@@ -98,9 +101,14 @@ def survive_any_encoding() -> None:
             stream.reconfigure(errors="replace")
 
 
-def quiet_libraries() -> None:
-    """Silence what diffusers and transformers print while they load models (downloads keep their bars)."""
+def open_libraries() -> None:
+    """Import what takes seconds, as a stage that one sees, and silence what it prints while it loads models.
+
+    Downloads keep their bars.
+    """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for library in counted("starting", "library", _LIBRARIES):
+        import_module(library)
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 

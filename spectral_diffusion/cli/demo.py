@@ -6,7 +6,7 @@ import argparse
 from contextlib import closing
 from pathlib import Path
 
-from spectral_diffusion.cli.console import Console, quiet_libraries
+from spectral_diffusion.cli.console import Console, open_libraries
 from spectral_diffusion.cli.displays import CountDisplay, TrainingDisplay
 from spectral_diffusion.cli.options import add_json_option
 from spectral_diffusion.cli.outputs import check_writable
@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, console: Console) -> int:
     """Run the demo."""
     check_writable(arguments.out)
-    quiet_libraries()
+    open_libraries()
     from spectral_diffusion.demo import run_demo
 
     with closing(TrainingDisplay()) as training, closing(CountDisplay("drawing", "picture")) as drawing:

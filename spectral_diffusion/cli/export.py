@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from spectral_diffusion.cli.console import Console, quiet_libraries
+from spectral_diffusion.cli.console import Console, open_libraries
 from spectral_diffusion.cli.options import add_base_options, add_json_option, pair_type, read_chosen_base, unique_pairs
 from spectral_diffusion.errors import InputError
 
@@ -59,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, console: Console) -> int:
     """Export, and say where the files go and what to type."""
     _check_use(arguments)
-    quiet_libraries()
+    open_libraries()
     from spectral_diffusion.adapter_file import load_adapter
     from spectral_diffusion.export import places, remarks
 

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spectral_diffusion.cli.console import Console, quiet_libraries, stop_on_interrupt
+from spectral_diffusion.cli.console import Console, open_libraries, stop_on_interrupt
 from spectral_diffusion.cli.describe import adapter_data, adapter_lines
 from spectral_diffusion.cli.displays import STOPPING, CountDisplay, TrainingDisplay, how_to_resume
 from spectral_diffusion.cli.options import (
@@ -71,7 +71,7 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
     references = unique_pairs(arguments.references, "--references")
     if arguments.report is not None:
         check_file(arguments.report, "--report")
-    quiet_libraries()
+    open_libraries()
     from spectral_diffusion.adapter_file import load_adapter, save_adapter
     from spectral_diffusion.fusion import fuse, trained_apart
 

@@ -9,7 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spectral_diffusion.cli.console import Console, bar_style, progress_bar, quiet_libraries
+from spectral_diffusion.cli.console import Console, bar_style, open_libraries, progress_bar
 from spectral_diffusion.cli.options import add_base_options, add_device_option, add_json_option, load_chosen_base, picture_size
 from spectral_diffusion.cli.outputs import check_writable
 from spectral_diffusion.errors import InputError
@@ -98,7 +98,7 @@ def add_drawing_options(parser: argparse.ArgumentParser, without: Sequence[str] 
 
 def run(arguments: argparse.Namespace, console: Console) -> int:
     """Draw the pictures and save each as soon as it is ready."""
-    quiet_libraries()
+    open_libraries()
     from spectral_diffusion.adapter_file import load_adapter
     from spectral_diffusion.album import Album
     from spectral_diffusion.generation import generate

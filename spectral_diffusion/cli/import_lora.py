@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from spectral_diffusion.cli.console import Console, quiet_libraries
+from spectral_diffusion.cli.console import Console, open_libraries
 from spectral_diffusion.cli.describe import adapter_data, adapter_lines
 from spectral_diffusion.cli.options import add_base_options, add_json_option, add_out_options, read_chosen_base
 from spectral_diffusion.cli.outputs import check_output
@@ -30,7 +30,7 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
     """Import, save, and say what was made."""
     inputs = [path for path in (arguments.lora, arguments.embedding) if path is not None]
     check_output(arguments.out, force=arguments.force, inputs=inputs)
-    quiet_libraries()
+    open_libraries()
     from spectral_diffusion.adapter_file import save_adapter
     from spectral_diffusion.imports import import_lora
 

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spectral_diffusion.cli.console import Console, quiet_libraries
+from spectral_diffusion.cli.console import Console, open_libraries
 from spectral_diffusion.cli.describe import adapter_data, adapter_lines
 from spectral_diffusion.cli.options import add_base_options, add_json_option, read_chosen_base
 from spectral_diffusion.errors import AdapterError
@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, console: Console) -> int:
     """Show the adapter, and how well it fits the base when one is given; of a picture, the settings of its drawing."""
-    quiet_libraries()
+    open_libraries()
     if arguments.file.suffix.lower() == ".png":
         return _show_picture(arguments.file, console)
     from spectral_diffusion.adapter_file import load_adapter

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from spectral_diffusion.cli.console import Console, quiet_libraries
+from spectral_diffusion.cli.console import Console, open_libraries
 from spectral_diffusion.cli.options import (
     add_device_option,
     add_json_option,
@@ -50,7 +50,7 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
     """Score the pictures and show a table."""
     references = unique_pairs(arguments.references, "--references")
     class_words = unique_pairs(arguments.class_word, "--class-word")
-    quiet_libraries()
+    open_libraries()
     from spectral_diffusion.score import load_scorer, score_pictures
     from spectral_diffusion.toyworld.judge import load_judge
 

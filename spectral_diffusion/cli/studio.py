@@ -6,7 +6,7 @@ import argparse
 import importlib
 from pathlib import Path
 
-from spectral_diffusion.cli.console import Console, quiet_libraries
+from spectral_diffusion.cli.console import Console, open_libraries
 from spectral_diffusion.cli.options import add_json_option
 
 SUMMARY = "open the studio: photos to exported file in one web page"
@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, console: Console) -> int:
     """Serve the page until Ctrl-C."""
-    quiet_libraries()
+    open_libraries()
     # By name: the library never imports the studio, it only starts it.
     serve = importlib.import_module("app.server").serve
 

@@ -10,7 +10,7 @@ from dataclasses import Field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spectral_diffusion.cli.console import Console, quiet_libraries, stop_on_interrupt
+from spectral_diffusion.cli.console import Console, open_libraries, stop_on_interrupt
 from spectral_diffusion.cli.describe import adapter_data, adapter_lines
 from spectral_diffusion.cli.displays import STOPPING, TrainingDisplay, how_to_resume
 from spectral_diffusion.cli.options import (
@@ -111,7 +111,7 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
         raise InputError("Two concepts have the same --out; give each a file of its own.")
     for out in outs:
         check_output(out, force=arguments.force)
-    quiet_libraries()
+    open_libraries()
     from spectral_diffusion.adapter_file import load_adapter, save_adapter
     from spectral_diffusion.band_plan import band_again, known_adapters, neighbours
     from spectral_diffusion.concept import load_concept

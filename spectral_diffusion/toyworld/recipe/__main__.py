@@ -37,7 +37,7 @@ def main() -> None:
         action="store_true",
         help="go on from the shipped base: its autoencoder as it is, text encoder and UNet trained further",
     )
-    parser.add_argument("--autoencoder-steps", type=int, default=3000, help="steps of 4 pictures for the autoencoder")
+    parser.add_argument("--autoencoder-steps", type=int, default=3000, help="steps of 8 pictures for the autoencoder")
     parser.add_argument("--denoiser-steps", type=int, default=12_000, help="steps of 32 latents for text encoder and UNet")
     parser.add_argument("--decoder-steps", type=int, default=3000, help="steps of 8 pictures for the decoder alone")
     parser.add_argument("--sharpening-steps", type=int, default=1500, help="steps of 4 pictures and 4 drawings against a critic")
@@ -72,8 +72,8 @@ def build(
     tokenizer = build_tokenizer(EMBEDDED_BASE / "tokenizer")
     shipped = load_base(device=str(device), precision=torch.float32).pipeline if improve else None
     colourful = load_or_render(work, "autoencoder-pictures", 6000, sprites, seed=10, held_out=False, tints=True)
-    autoencoder = shipped.vae if shipped else train_autoencoder(work, colourful, autoencoder_steps, 4, device)
     pictures = load_or_render(work, "base-pictures", PICTURES, sprites, seed=14, held_out=False, tints=False)
+    autoencoder = shipped.vae if shipped else train_autoencoder(work, (pictures, colourful), autoencoder_steps, 8, device)
     latents = encode_all(autoencoder, pictures, work / "base-latents.npy", device)
     torch.manual_seed(2)
     text_encoder = shipped.text_encoder if shipped else build_text_encoder(tokenizer)

@@ -72,7 +72,7 @@ def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 
 
 def build_unet() -> UNet2DConditionModel:
-    """Return an untrained UNet over `(4, 16, 16)` latents: a thin first level, attention at the two below."""
+    """Return an untrained UNet over `(channels, 16, 16)` latents: a thin first level, attention at the two below."""
     return UNet2DConditionModel(
         sample_size=16,
         in_channels=LATENT_CHANNELS,
@@ -108,7 +108,7 @@ def assemble(
 def train_denoiser(
     folder: Path, pictures: PictureSet, latents: np.ndarray, pipeline: StableDiffusionPipeline, steps: int, batch: int
 ) -> None:
-    """Train the text encoder and the UNet of `pipeline` in place on `latents` `(count, 4, 16, 16)`; averaged weights stay."""
+    """Train the text encoder and the UNet of `pipeline` on `latents (count, channels, 16, 16)`; averaged weights stay."""
     text_encoder, unet, tokenizer = pipeline.text_encoder, pipeline.unet, pipeline.tokenizer
     scheduler, device = pipeline.scheduler, pipeline.device
     text_encoder.train().requires_grad_(True)

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from spectral_diffusion.files import write_atomically
 from spectral_diffusion.toyworld.captions import caption
-from spectral_diffusion.toyworld.recipe.autoencoder import reconstruction_loss, save_reconstructions, some_of, to_tensor
+from spectral_diffusion.toyworld.recipe.autoencoder import reconstruction_loss, save_reconstructions, smeared, some_of, to_tensor
 from spectral_diffusion.toyworld.recipe.pictures import PictureSet
 from spectral_diffusion.toyworld.recipe.stage import train_stage
 
@@ -77,7 +77,7 @@ def build_critic() -> nn.Sequential:
 
 @torch.no_grad()
 def draw_own(pipeline: StableDiffusionPipeline, pictures: PictureSet, file: Path, count: int = OWN_LATENTS) -> torch.Tensor:
-    """Return unscaled latents `(count, 4, 16, 16)` that the base draws by captions of `pictures`, kept in `file`."""
+    """Return unscaled latents `(count, channels, 16, 16)` that the base draws by captions of `pictures`, kept in `file`."""
     if not file.exists():
         rng, parts = np.random.default_rng(5), []
         for start in tqdm(range(0, count, _AT_ONCE), desc="drawing", mininterval=5):
@@ -121,8 +121,7 @@ def sharpen_decoder(
         chosen = torch.randint(len(own), (batch,), generator=generator)
         with torch.no_grad():
             mean = autoencoder.encode(pixels).latent_dist.mean
-            amount = SMEAR * torch.rand(batch, 1, 1, 1, generator=generator).square() * mean.std().cpu()
-            latents = mean + (amount * torch.randn(mean.shape, generator=generator)).to(device)
+            latents = smeared(mean, SMEAR, generator)
         decoded = autoencoder.decode(torch.cat([latents, own[chosen].to(device)])).sample
         off = (F.avg_pool2d(decoded[batch:], COARSE) - colours[chosen.to(device)]).abs().mean()
         close = reconstruction_loss(decoded[:batch], pixels) + off

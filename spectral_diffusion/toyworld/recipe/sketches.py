@@ -36,7 +36,7 @@ def make_sketch_adapter(
     *,
     folder: Path = EMBEDDED_SKETCH_ADAPTER,
 ) -> None:
-    """Train the adapter on `latents (count, 4, 16, 16)` of `pictures`, the base frozen, and save it to `folder`."""
+    """Train the adapter on `latents (count, channels, 16, 16)` of `pictures`, the base frozen, and save it to `folder`."""
     device, scheduler, unet = pipeline.device, pipeline.scheduler, pipeline.unet
     pipeline.text_encoder.eval().requires_grad_(False)
     unet.eval().requires_grad_(False)
