@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from app.actions.studio import Studio
-from app.jobs import JobStore, State, WorkerProcess
+from app.jobs import JobStore, State, TaskContext, WorkerProcess
 from app.ui.activity import progress
 from spectral_diffusion.errors import InputError
 
@@ -226,3 +226,17 @@ def test_200_jobs_of_8_clients_all_end_and_none_twice(store: JobStore, worker: W
     wait_for(lambda: len(jobs := store.jobs()) == 200 and all(job.state is State.DONE for job in jobs), seconds=60)
     lines = (tmp_path / "f").read_text().split()
     assert len(lines) == 200 and set(lines) == {f"{client}-{number}" for client in range(8) for number in range(25)}
+
+
+def test_a_stage_of_thousands_is_reported_at_its_start_and_its_end_and_seldom_between(store: JobStore) -> None:
+    name = store.submit("count", "Counting", {})
+    context = TaskContext(store, name, lambda: False)
+    started = time.monotonic()
+    for done in range(3001):
+        context.hear("loading the base", "tensor", done, 3000)
+    reports = [event["done"] for event in store.progress(name) if "stage" in event]
+    assert reports[0] == 0 and reports[-1] == 3000
+    assert len(reports) <= 2 + (time.monotonic() - started) / 0.1
+    time.sleep(0.11)
+    context.hear("loading the base", "tensor", 5, 3000)
+    assert [event["done"] for event in store.progress(name)][-1] == 5

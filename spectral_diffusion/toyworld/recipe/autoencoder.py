@@ -117,7 +117,7 @@ def varied(pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         side = int(torch.randint(whole * 9 // 16, whole, (1,), generator=generator))
         top, left = torch.randint(whole - side + 1, (2,), generator=generator).tolist()
         part = pixels[:, :, top : top + side, left : left + side]
-        pixels = F.interpolate(part, size=whole, mode="bilinear", antialias=True)
+        pixels = F.interpolate(part, size=whole, mode="bilinear")
     return pixels.contiguous(memory_format=torch.channels_last)
 
 
