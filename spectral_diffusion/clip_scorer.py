@@ -12,11 +12,12 @@ import torch
 from PIL import Image
 
 from spectral_diffusion.errors import BaseError
+from spectral_diffusion.stages import counted
 
 DEFAULT_CLIP = Path(__file__).resolve().parents[1] / "assets" / "clip"
 _CONFIG_NAME = "open_clip_config.json"
 _WEIGHT_NAMES = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")
-_BATCH = 64
+_BATCH = 16
 
 
 class ClipScorer:
@@ -44,7 +45,7 @@ class ClipScorer:
     def embed_images(self, images: Sequence[Image.Image]) -> torch.Tensor:
         """Return one unit vector per picture, `(n, d)`."""
         parts = []
-        for start in range(0, len(images), _BATCH):
+        for start in counted("CLIP", "batch", range(0, len(images), _BATCH)):
             tensors = [self._preprocess(image.convert("RGB")) for image in images[start : start + _BATCH]]
             parts.append(self.model.encode_image(torch.stack(tensors).to(self.device), normalize=True).float())
         return torch.cat(parts)

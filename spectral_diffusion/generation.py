@@ -16,12 +16,12 @@ from spectral_diffusion.attach import attached
 from spectral_diffusion.base import Base
 from spectral_diffusion.condition_picture import following
 from spectral_diffusion.conditioning import encode_prompts, pipeline_arguments
+from spectral_diffusion.coverage import coverage, shares_at
 from spectral_diffusion.drawing import SCHEDULERS, Drawing, Picture
 from spectral_diffusion.errors import InputError
 from spectral_diffusion.previews import OnPreview, decoded, watching
 from spectral_diffusion.prompt_tokens import tokens_in
 from spectral_diffusion.regional_attention import Layout, confining_gate, regional_attention
-from spectral_diffusion.regions import coverage, shares_at
 
 
 def named_only(adapter: Adapter, prompt: str) -> Adapter:

@@ -18,8 +18,8 @@ from torch import nn
 
 from spectral_diffusion.adapter import Adapter
 from spectral_diffusion.attach import Gate
+from spectral_diffusion.coverage import shares_at
 from spectral_diffusion.cross_attention import cross_attention_layers, own_states
-from spectral_diffusion.regions import shares_at
 
 
 @dataclass(kw_only=True)
@@ -27,7 +27,7 @@ class Layout:
     """Where the regions of one drawing lie, on whatever grid of positions a layer works.
 
     Attributes:
-        shares: `(regions, height, width)` in latent positions, see `regions.coverage`.
+        shares: `(regions, height, width)` in latent positions, see `coverage.coverage`.
         current: the region whose prompt is being read, or None while the whole picture is.
     """
 

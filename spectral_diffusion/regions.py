@@ -1,15 +1,14 @@
-"""Regions: parts of a picture with a prompt of their own, and how much each covers every position."""
+"""Regions: parts of a picture with a prompt of their own, as plain values: nothing here needs the libraries that draw."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.nn.functional as F
+import numpy as np
 from PIL import Image, ImageFilter
 
 from spectral_diffusion.errors import InputError
@@ -58,7 +57,7 @@ class Region:
             raise InputError(f"{where} is empty; its edges are left, top, right, bottom, with left < right and top < bottom.")
         if min(right - left, bottom - top) < LEAST_SIDE:
             raise InputError(f"{where} is too small to draw in; make it at least {LEAST_SIDE:g} wide and high.")
-        if self.mask is not None and _extent(self, 64, 64).max() < LEAST_SHARE:
+        if self.mask is not None and extent(self, 64, 64).max() < LEAST_SHARE:
             raise InputError(f"{where} has a mask with next to nothing white in it; paint a larger part of the box.")
 
 
@@ -170,37 +169,20 @@ def suggest_regions(prompt: str, class_words: Mapping[str, str]) -> tuple[Region
     )
 
 
-def coverage(regions: Sequence[Region], width: int, height: int) -> torch.Tensor:
-    """Return `(regions, height, width)` shares in [0, 1]: how much of each position belongs to each region.
-
-    Later regions lie on top of earlier ones; what the shares leave to 1 belongs to the context.
-    """
-    own = torch.stack([_extent(region, width, height) for region in regions])
-    above = torch.ones(height, width)
-    for index in range(len(regions) - 1, -1, -1):
-        own[index], above = own[index] * above, above * (1 - own[index])
-    return own
-
-
-def _extent(region: Region, width: int, height: int) -> torch.Tensor:
+def extent(region: Region, width: int, height: int) -> np.ndarray:
+    """Return `(height, width)` shares in [0, 1], float32: how far each position lies in `region`, its edges fading out."""
     left, top, right, bottom = region.box
-    extent = _fading(left, right, width)[None, :] * _fading(top, bottom, height)[:, None]
+    box = _fading(left, right, width)[None, :] * _fading(top, bottom, height)[:, None]
     if region.mask is None:
-        return extent
+        return box
     soft = region.mask.convert("L").resize((width, height), Image.Resampling.BILINEAR)
     soft = soft.filter(ImageFilter.GaussianBlur(SOFT_EDGE / 2 * max(width, height)))
-    values = torch.frombuffer(bytearray(soft.tobytes()), dtype=torch.uint8).view(height, width)
-    return extent * values.float() / 255
+    return box * np.asarray(soft, dtype=np.float32) / 255
 
 
-def _fading(start: float, stop: float, count: int) -> torch.Tensor:
+def _fading(start: float, stop: float, count: int) -> np.ndarray:
     """Return `(count,)`: 1 between `start` and `stop`, fading to 0 at these edges except where they are the picture's."""
-    centres = (torch.arange(count) + 0.5) / count
-    rise = torch.ones(count) if start <= 0.0 else ((centres - start) / SOFT_EDGE).clamp(0, 1)
-    fall = torch.ones(count) if stop >= 1.0 else ((stop - centres) / SOFT_EDGE).clamp(0, 1)
+    centres = (np.arange(count, dtype=np.float32) + 0.5) / count
+    rise = np.ones_like(centres) if start <= 0.0 else ((centres - start) / SOFT_EDGE).clip(0, 1)
+    fall = np.ones_like(centres) if stop >= 1.0 else ((stop - centres) / SOFT_EDGE).clip(0, 1)
     return rise * fall
-
-
-def shares_at(shares: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
-    """Return `shares (regions, height, width)` on a grid of `rows x columns` positions."""
-    return F.interpolate(shares[None], size=(rows, columns), mode="area")[0]

@@ -16,6 +16,7 @@ from spectral_diffusion.errors import InputError, PhotoError
 from spectral_diffusion.photos import list_pictures, read_photo, read_photos, require_photos
 from spectral_diffusion.picture_file import OWN_CHUNK
 from spectral_diffusion.prompt_tokens import expand_prompt, tokens_in
+from spectral_diffusion.stages import counted
 from spectral_diffusion.toyworld.judge import Judge, Sighting
 
 __all__ = [
@@ -143,7 +144,7 @@ def _expanded(paths: Sequence[Path]) -> list[Path]:
 def _read_all(paths: Sequence[Path], tokens: Sequence[str], class_words: Mapping[str, str]) -> tuple[list[_Drawn], list[str]]:
     drawn: list[_Drawn] = []
     skipped: list[str] = []
-    for path in paths:
+    for path in counted("reading", "picture", paths):
         try:
             drawn.append(_read(path, tokens, class_words))
         except PhotoError as error:

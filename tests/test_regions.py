@@ -16,13 +16,14 @@ from test_parametrisations import random_adapter
 from spectral_diffusion.adapter import Adapter
 from spectral_diffusion.base import Base
 from spectral_diffusion.cli import main
+from spectral_diffusion.coverage import coverage
 from spectral_diffusion.drawing import Drawing, Picture
 from spectral_diffusion.errors import InputError
 from spectral_diffusion.fusion import fuse
 from spectral_diffusion.generation import generate
 from spectral_diffusion.picture_file import save_picture
 from spectral_diffusion.regional_attention import Layout, confining_gate
-from spectral_diffusion.regions import Region, coverage, parse_region, read_regions, region_record, suggest_regions
+from spectral_diffusion.regions import Region, parse_region, read_regions, region_record, suggest_regions
 
 SELF = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
 WORDS = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k"

@@ -84,3 +84,18 @@ def test_the_command_line_shows_what_takes_long_with_its_remaining_time(
     shown = capsys.readouterr().err
     assert "scenes:  50%" in shown and "photos" not in shown
     assert re.search(r"2/4 \[00:00<00:00, +[\d.]+batch/s\]", shown) and shown.rstrip(" ").endswith("\r")
+
+
+def test_short_stages_that_follow_each_other_are_one_wait(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(displays, "_PATIENCE", 0.1)
+    with closing(displays.StageDisplay()) as display, listening(display.show):
+        for what in ("starting", "loading"):
+            for _ in counted(what, "part", "abc"):
+                time.sleep(0.03)
+        assert re.search(r"loading:  \d\d%", capsys.readouterr().err)
+        time.sleep(0.2)  # a training, whose own bar stood here
+        for _ in counted("spectrum", "part", "abc"):
+            time.sleep(0.001)
+    assert "spectrum" not in capsys.readouterr().err

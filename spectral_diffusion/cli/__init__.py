@@ -61,6 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the words after the program's name; those of this process when missing.
     """
     words = list(sys.argv[1:] if argv is None else argv)
+    display = StageDisplay()  # reading the words takes a second already, where they are checked with torch
     survive_any_encoding()
     with warnings.catch_warnings(), log_lines_on_stderr():
         if "--debug" not in words:
@@ -69,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             arguments = _build_parser(words).parse_args(words)
         except SystemExit as leaving:
             return leaving.code if isinstance(leaving.code, int) else 0
-        return _run(arguments)
+        return _run(arguments, display)
 
 
 def _build_parser(words: Sequence[str]) -> argparse.ArgumentParser:
@@ -91,11 +92,11 @@ def _build_parser(words: Sequence[str]) -> argparse.ArgumentParser:
     return parser
 
 
-def _run(arguments: argparse.Namespace) -> int:
+def _run(arguments: argparse.Namespace, display: StageDisplay) -> int:
     console = Console(json_target=arguments.json)
     try:
         console.check()
-        with closing(StageDisplay()) as display, listening(display.show):
+        with closing(display), listening(display.show):
             return COMMANDS[arguments.command].run(arguments, console)
     except SpectralDiffusionError as error:
         return _fail(str(error), arguments)

@@ -22,7 +22,7 @@ from spectral_diffusion.cli.outputs import check_file
 from spectral_diffusion.files import write_atomically
 from spectral_diffusion.stages import counted
 
-_LIBRARIES = ("torch", "transformers", "diffusers")
+_LIBRARIES = ("torch", "transformers", "torch._dynamo", "diffusers", "peft")
 STDOUT = "-"
 """Given to `--json` for the terminal."""
 

@@ -49,20 +49,28 @@ class CountDisplay:
 
 
 class StageDisplay:
-    """Shows what is prepared or measured as a bar that goes when that is done, if it takes long enough to wonder."""
+    """Shows what is prepared or measured as a bar that goes when it is done, once a terminal was still for long enough to wonder.
+
+    Stages that follow each other at once are one wait: many short ones leave it as still as a long one.
+    """
 
     def __init__(self) -> None:
         self.bar: tqdm | None = None
-        self.began = 0.0
+        self.began = self.heard = self.quiet_since = time.monotonic()
 
     def show(self, what: str, unit: str, done: int, total: int) -> None:
         """Show that `done` of `total` are done; with none done another stage begins."""
+        now = time.monotonic()
+        if done == 0:
+            self.began = now
+            if now - self.heard > _PATIENCE:  # the terminal was another display's meanwhile
+                self.quiet_since = now
+        self.heard = now
         if done == 0 or done == total:
             self.close()
-            self.began = time.monotonic()
-        elif self.bar is None and time.monotonic() - self.began > _PATIENCE:
+        elif self.bar is None and now - self.quiet_since > _PATIENCE:
             self.bar = progress_bar(what, total, unit, stays=False)
-            self.bar.start_t -= time.monotonic() - self.began  # the pace is that from the beginning on
+            self.bar.start_t -= now - self.began  # the pace is that from the beginning on
             self.bar.n = done
             self.bar.refresh()
         elif self.bar is not None:
@@ -73,6 +81,7 @@ class StageDisplay:
         if self.bar is not None:
             self.bar.close()
             self.bar = None
+            self.quiet_since = time.monotonic()
 
 
 class TrainingDisplay:

@@ -71,7 +71,6 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
     references = unique_pairs(arguments.references, "--references")
     if arguments.report is not None:
         check_file(arguments.report, "--report")
-    open_libraries()
     from spectral_diffusion.adapter_file import load_adapter, save_adapter
     from spectral_diffusion.fusion import fuse, trained_apart
 
@@ -100,6 +99,7 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
 
 def _settle(arguments: argparse.Namespace, adapters: list[Adapter], checkpoint: Path) -> list[TrainingResult]:
     """Settle the adapters with a progress bar until the end or Ctrl-C."""
+    open_libraries()
     from spectral_diffusion.training import settle
 
     base = load_chosen_base(arguments)
@@ -111,6 +111,7 @@ def _settle(arguments: argparse.Namespace, adapters: list[Adapter], checkpoint: 
 
 def _report(arguments: argparse.Namespace, fused: Adapter, references: dict[str, str], console: Console) -> dict[str, Any]:
     """Write the report, say the verdicts, and return its figures."""
+    open_libraries()
     from spectral_diffusion.clip_scorer import load_scorer
     from spectral_diffusion.fusion_report import report_fusion, save_report
     from spectral_diffusion.photos import read_photos, require_photos

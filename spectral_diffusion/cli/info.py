@@ -29,7 +29,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, console: Console) -> int:
     """Show the adapter, and how well it fits the base when one is given; of a picture, the settings of its drawing."""
-    open_libraries()
     if arguments.file.suffix.lower() == ".png":
         return _show_picture(arguments.file, console)
     from spectral_diffusion.adapter_file import load_adapter
@@ -39,6 +38,7 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
     data = adapter_data(adapter, arguments.file) | {"band_map": band_map([adapter]).to_json()}
     lines = list(adapter_lines(data))
     if arguments.base is not None:
+        open_libraries()
         data["base"] = _compare(adapter, read_chosen_base(arguments))
         lines += _verdict(data["base"])
     for line in lines:
