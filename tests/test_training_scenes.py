@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFilter
 from short_trainings import SHORT, prepare_less
 
 from spectral_diffusion.bands import Band
-from spectral_diffusion.base import Base
+from spectral_diffusion.base import Base, load_base
 from spectral_diffusion.concept import Concept, Example
 from spectral_diffusion.photos import Photo
 from spectral_diffusion.training import batches, examples, scenes, train
@@ -70,6 +70,12 @@ def test_the_concept_stands_in_its_place_as_it_is_and_the_base_draws_the_rest(
         assert float(moved[is_own].max()) < 1e-5 and float(moved[found.places[number] == 0].median()) > 0.05
         assert float(found.known[number][is_own].min()) == 1 and 0 < float((found.known[number] == 0).float().mean()) < 0.5
     assert len(places) > 3
+
+
+def test_the_embedded_base_draws_around_a_concept_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    fewer(monkeypatch)
+    found = scene_examples(load_base(), thing(), seed=0)
+    assert found is not None and found.latents.isfinite().all()
 
 
 def test_without_a_mask_it_is_shown_by_itself(base: Base) -> None:

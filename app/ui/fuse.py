@@ -121,6 +121,7 @@ def _bands(studio: Studio, names: list[str], strengths: tuple[float, ...]) -> st
     try:
         result = library.map_bands(studio, ordered, strengths[: len(ordered)])
         apart = len(ordered) > 1 and library.trained_apart(studio, ordered)
+        settles = library.needs_settling(studio, ordered)
     except SpectralDiffusionError as error:  # an adapter may be gone or damaged by now
         return markup.refusal(str(error))
     parts = [markup.heading("Band map"), band_map_chart(result)]
@@ -130,7 +131,8 @@ def _bands(studio: Studio, names: list[str], strengths: tuple[float, ...]) -> st
         again = markup.button("retrain", name, f"Train {other} again on a free band")
         parts.append(f'<div class="sd-warning"><p>{markup.text(words)}</p>{again}</div>')
     if apart:
-        words = "These were trained apart and lose identity in one adapter. “Settle” teaches it back, without photos."
+        cure = "“Settle” teaches it back, without photos." if settles else "Trained in one go they would keep it."
+        words = f"These were trained apart and lose identity in one adapter. {cure}"
         parts.append(f'<div class="sd-warning"><p>{markup.text(words)}</p></div>')
     if len(ordered) > 1:
         parts += [markup.heading("Measured cross-talk"), cross_talk_table(result)]

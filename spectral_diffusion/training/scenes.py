@@ -12,10 +12,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoPipelineForInpainting
 from PIL import Image, ImageFilter
 
 from spectral_diffusion.base import Base
@@ -97,29 +98,40 @@ def _begin(example: Example, concept: Concept, things: int, side: int, rng: np.r
 
 def _drawn(base: Base, latents: torch.Tensor, begun: Sequence[_Begun], seed: int) -> torch.Tensor:
     """Return `latents` with everything drawn by the base but what was cut out."""
-    pipeline = AutoPipelineForInpainting.from_pipe(base.pipeline)
-    pipeline.set_progress_bar_config(disable=True)
     drawn = []
     for start in counted("scenes", "batch", range(0, len(begun), base.pictures_at_once)):
         part = slice(start, start + base.pictures_at_once)
-        images = pipeline(
+        known = latents[part].to(base.device, base.pipeline.unet.dtype)
+        noise = torch.randn(known.shape, generator=torch.Generator().manual_seed(seed + start)).to(known)
+        hole = torch.stack([_hole(one.cut, known.shape[-2:]) for one in begun[part]]).to(known)
+        images = base.pipeline(
             **prompts(base, [one.request for one in begun[part]]),
-            image=latents[part],
-            mask_image=[_hole(one.cut, latents.shape[-2:]) for one in begun[part]],
-            masked_image_latents=torch.zeros_like(latents[part]),  # for bases made to fill holes, which none here is
-            strength=1.0,
+            latents=noise,
             num_inference_steps=DRAWING_STEPS,
             guidance_scale=base.guidance,
             height=base.resolution,
             width=base.resolution,
-            generator=torch.Generator().manual_seed(seed + start),
             output_type="latent",
+            callback_on_step_end=partial(_blended, known, noise, hole),
         ).images
         drawn.append(images.float())
     return torch.cat(drawn)
 
 
-def _hole(cut: Image.Image, size: torch.Size) -> Image.Image:
-    """Return white where a latent shows less than a quarter of `cut`, in the picture's size."""
-    small = cut.resize((size[1], size[0]), Image.Resampling.BOX).point(lambda value: 0 if value > 64 else 255)
-    return small.resize(cut.size, Image.Resampling.NEAREST)
+def _blended(
+    known: torch.Tensor, noise: torch.Tensor, hole: torch.Tensor, pipeline: Any, step: int, time: Any, values: dict[str, Any]
+) -> dict[str, Any]:
+    """Put what is `known` around the `hole` of the latents, as noisy as they are after this step.
+
+    The inpainting pipelines do the same, but for latents of four channels only.
+    """
+    scheduler = pipeline.scheduler
+    rest = scheduler.timesteps[step + 1 : step + 2]
+    around = scheduler.add_noise(known, noise, rest) if len(rest) else known
+    return {"latents": torch.lerp(around, values["latents"], hole)}
+
+
+def _hole(cut: Image.Image, size: torch.Size) -> torch.Tensor:
+    """Return `(1, h, w)`, `size` being `(h, w)`: 1 where a latent shows less than a quarter of `cut`, else 0."""
+    small = cut.resize((size[1], size[0]), Image.Resampling.BOX)
+    return torch.from_numpy((np.asarray(small) <= 64)[None])
