@@ -8,7 +8,8 @@ when the judge's strongest sighting in each column of it is the concept that the
   change in its own column only), `sketch` (confined, and following a sketch: the outlines of each concept's mask in one of its
   photos, side by side, as large as the toy world has so many things);
 - how they were trained and joined: `in one go` (all in one go, plain sum) and `LoRA in one go`; and each by itself: `aligned`
-  (spectral, aligned sum), `sum` (spectral, plain sum), `LoRA` (plain sum).
+  (spectral, aligned sum), `settled` (spectral, taught their plain sum in `SETTLING_STEPS`), `sum` (spectral, plain sum),
+  `LoRA` (plain sum).
 
 `speed` is the time of a prompt with three regions over that of the plain prompt, by medians of alternating drawings.
 
@@ -50,7 +51,7 @@ from spectral_diffusion.regions import suggest_regions
 from spectral_diffusion.toyworld.judge import Judge, Sighting, load_judge
 from spectral_diffusion.toyworld.recipe.sketches import silhouettes
 from spectral_diffusion.toyworld.scenes import SCENES
-from spectral_diffusion.training import TrainingSettings, preset, train_together
+from spectral_diffusion.training import TrainingSettings, preset, settle, train_together
 
 GROUPS: dict[str, tuple[tuple[str, ...], ...]] = {
     "two": (("poodle", "black-cat"), ("wizard", "leopard")),
@@ -69,10 +70,12 @@ JOININGS = {
     "in one go": ("additive", True, "sum"),
     "LoRA in one go": ("lora", True, "sum"),
     "aligned": ("additive", False, "aligned"),
+    "settled": ("additive", False, "settled"),
     "sum": ("additive", False, "sum"),
     "LoRA": ("lora", False, "sum"),
 }
-"""Parametrisation, whether all concepts are trained in one go, and method of joining, by the name of the row."""
+"""Parametrisation, whether all concepts are trained in one go, and how they are joined, by the name of the row."""
+SETTLING_STEPS = 200
 SHOWN = 5
 SKETCHED_HEIGHTS = {2: 0.47, 3: 0.35}
 """How high a thing stands in a sketch of two and of three, in parts of the picture."""
@@ -117,6 +120,16 @@ def trained(base: Base, together: bool, settings: TrainingSettings, folder: Path
     return {name: load_adapter(folder / f"{name}.safetensors") for name in CONCEPTS}
 
 
+def settled(base: Base, adapters: dict[str, Adapter], folder: Path) -> dict[str, Adapter]:
+    """Return `adapters` taught their sum, from `folder` where that was done before."""
+    files = {name: folder / f"{name}.safetensors" for name in adapters}
+    if not all(file.exists() for file in files.values()):
+        results = settle(base, list(adapters.values()), steps=SETTLING_STEPS, checkpoint=folder / "checkpoint")
+        for file, result in zip(files.values(), results, strict=True):
+            save_adapter(result.adapter, file)
+    return {name: load_adapter(file) for name, file in files.items()}
+
+
 def sketch(concepts: Sequence[Concept], number: int, side: int) -> Image.Image:
     """Return white lines on black, `side` pixels wide: the outlines of `concepts` from left to right, from the n-th photos."""
     things = Image.new("L", (side, side), 0)
@@ -136,12 +149,12 @@ def draw(
 ) -> None:
     """Draw what is missing of the pictures `numbers` of `names` into `folder`."""
     pair, concepts = None, [load_concept(SAMPLES_FOLDER / name) for name in names]
-    for number in numbers:
+    for turn, number in enumerate(numbers):
         file = folder / f"{number:03d}.png"
         if file.exists():
             continue
         pair = pair or fuse([adapters[name] for name in names], method=method, allow_overlap=True)
-        prompt = f"{listed(pair.tokens)} {list(SCENES)[number % len(SCENES)]}"
+        prompt = f"{listed(pair.tokens)} {list(SCENES)[turn % len(SCENES)]}"
         regions = suggest_regions(prompt, pair.class_words) if WAYS[way]["regional"] else ()
         condition = Condition(image=sketch(concepts, number, base.resolution)) if WAYS[way]["sketched"] else None
         confined = WAYS[way]["confined"]
@@ -207,6 +220,9 @@ def main() -> None:
         own = training_settings(base, options.preset, form, together)
         kept = options.folder / digest([base.fingerprint, asdict(own), together])
         adapters = trained(base, together, own, kept / "adapters")
+        if method == "settled":
+            adapters, method = settled(base, adapters, kept / method), "sum"
+            kept /= "settled"
         pictures: list[Judged] = []
         for turn, names in enumerate(GROUPS[group]):
             folder = kept / f"{method}-{way}" / "+".join(names)

@@ -32,11 +32,13 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Drawing:
-    """What to draw and how; `size`, `(width, height)` in pixels, and `guidance` are the base's own when missing.
+    """What to draw and how; `size`, `(width, height)` in pixels, and `guidance` are the base's own when missing, `confined` suits
+    how the concepts were trained.
 
     Attributes:
         regions: parts of the picture with prompts of their own, later ones on top; `prompt` is read everywhere else.
-        confined: whether a concept that a region names acts in that region only.
+        confined: whether a concept that a region names acts in that region only; when missing it does, unless all that are named
+            learnt together, see `fusion.learnt_together`.
         condition: a sketch or pose that the picture follows.
 
     Raises:
@@ -52,7 +54,7 @@ class Drawing:
     scheduler: str = "DDIM"
     size: tuple[int, int] | None = None
     regions: tuple[Region, ...] = ()
-    confined: bool = True
+    confined: bool | None = None
     condition: Condition | None = None
 
     def __post_init__(self) -> None:
@@ -78,7 +80,7 @@ class Drawing:
 
 @dataclass(frozen=True, kw_only=True)
 class Picture:
-    """A drawn picture with the seed that draws it again and the settings of its drawing, the guidance that it had among them."""
+    """A drawn picture with the seed that draws it again and the settings of its drawing, those that it left open among them."""
 
     image: Image.Image
     seed: int

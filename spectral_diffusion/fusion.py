@@ -18,6 +18,11 @@ def trained_apart(concepts: Sequence[ConceptPart]) -> bool:
     return not all(others >= {concept.token for concept in concepts} for others in among)
 
 
+def learnt_together(concepts: Sequence[ConceptPart]) -> bool:
+    """Tell whether `concepts` are several that learnt beside each other: each has left a part of their pictures to the others."""
+    return len(concepts) > 1 and not trained_apart(concepts)
+
+
 def default_method(concepts: Sequence[ConceptPart]) -> str:
     """Return the method that keeps more identity, see `benchmarks/README.md`.
 

@@ -19,6 +19,7 @@ from spectral_diffusion.conditioning import encode_prompts, pipeline_arguments
 from spectral_diffusion.coverage import coverage, shares_at
 from spectral_diffusion.drawing import SCHEDULERS, Drawing, Picture
 from spectral_diffusion.errors import InputError
+from spectral_diffusion.fusion import learnt_together
 from spectral_diffusion.previews import OnPreview, decoded, watching
 from spectral_diffusion.prompt_tokens import tokens_in
 from spectral_diffusion.regional_attention import Layout, confining_gate, regional_attention
@@ -53,10 +54,10 @@ def generate(
         InputError: a region names a token that the adapter does not have, a weight in a prompt is malformed, or the condition
             does not suit the picture or the base.
     """
-    drawing = drawing if drawing.guidance is not None else replace(drawing, guidance=base.guidance)
     _check_regions(drawing, adapter.tokens if adapter else ())
     if adapter is not None and not whole:
         adapter = named_only(adapter, drawing.words)
+    drawing = _decided(drawing, base, adapter)
     words = {concept.token: concept.words for concept in adapter.concepts} if adapter else {}
     class_words = adapter.class_words if adapter else {}
     places = _places(drawing, tuple(words))
@@ -73,6 +74,15 @@ def generate(
                 on_picture(picture)
                 pictures.append(picture)
     return pictures
+
+
+def _decided(drawing: Drawing, base: Base, adapter: Adapter | None) -> Drawing:
+    """Return `drawing` with what it leaves open."""
+    if drawing.guidance is None:
+        drawing = replace(drawing, guidance=base.guidance)
+    if drawing.confined is None:
+        drawing = replace(drawing, confined=adapter is not None and not learnt_together(adapter.concepts))
+    return drawing
 
 
 def _check_regions(drawing: Drawing, tokens: Sequence[str]) -> None:

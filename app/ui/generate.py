@@ -13,7 +13,7 @@ from app.actions.adapters import adapter_cards, library_class_words
 from app.actions.studio import Studio
 from app.ui import markup
 from app.ui.live import EVENT, Live, attempt, choices, said
-from app.ui.regions import build_regions, show_regions
+from app.ui.regions import ACTING, build_regions, show_regions
 from spectral_diffusion.drawing import SCHEDULERS, Drawing
 from spectral_diffusion.errors import SpectralDiffusionError
 from spectral_diffusion.picture_file import read_drawing
@@ -157,7 +157,7 @@ def read_fields(
     guidance: float,
     size: str,
     regions: tuple[Region, ...],
-    confined: bool,
+    acting: str,
 ) -> Drawing:
     """Return what the fields of a drawing say."""
     return library.drawing_from(
@@ -171,7 +171,7 @@ def read_fields(
             "guidance": float(guidance) or None,
             "size": library.parse_size(size),
             "regions": regions,
-            "confined": confined,
+            "confined": ACTING[acting],
         }
     )
 
@@ -180,7 +180,8 @@ def field_values(drawing: Drawing) -> list[Any]:
     """Return the fields of a drawing, in the order that `read_fields` takes them."""
     size = f"{drawing.size[0]}x{drawing.size[1]}" if drawing.size else ""
     how = [drawing.scheduler, drawing.steps, drawing.guidance or 0, size]
-    return [drawing.prompt, drawing.negative_prompt, drawing.count, drawing.seed, *how, drawing.regions, drawing.confined]
+    acting = next(name for name, confined in ACTING.items() if confined is drawing.confined)
+    return [drawing.prompt, drawing.negative_prompt, drawing.count, drawing.seed, *how, drawing.regions, acting]
 
 
 def _chips(studio: Studio, adapter: str | None) -> str:

@@ -67,8 +67,12 @@ element.addEventListener('keyup', (event) => {
 """JavaScript of the boxes: dragged or moved by arrow keys, resized at the corner or with Shift."""
 
 
-def build_regions(studio: Studio, adapter: Any, prompt: Any) -> tuple[gr.State, gr.Checkbox, tuple[gr.Accordion, gr.HTML]]:
-    """Build the part; return the regions' state, whether concepts are confined, and what `show_regions` fills."""
+ACTING: dict[str, bool | None] = {"as they were trained": None, "in its own box only": True, "everywhere": False}
+"""What `Drawing.confined` is called."""
+
+
+def build_regions(studio: Studio, adapter: Any, prompt: Any) -> tuple[gr.State, gr.Radio, tuple[gr.Accordion, gr.HTML]]:
+    """Build the part; return the regions' state, where each concept acts, and what `show_regions` fills."""
     regions = gr.State(())
     with gr.Accordion("Regions: what stands where", open=False, elem_id="regions") as part:
         gr.Markdown(
@@ -79,8 +83,12 @@ def build_regions(studio: Studio, adapter: Any, prompt: Any) -> tuple[gr.State, 
             suggest = gr.Button("From the prompt", size="sm", min_width=90, elem_id="suggest-regions")
             add = gr.Button("Add a box", size="sm", min_width=90)
             clear = gr.Button("Remove all", size="sm", min_width=90)
-        confined = gr.Checkbox(
-            True, label="Each concept acts in its own box only", info="Keeps two concepts apart; the scene stays the base’s."
+        confined = gr.Radio(
+            list(ACTING),
+            value=next(iter(ACTING)),
+            label="Each concept acts",
+            info="In its box alone the others cannot touch it; concepts trained in one go have learnt to share the picture.",
+            elem_id="confined",
         )
     outputs = [regions, board]
 

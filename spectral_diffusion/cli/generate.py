@@ -43,7 +43,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--regions", metavar="FILE", help="a JSON list of regions; 'auto' gives each token of the prompt a column of its own"
     )
     parser.add_argument(
-        "--confined", action=argparse.BooleanOptionalAction, help="let each concept act in its own regions only (default: yes)"
+        "--confined",
+        action=argparse.BooleanOptionalAction,
+        help="let each concept act in its own regions only (default: unless they were trained in one go)",
     )
     parser.add_argument("--condition", type=Path, metavar="FILE", help="a sketch or pose that the picture follows")
     parser.add_argument("--condition-photo", action="store_true", help="it is a photo or drawing: trace the sketch from it")
