@@ -5,8 +5,8 @@ when the judge's strongest sighting in each column of it is the concept that the
 
 - how many concepts, and whether two of them have the same class word;
 - how they are drawn: `prompt` (the plain prompt), `regions` (a column for each, `--regions auto`), `confined` (each concept's
-  change in its own column only), `sketch` (confined, and following a sketch: the outlines of each concept's mask in one of its
-  photos, side by side, as large as the toy world has so many things);
+  change in its own column only), `sketch` (a column for each, confined or not as is the default, and following a sketch: the
+  outlines of each concept's mask in one of its photos, side by side, as large as the toy world has so many things);
 - how they were trained and joined: `in one go` (all in one go, plain sum) and `LoRA in one go`; and each by itself: `aligned`
   (spectral, aligned sum), `settled` (spectral, taught their plain sum in `SETTLING_STEPS`), `sum` (spectral, plain sum),
   `LoRA` (plain sum).
@@ -60,11 +60,11 @@ GROUPS: dict[str, tuple[tuple[str, ...], ...]] = {
     "three, two of one class": (("poodle", "black-cat", "service-dog"), ("leopard", "black-cat", "wizard")),
 }
 CONCEPTS = tuple(dict.fromkeys(name for groups in GROUPS.values() for names in groups for name in names))
-WAYS: dict[str, dict[str, bool]] = {
+WAYS: dict[str, dict[str, bool | None]] = {
     "prompt": {"regional": False, "confined": False, "sketched": False},
     "regions": {"regional": True, "confined": False, "sketched": False},
     "confined": {"regional": True, "confined": True, "sketched": False},
-    "sketch": {"regional": True, "confined": True, "sketched": True},
+    "sketch": {"regional": True, "confined": None, "sketched": True},
 }
 JOININGS = {
     "in one go": ("additive", True, "sum"),

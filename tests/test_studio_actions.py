@@ -88,7 +88,8 @@ def test_regions_are_changed_one_step_at_a_time_and_reach_the_picture(tiny_studi
 
     def look(context: TaskContext, **event: object) -> None:
         report(context, **event)
-        seen.append(forming(tiny_studio))
+        if "stage" not in event:
+            seen.append(forming(tiny_studio))
 
     drawing = drawing_from({"prompt": "a lake", "steps": 4, "seed": 3, "regions": removed(regions, 0)})
     generate(tiny_studio, None, drawing)
@@ -246,7 +247,7 @@ def test_concepts_are_trained_in_one_go_and_longer(tiny_studio: Studio, photo_fo
     (job,) = (job for job in studio.jobs.jobs() if job.kind == "report")
     assert job.state is State.DONE and len(job.result["verdicts"]) == 2, job.reason
     assert (page := report_file(studio, pair)) is not None and "&lt;one&gt;" in page.read_text(encoding="utf-8")
-    assert studio.jobs.progress(job.name)[-1] == {"done": 24, "total": 24}
+    assert {"done": 24, "total": 24} in studio.jobs.progress(job.name)
     os.utime(pair.path)  # as when another adapter is fused under the name
     assert report_file(studio, pair) is None
     report(studio, pair.name)
