@@ -38,7 +38,7 @@ class Drawing:
     Attributes:
         regions: parts of the picture with prompts of their own, later ones on top; `prompt` is read everywhere else.
         confined: whether a concept that a region names acts in that region only; when missing it does, unless all that are named
-            learnt together, see `fusion.learnt_together`.
+            learnt from pictures of each other, see `fusion.shown_together`.
         condition: a sketch or pose that the picture follows.
 
     Raises:

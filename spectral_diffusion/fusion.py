@@ -18,9 +18,10 @@ def trained_apart(concepts: Sequence[ConceptPart]) -> bool:
     return not all(others >= {concept.token for concept in concepts} for others in among)
 
 
-def learnt_together(concepts: Sequence[ConceptPart]) -> bool:
-    """Tell whether `concepts` are several that learnt beside each other: each has left a part of their pictures to the others."""
-    return len(concepts) > 1 and not trained_apart(concepts)
+def shown_together(concepts: Sequence[ConceptPart]) -> bool:
+    """Tell whether `concepts` are several that learnt from pictures of each other: each leaves a part of these to the others."""
+    mixed = all(concept.settings.get("mixing", 0.0) > 0 for concept in concepts)
+    return len(concepts) > 1 and mixed and not trained_apart(concepts)
 
 
 def default_method(concepts: Sequence[ConceptPart]) -> str:

@@ -19,7 +19,7 @@ from spectral_diffusion.conditioning import encode_prompts, pipeline_arguments
 from spectral_diffusion.coverage import coverage, shares_at
 from spectral_diffusion.drawing import SCHEDULERS, Drawing, Picture
 from spectral_diffusion.errors import InputError
-from spectral_diffusion.fusion import learnt_together
+from spectral_diffusion.fusion import shown_together
 from spectral_diffusion.previews import OnPreview, decoded, watching
 from spectral_diffusion.prompt_tokens import tokens_in
 from spectral_diffusion.regional_attention import Layout, confining_gate, regional_attention
@@ -81,7 +81,7 @@ def _decided(drawing: Drawing, base: Base, adapter: Adapter | None) -> Drawing:
     if drawing.guidance is None:
         drawing = replace(drawing, guidance=base.guidance)
     if drawing.confined is None:
-        drawing = replace(drawing, confined=adapter is not None and not learnt_together(adapter.concepts))
+        drawing = replace(drawing, confined=adapter is not None and not shown_together(adapter.concepts))
     return drawing
 
 

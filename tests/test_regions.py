@@ -148,17 +148,20 @@ def test_confined_over_the_whole_picture_is_the_adapter_itself(base: Base, pair:
     assert np.abs(pixels(free) - pixels(confined)).max() <= 1
 
 
-def test_concepts_that_learnt_together_act_everywhere_and_others_in_their_regions(base: Base, pair: Adapter) -> None:
+def test_concepts_shown_beside_each_other_act_everywhere_and_others_in_their_regions(base: Base, pair: Adapter) -> None:
     regions = (Region(prompt="<V1>", box=LEFT), Region(prompt="<V2>", box=RIGHT))
-    acquainted = replace(
-        pair,
-        concepts=tuple(replace(concept, settings={**concept.settings, "among": ["<V1>", "<V2>"]}) for concept in pair.concepts),
-    )
-    for adapter, confined in ((pair, True), (acquainted, False)):
+
+    def trained(**settings: object) -> Adapter:
+        return replace(
+            pair, concepts=tuple(replace(concept, settings={**concept.settings, **settings}) for concept in pair.concepts)
+        )
+
+    shown, settled = (trained(among=["<V1>", "<V2>"], mixing=mixing) for mixing in (0.3, 0.0))
+    for adapter, confined in ((pair, True), (trained(mixing=0.3), True), (settled, True), (shown, False)):
         left_open, said = (draw(base, adapter, regions=regions, confined=value) for value in (None, confined))
         assert left_open.drawing.confined is confined
         assert np.array_equal(pixels(left_open), pixels(said))
-    assert draw(base, acquainted, regions=regions[:1]).drawing.confined  # <V1> alone has nobody to leave a part to
+    assert draw(base, shown, regions=regions[:1]).drawing.confined  # <V1> alone has nobody to leave a part to
 
 
 def test_everything_is_taken_off_after_an_error(base: Base, pair: Adapter) -> None:

@@ -63,7 +63,7 @@ def test_the_sum_comes_nearer_to_what_each_gave_alone(base: Base, apart: list[Ad
     assert strayed(base, apart, fused) < 0.7 * plain
     for one, other in zip(apart, settled, strict=True):
         assert other.tokens == one.tokens and other.concepts[0].band == one.concepts[0].band
-        assert other.concepts[0].settings["steps_done"] == 42
+        assert (other.concepts[0].settings["steps_done"], other.concepts[0].settings["mixing"]) == (42, 0)
         alone = (answer(base, one, one.tokens[0]) - answer(base, other, one.tokens[0])).norm().item()
         assert alone < 0.5 * plain  # each by itself stays much as it was
 

@@ -117,4 +117,4 @@ def _settings(part: ConceptPart, steps: int) -> TrainingSettings:
         field.name: part.settings[field.name] for field in fields(TrainingSettings) if field.name in part.settings
     }
     known["layers"] = tuple(known.get("layers", TrainingSettings().layers))
-    return replace(TrainingSettings(**known), steps=steps, presence=PRESENCE, attention=0.0, sample_every=0)
+    return replace(TrainingSettings(**known), steps=steps, presence=PRESENCE, mixing=0.0, attention=0.0, sample_every=0)
