@@ -142,6 +142,9 @@ def test_from_photos_to_a_file_that_diffusers_loads(tiny_studio: Studio, photo_f
     assert map_bands(studio, adapters, [1.0, 0.0]).cross_talk[0][1] == 0.0
 
     assert needs_settling(studio, adapters) and not needs_settling(studio, adapters[:1])
+    both = drawing_from({"prompt": "<one> and <two>", "count": 2, "steps": 1, "seed": 7})
+    with pytest.raises(InputError, match="The chosen adapter has no <two>; fuse <one> and <two> first"):
+        generate(studio, adapters[0], both)
     fuse(studio, adapters, [1.0, 0.5], title="My pair!", settle=2)
     work(studio)
     pair = next(card for card in adapter_cards(studio) if card.name.startswith("fused/"))
@@ -154,7 +157,9 @@ def test_from_photos_to_a_file_that_diffusers_loads(tiny_studio: Studio, photo_f
     with pytest.raises(InputError, match="'My_pair' already"):
         fuse(studio, adapters, [1.0, 1.0], title="My pair!")
 
-    generate(studio, pair.name, drawing_from({"prompt": "<one> and <two>", "count": 2, "steps": 1, "seed": 7}))
+    with pytest.raises(InputError, match=r"has no <one>; choose 'My_pair \(<one> \+ <two>\)'"):
+        generate(studio, adapters[1], both)
+    generate(studio, pair.name, both)
     axes = Axis.parse("seed", ["1", "2"]), Axis.parse("adapter", ["My_pair", "none"])
     compare(studio, [pair.name], Drawing(prompt="<one> near a lake", steps=1), *axes)
     export(studio, pair.name)

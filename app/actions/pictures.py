@@ -11,14 +11,14 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from app.actions.adapters import adapter_path
+from app.actions.adapters import adapter_cards, adapter_path
 from app.actions.studio import Studio
 from app.jobs import State
 from spectral_diffusion.axis import MOST_PICTURES, Axis
 from spectral_diffusion.condition_picture import Condition, condition_from_record, condition_record, read_condition
 from spectral_diffusion.drawing import Drawing, random_seed
 from spectral_diffusion.errors import InputError
-from spectral_diffusion.prompt_tokens import tokens_in
+from spectral_diffusion.prompt_tokens import listed, tokens_in
 from spectral_diffusion.regions import region_from_record, region_record
 
 SORTS = ("newest", "text score", "likeness")
@@ -111,12 +111,24 @@ def generate(studio: Studio, adapter: str | None, drawing: Drawing, *, whole: bo
     """Queue a generation with the adapter called `adapter` (None: the bare base) and return the job's name.
 
     Raises:
-        InputError: there is no such adapter.
+        InputError: there is no such adapter, or the drawing names a concept of the library that it does not have.
     """
     if adapter is not None:
         adapter_path(studio, adapter)
+        _check_named(studio, adapter, drawing)
     arguments = {"adapter": adapter, "drawing": drawing_record(drawing), "whole": whole, "settings": asdict(studio.settings)}
     return studio.jobs.submit("generate", f"Draw {drawing.prompt[:60]}", arguments)
+
+
+def _check_named(studio: Studio, name: str, drawing: Drawing) -> None:
+    cards = adapter_cards(studio)
+    having = {card.name: card.tokens for card in cards}.get(name, ())
+    marked = [token for card in cards for token in card.tokens if token.startswith("<")]  # others may be parts of plain words
+    named = tokens_in(drawing.words, marked)
+    if missing := [token for token in named if token not in having]:
+        whole = next((card.label for card in cards if {*named} <= {*card.tokens}), None)
+        remedy = f"choose '{whole}'" if whole else f"fuse {listed(named)} first"
+        raise InputError(f"The chosen adapter has no {listed(missing)}; {remedy}.")
 
 
 def compare(studio: Studio, adapters: Sequence[str], drawing: Drawing, x: Axis, y: Axis) -> str:
