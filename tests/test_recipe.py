@@ -20,7 +20,7 @@ from spectral_diffusion.toyworld.characters import (
     HELD_OUT_CHARACTERS,
     SAMPLE_CONCEPTS,
 )
-from spectral_diffusion.toyworld.recipe.autoencoder import encode_all, refine_decoder, train_autoencoder
+from spectral_diffusion.toyworld.recipe.autoencoder import encode_all, train_autoencoder
 from spectral_diffusion.toyworld.recipe.denoiser import assemble, build_text_encoder, build_unet, train_denoiser
 from spectral_diffusion.toyworld.recipe.pictures import PictureSet, is_reserved, load_or_render
 from spectral_diffusion.toyworld.recipe.sharpening import build_critic, draw_own, opposed, sharpen_decoder
@@ -71,7 +71,6 @@ def test_all_stages_run_and_make_a_base_that_draws(pictures: PictureSet, tmp_pat
     train_denoiser(tmp_path, pictures, latents, pipeline, 2, 2)
     encoder = {name: value.clone() for name, value in autoencoder.encoder.state_dict().items()}
     make_sketch_adapter(tmp_path, pictures, latents, pipeline, 2, 2, folder=tmp_path / "sketch-adapter")
-    refine_decoder(tmp_path, autoencoder, (pictures,), 2, 2, CPU)
     own = draw_own(pipeline, pictures, tmp_path / "own.npy", 3)
     assert own.shape == (3, 8, 16, 16) and own.std() > 0
     sharpen_decoder(tmp_path, autoencoder, (pictures,), own, 2, 2, CPU)

@@ -13,7 +13,7 @@ import torch
 
 from spectral_diffusion.base import EMBEDDED_BASE, load_base
 from spectral_diffusion.concept import SAMPLES_FOLDER
-from spectral_diffusion.toyworld.recipe.autoencoder import encode_all, refine_decoder, train_autoencoder
+from spectral_diffusion.toyworld.recipe.autoencoder import encode_all, train_autoencoder
 from spectral_diffusion.toyworld.recipe.clip import make_clip
 from spectral_diffusion.toyworld.recipe.concepts import render_sample_concepts
 from spectral_diffusion.toyworld.recipe.denoiser import assemble, build_text_encoder, build_unet, train_denoiser
@@ -39,8 +39,7 @@ def main() -> None:
     )
     parser.add_argument("--autoencoder-steps", type=int, default=3000, help="steps of 8 pictures for the autoencoder")
     parser.add_argument("--denoiser-steps", type=int, default=12_000, help="steps of 32 latents for text encoder and UNet")
-    parser.add_argument("--decoder-steps", type=int, default=3000, help="steps of 8 pictures for the decoder alone")
-    parser.add_argument("--sharpening-steps", type=int, default=1500, help="steps of 4 pictures and 4 drawings against a critic")
+    parser.add_argument("--sharpening-steps", type=int, default=1000, help="steps of 4 pictures and 4 drawings against a critic")
     parser.add_argument("--sketch-steps", type=int, default=3000, help="steps of 32 latents for the sketch adapter")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
@@ -50,7 +49,6 @@ def main() -> None:
         improve=options.improve,
         autoencoder_steps=options.autoencoder_steps,
         denoiser_steps=options.denoiser_steps,
-        decoder_steps=options.decoder_steps,
         sharpening_steps=options.sharpening_steps,
         sketch_steps=options.sketch_steps,
     )
@@ -63,7 +61,6 @@ def build(
     improve: bool,
     autoencoder_steps: int,
     denoiser_steps: int,
-    decoder_steps: int,
     sharpening_steps: int,
     sketch_steps: int,
 ) -> None:
@@ -80,7 +77,6 @@ def build(
     unet = shipped.unet if shipped else build_unet()
     pipeline = assemble(autoencoder, text_encoder, tokenizer, unet)
     train_denoiser(work, pictures, latents, pipeline, denoiser_steps, 32)
-    refine_decoder(work, autoencoder, (pictures, colourful), decoder_steps, 8, device)
     own = draw_own(pipeline, pictures, work / "own-latents.npy")
     sharpen_decoder(work, autoencoder, (pictures, colourful), own, sharpening_steps, 4, device)
     make_sketch_adapter(work, pictures, latents, pipeline, sketch_steps, 32)

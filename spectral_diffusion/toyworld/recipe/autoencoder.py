@@ -77,32 +77,6 @@ def train_autoencoder(
     return autoencoder.eval().requires_grad_(False)
 
 
-def refine_decoder(
-    folder: Path, autoencoder: AutoencoderKL, pictures: Sequence[PictureSet], steps: int, batch: int, device: torch.device
-) -> AutoencoderKL:
-    """Train the decoder on with the encoder frozen: the latents, and so the denoiser, stay as they are.
-
-    All of `pictures` are shown in turn, as many of each set. At the end the decoder holds its averaged weights.
-    """
-    autoencoder.decoder.requires_grad_(True)
-    autoencoder.post_quant_conv.requires_grad_(True)
-
-    def loss_of_step(step: int, generator: torch.Generator) -> torch.Tensor:
-        pixels = to_tensor(some_of(pictures[step % len(pictures)], batch, generator), device)
-        with torch.no_grad():
-            posterior = autoencoder.encode(pixels).latent_dist
-            noise = torch.randn(posterior.mean.shape, generator=generator).to(device)
-            latents = posterior.mean + posterior.std * noise
-        return reconstruction_loss(autoencoder.decode(latents).sample, pixels)
-
-    def sheet(step: int) -> None:
-        save_reconstructions(autoencoder, pictures[0].pixels[:12], folder / "sheets" / f"decoder-{step:06d}.png", device)
-
-    models = {"decoder": autoencoder.decoder, "post_quant_conv": autoencoder.post_quant_conv}
-    train_stage(folder, "decoder", models, loss_of_step, steps=steps, peak_rate=1e-3, ema_decay=0.995, every=sheet)
-    return autoencoder.eval().requires_grad_(False)
-
-
 def some_of(pictures: PictureSet, count: int, generator: torch.Generator) -> np.ndarray:
     chosen = torch.randint(len(pictures.pixels), (count,), generator=generator).sort().values.numpy()
     return pictures.pixels[chosen]

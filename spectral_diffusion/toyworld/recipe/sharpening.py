@@ -104,7 +104,7 @@ def sharpen_decoder(
     batch: int,
     device: torch.device,
 ) -> AutoencoderKL:
-    """Train the decoder on, as `refine_decoder` does, and against a critic; the latents stay as they are.
+    """Train the decoder on, and against a critic; the encoder is frozen: the latents, and so the denoiser, stay as they are.
 
     Args:
         pictures: shown in turn, `batch` a step.
