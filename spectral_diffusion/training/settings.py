@@ -149,7 +149,7 @@ _EMBEDDED = replace(
     isolation=4,
     background=1.0,
     scenes=0.35,
-    mixing=0.3,
+    mixing=0.45,
     layers=(*ATTENTION_LAYERS, *FEED_FORWARD_LAYERS, *CONVOLUTION_LAYERS),
 )
 _IN_ONE_GO = {
