@@ -16,7 +16,7 @@ from shared_bases import shared_base
 from short_trainings import prepare_less
 
 from benchmarks.lab import bench as lab
-from benchmarks.lab import language, theory
+from benchmarks.lab import cost, language, theory
 from benchmarks.lab.__main__ import main
 from benchmarks.lab.record import Postponed, perform, source
 from benchmarks.lab.workshop import Workshop
@@ -41,6 +41,13 @@ QUICK = {
         },
         "training": {"budget": 600, "steps": 10, "sweep_steps": 2, "checks": 1},
         "methods": {method: [0.01] for method in ("full", "additive", "rotational", "lora", "dora", "adalora", "oft")},
+    },
+    "cost": {
+        "concepts": ["black-cat", "poodle"],
+        "steps": 3,
+        "fusers": ["sum", "aligned"],
+        "fused": {"parametrisation": "additive", "rank": 2, "steps": 2, "batch": 1},
+        "methods": {name: {"rank": 2, "batch": 1, "inertness": 0.0, "scenes": 0.0} for name in ("lora", "additive")},
     },
     "fusion": {
         "concepts": ["black-cat", "poodle"],
@@ -188,6 +195,12 @@ def test_the_language_model_reads_from_left_to_right_and_learns() -> None:
     torch.testing.assert_close(model(ids)[:, :5], model(later)[:, :5])
     assert not torch.allclose(model(ids)[:, 5:], model(later)[:, 5:])
     assert len(language.sources()) > 1e6 and len(language.prose()) > 1e5
+
+
+def test_a_form_whose_training_ends_early_is_named(tmp_path: Path) -> None:
+    case = {"kind": "train", "concept": "poodle", "steps": 3, "methods": {"the form": {"parametrisation": "nonsense"}}}
+    with pytest.raises(RuntimeError, match="the training of the form ended early"):
+        cost.measure(case, Workshop(tmp_path))
 
 
 def test_the_words_of_the_command_are_checked(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,7 @@
 """What each method costs: a training step, peak memory, the file, the singular value decompositions, and joining.
 
-Every parametrisation is measured in a process of its own, so that one's peak memory is not another's. Times on a CPU are given
-as ratios to LoRA.
+Every parametrisation trains in a process of its own, so that one's peak memory is not another's, and they make their steps in
+turn, so that a machine whose speed drifts slows all alike. Times on a CPU are given as ratios.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import pairwise
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -31,10 +32,9 @@ from spectral_diffusion.training import TrainingProgress, train
 
 
 def cases(config: dict[str, Any]) -> Iterator[Case]:
-    """Yield every parametrisation, the decompositions, and every fuser."""
-    for method, settings in config["methods"].items():
-        chosen = {"parametrisation": method, "steps": config["steps"]} | settings
-        yield {"name": f"train {method}", "kind": "train", "method": method, "settings": chosen, "concept": config["concepts"][0]}
+    """Yield the parametrisations, as one, the decompositions, and every fuser."""
+    chosen = {method: {"parametrisation": method} | settings for method, settings in config["methods"].items()}
+    yield {"name": "training", "kind": "train", "methods": chosen, "steps": config["steps"], "concept": config["concepts"][0]}
     yield {"name": "singular value decompositions", "kind": "svd"}
     for fuser in config["fusers"]:
         yield {
@@ -54,8 +54,7 @@ def measure(case: Case, workshop: Workshop) -> dict[str, Any]:
     if case["kind"] == "fuse":
         adapters = [workshop.adapter(name, slot, case["settings"]) for slot, name in enumerate(case["concepts"])]
         return {"seconds": _timed(lambda: fuse(adapters, method=case["method"]).deltas())}
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_train, (case, Workshop(workshop.adapters)))
+    return _train_in_turn(case, workshop)
 
 
 def _timed(work: Any) -> float:
@@ -64,36 +63,69 @@ def _timed(work: Any) -> float:
     return time.perf_counter() - started
 
 
-def _train(case: Case, workshop: Workshop) -> dict[str, Any]:
+def _train_in_turn(case: Case, workshop: Workshop) -> dict[str, Any]:
+    """Return the figures of every method; the next step of each, round by round.
+
+    Raises:
+        RuntimeError: a method's process ended early.
+    """
+    spawning = multiprocessing.get_context("spawn")
+    processes: list[BaseProcess] = []
+    runs: dict[str, Connection] = {}
+    steps: dict[str, list[float]] = {}
+    results: dict[str, dict[str, Any]] = {}
+    try:
+        for method, settings in case["methods"].items():
+            runs[method], theirs = spawning.Pipe()
+            arguments = (case["concept"], settings | {"steps": case["steps"]}, workshop.adapters, theirs)
+            processes.append(spawning.Process(target=_train, args=arguments, daemon=True))
+            processes[-1].start()
+            theirs.close()
+            steps[method] = [runs[method].recv()]
+        while len(results) < len(runs):
+            for method, run in runs.items():
+                run.send("your turn")
+                answer = run.recv()
+                if isinstance(answer, dict):
+                    results[method] = answer | {"step_seconds": median(steps[method][1:])}  # the first one warms up
+                else:
+                    steps[method].append(answer)
+    except EOFError as error:
+        raise RuntimeError(f"the training of {method} ended early") from error
+    finally:
+        for process in processes:
+            process.terminate()
+    return results
+
+
+def _train(concept: str, changes: dict[str, Any], adapters: Path, turns: Connection) -> None:
+    """Train; after every step send its seconds and wait for the next turn, at last send what was needed."""
     import resource  # not on Windows
 
-    settings, times = workshop.settings(case["settings"]), [time.perf_counter()]
+    workshop, started = Workshop(adapters), time.perf_counter()
+    settings = workshop.settings(changes)
 
-    def note(progress: TrainingProgress) -> None:
-        times.append(time.perf_counter())
+    def take_turns(progress: TrainingProgress) -> None:
+        nonlocal started
+        turns.send(time.perf_counter() - started)
+        turns.recv()
+        started = time.perf_counter()
 
-    result = train(
-        workshop.base, workshop.concept(case["concept"]), Band(start=0, rank=settings.rank), settings, on_progress=note
-    )
-    steps = [after - before for before, after in pairwise(times[1:])]
+    band = Band(start=0, rank=settings.rank)
+    adapter = train(workshop.base, workshop.concept(concept), band, settings, on_progress=take_turns).adapter
+    (part,) = adapter.concepts
     on_gpu = workshop.base.device.type == "cuda"
     peak = torch.cuda.max_memory_allocated() if on_gpu else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "adapter.safetensors"
-        (part,) = result.adapter.concepts
-        save_adapter(replace(result.adapter, concepts=(replace(part, activations={}),)), path)
-        size = path.stat().st_size
-    return {
-        "step_seconds": median(steps),
-        "peak_bytes": peak,
-        "file_bytes": size,
-        "parameters": part.parameters(),
-    }
+        save_adapter(replace(adapter, concepts=(replace(part, activations={}),)), path)
+        turns.send({"peak_bytes": peak, "file_bytes": path.stat().st_size, "parameters": part.parameters()})
 
 
 def show(records: Sequence[Record]) -> tuple[dict[str, Figure], str]:
     """Return step times relative to LoRA and the tables."""
-    trained = {r["case"]["method"]: r["result"] for r in records if r["case"]["kind"] == "train"}
+    trained = next((r["result"] for r in records if r["case"]["kind"] == "train"), {})
+    decomposing = next((r["result"]["seconds"] for r in records if r["case"]["kind"] == "svd"), None)
     fused = {r["case"]["method"]: r["result"]["seconds"] for r in records if r["case"]["kind"] == "fuse"}
     figures, table = {}, ""
     if "lora" in trained:
@@ -111,6 +143,8 @@ def show(records: Sequence[Record]) -> tuple[dict[str, Figure], str]:
         ]
         header = ["parametrisation", "trained numbers", "step, LoRA = 1", "peak memory, LoRA = 1", "file without measured inputs"]
         table += markdown(header, rows)
+        if decomposing is not None:
+            table += f"\nDecomposing all layers takes {decomposing / trained['lora']['step_seconds']:.1f} steps of LoRA.\n"
     if "sum" in fused:
         rows = [[method, f"{seconds / fused['sum']:.1f}"] for method, seconds in fused.items()]
         table += "\n" + markdown(["method", "time to join, plain sum = 1"], rows)
