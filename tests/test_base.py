@@ -171,3 +171,17 @@ def test_a_stopped_training_of_sdxl_goes_on_where_it_was(
     )
     assert not stopped.finished
     assert_bit_equal(train(base, concept, BAND, settings, checkpoint=state).adapter, trained("sdxl"))
+
+
+def test_the_embedded_base_computes_with_one_thread_and_others_with_all(
+    narrow_bases: dict[str, NarrowBase], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("spectral_diffusion.base._THREADS", 2)
+    threads = torch.get_num_threads()
+    try:
+        load_base(narrow_bases["sd1"].folder, device="cpu")
+        assert torch.get_num_threads() == 2
+        load_base(device="cpu")
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(threads)

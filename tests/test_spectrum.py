@@ -189,10 +189,14 @@ def test_of_two_processes_at_once_one_computes_and_one_waits(
 
 def test_layers_side_by_side_come_in_order_and_leave_the_threads_as_they_were() -> None:
     weights = [torch.randn(12 + number, 9, generator=torch.Generator().manual_seed(number)) for number in range(7)]
-    threads = torch.get_num_threads()
-    for weight, found in zip(weights, spectra(weights), strict=True):
-        torch.testing.assert_close(found.U * found.s @ found.V.T, weight)
-    assert torch.get_num_threads() == _threads_of_another() == threads
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        for weight, found in zip(weights, spectra(weights), strict=True):
+            torch.testing.assert_close(found.U * found.s @ found.V.T, weight)
+        assert torch.get_num_threads() == _threads_of_another() == 3
+    finally:
+        torch.set_num_threads(before)
 
 
 def _threads_of_another() -> int:

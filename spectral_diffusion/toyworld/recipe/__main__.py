@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from spectral_diffusion.base import EMBEDDED_BASE, load_base
+from spectral_diffusion.base import EMBEDDED_BASE, read_base
 from spectral_diffusion.concept import SAMPLES_FOLDER
 from spectral_diffusion.toyworld.recipe.autoencoder import encode_all, train_autoencoder
 from spectral_diffusion.toyworld.recipe.clip import make_clip
@@ -67,7 +67,7 @@ def build(
     """Render the toy world and train everything from it, in order; what is finished is not done again."""
     sprites = fetch_sprites(work / "sprites")
     tokenizer = build_tokenizer(EMBEDDED_BASE / "tokenizer")
-    shipped = load_base(device=str(device), precision=torch.float32).pipeline if improve else None
+    shipped = read_base().pipeline.to(device, torch.float32) if improve else None
     colourful = load_or_render(work, "autoencoder-pictures", 6000, sprites, seed=10, held_out=False, tints=True)
     pictures = load_or_render(work, "base-pictures", PICTURES, sprites, seed=14, held_out=False, tints=False)
     autoencoder = shipped.vae if shipped else train_autoencoder(work, (pictures, colourful), autoencoder_steps, 8, device)
@@ -81,7 +81,7 @@ def build(
     sharpen_decoder(work, autoencoder, (pictures, colourful), own, sharpening_steps, 4, device)
     make_sketch_adapter(work, pictures, latents, pipeline, sketch_steps, 32)
     pipeline.to("cpu", torch.float16).save_pretrained(EMBEDDED_BASE)
-    finished = load_base(device=str(device)).pipeline.vae
+    finished = read_base().pipeline.vae.to(device, torch.float32)
     make_judge(work, sprites, finished, device)
     make_clip(work, sprites, finished, tokenizer, device)
     render_sample_concepts(SAMPLES_FOLDER, sprites)
