@@ -10,8 +10,9 @@ depend on the values. On the same layers, interleaved round by round in one proc
 `kept_bytes` is what a forward pass keeps for the backward pass, counted tensor by tensor, so without noise; on a GPU
 `peak_bytes` is the allocator's peak of a whole step. Seconds are of the clock on a GPU, else of all cores together.
 
-Also measured: several concepts in one pass over one after the other, a UNet pass with eight concepts folded in over the bare
-one, the folding itself (attaching, or switching strengths), and the spectrum of all adapted layers.
+Also measured: several concepts in one pass over one after the other, how much of the rate of a large matrix product the additive
+step reaches, a UNet pass with eight concepts folded in over the bare one, the folding itself (attaching, or switching
+strengths), and the spectrum of all adapted layers.
 
 Without a GPU: 256 pixels, batch 1, rank 8. With one: 512 pixels, bfloat16, batch 1, 4, 8, rank 4, 8, 32, each without and with
 gradient checkpointing.
@@ -36,6 +37,7 @@ from accelerate import init_empty_weights
 from diffusers import UNet2DConditionModel
 from safetensors.torch import save_file
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from benchmarks.step_methods import METHODS, Method, Models, spectral
@@ -48,6 +50,8 @@ from spectral_diffusion.training.memory import checkpointing
 
 CONCEPTS = 4
 """Concepts that are trained together."""
+LARGE = {"cpu": 2048, "cuda": 8192}
+"""Side of the matrices by whose product a device's rate is measured."""
 
 
 def random_models(width: float, device: torch.device, dtype: torch.dtype) -> Models:
@@ -202,6 +206,21 @@ def measure_together(models: Models, rank: int, count: int, side: int, rounds: i
     return {"concepts": CONCEPTS, "batch_each": count, "together_over_alone": round(together / (CONCEPTS * alone), 3)}
 
 
+def measure_utilisation(models: Models, rank: int, count: int, side: int, rounds: int) -> dict[str, Any]:
+    """Return the operations per second of the additive step, and of the product of two large square matrices."""
+    with spectral("additive")(models, rank) as method:
+        step = Stepper(models, method, random_batch(models, count, side))
+        step()
+        with FlopCounterMode(display=False) as counter:
+            step()
+        seconds = median(seconds_of(step) for _ in range(rounds))
+    weight = next(models.unet.parameters())
+    matrix = torch.randn(*[LARGE[weight.device.type]] * 2, dtype=weight.dtype, device=weight.device)
+    product = median([seconds_of(lambda: matrix @ matrix) for _ in range(rounds + 1)][1:])
+    rate, most = counter.get_total_flops() / seconds, 2 * len(matrix) ** 3 / product
+    return {"batch": count, "operations_per_second": rate, "of_a_matrix_product": most, "utilisation": round(rate / most, 3)}
+
+
 @torch.no_grad()
 def measure_drawing(models: Models, rank: int, side: int, rounds: int) -> dict[str, Any]:
     """Return a UNet pass of a guidance pair with eight folded concepts over a bare one, and the seconds of folding."""
@@ -256,7 +275,7 @@ def lines(result: dict[str, Any]) -> list[str]:
             time_columns = f"{row['seconds']:>9.3f}{over['seconds']:>8.2f}"
             kept_columns = f"{row['kept_bytes'] / 1e6:>9.1f}{over['kept_bytes']:>8.3f}"
             written.append(f"{name:<18}{time_columns}{kept_columns}{row['parameters']:>11,}")
-    return written + [f"{name}: {result[name]}" for name in ("together", "drawing", "spectrum") if name in result]
+    return written + [f"{name}: {result[name]}" for name in ("together", "utilisation", "drawing", "spectrum") if name in result]
 
 
 def main() -> None:
@@ -284,6 +303,7 @@ def main() -> None:
         ]
     if not options.only_steps:
         result["together"] = measure_together(models, 8, 4 if on_gpu else 1, side, rounds)
+        result["utilisation"] = measure_utilisation(models, 8, 8 if on_gpu else 1, side, rounds)
         result["drawing"] = measure_drawing(models, 8, side, rounds)
         result["spectrum"] = measure_spectrum(models)
     options.json.parent.mkdir(parents=True, exist_ok=True)

@@ -8,8 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.speed import file_bytes, kept_bytes, measure_steps, random_batch, random_models
+from benchmarks.speed import LARGE, file_bytes, kept_bytes, measure_steps, measure_utilisation, random_batch, random_models
 from benchmarks.step_methods import METHODS, Models
+from benchmarks.whole_training import measure_training
+from spectral_diffusion.base import Base
+from spectral_diffusion.training import TrainingSettings
 
 
 @pytest.fixture(scope="module")
@@ -49,3 +52,17 @@ def test_methods_step_and_leave_the_models_as_they_are(models: Models, tmp_path:
     assert [set(model.modules()) for model in (models.unet, models.text_encoder)] == before
     assert not any(module._forward_hooks for module in models.unet.modules())
     assert not any(parameter.requires_grad for parameter in models.unet.parameters())
+
+
+def test_the_additive_step_is_compared_with_a_large_matrix_product(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(LARGE, "cpu", 512)
+    figures = measure_utilisation(models, 1, 1, 64, rounds=1)
+    assert 0 < figures["utilisation"] < 1
+
+
+@pytest.mark.usefixtures("less_preparation")
+def test_a_whole_training_is_measured(tiny_base: Base) -> None:
+    settings = TrainingSettings(steps=4, batch=1, inert_batch=1, rank=2)
+    figures = measure_training(tiny_base, settings)
+    assert 0 < figures["step_seconds"] < figures["training_seconds"]
+    assert figures["picture_seconds"] > 0 and figures["over_diffusers"] > 0
