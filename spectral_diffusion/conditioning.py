@@ -30,6 +30,12 @@ def tokenize(base: Base, captions: Sequence[str]) -> torch.Tensor:
     return torch.stack(encoded, dim=1).to(base.device)
 
 
+def word_ids(base: Base, words: str) -> torch.Tensor:
+    """Return the numbers `(n)` that the first tokenizer gives the `words` that stand for a token, which the base must know."""
+    tokenizer = next(iter(base.tokenizers.values()))
+    return torch.tensor(tokenizer.convert_tokens_to_ids(words.split()), device=base.device)
+
+
 def encode(base: Base, ids: torch.Tensor) -> dict[str, Any]:
     """Return what the UNet takes beside noisy latents and times, for token `ids (n, text encoders, length)`.
 

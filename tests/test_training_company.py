@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
-from short_trainings import BAND, SHORT
+from short_trainings import BAND, SHORT, prepare_less
 from torch import nn
 
 from spectral_diffusion.bands import Band
+from spectral_diffusion.base import Base
+from spectral_diffusion.concept import load_concept
 from spectral_diffusion.spectrum import singular_directions
+from spectral_diffusion.training import run, train_together
 from spectral_diffusion.training.adaptation import adapt
+from spectral_diffusion.training.batches import Batch
 from spectral_diffusion.training.company import Company, draw_company
 
 
@@ -60,3 +65,23 @@ def test_a_sample_moves_only_those_that_are_there(form: str) -> None:
         layer(values)[0].sum().backward()
     moved = [any(gradient.any() for gradient in adaptation.gradients(number)) for number in range(3)]
     assert moved == [True, False, True]
+
+
+def test_those_that_a_caption_names_are_there(base: Base, photo_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepare_less(monkeypatch)
+    drawn: list[Batch] = []
+    draw = run.draw_batch
+    monkeypatch.setattr(run, "draw_batch", lambda *given, **named: drawn.append(draw(*given, **named)) or drawn[-1])
+    loaded = [load_concept(photo_folder, token=f"<V{number}>", class_word="dog") for number in range(4)]
+    concepts = [(concept, Band(start=2 * number, rank=2)) for number, concept in enumerate(loaded)]
+    settings = replace(SHORT, steps=8, batch=4, presence=0.9, mixing=1.0, inertness=0.0)
+    train_together(base, concepts, settings)
+    known = len(next(iter(base.tokenizers.values())))
+    beside = 0
+    for batch in (batch for batch in drawn if batch.among):
+        for own in range(4):
+            for ids, there in zip(batch.ids[own][:, 0], batch.company[own], strict=True):
+                named = {int(word) - known for word in ids.tolist() if word >= known}
+                assert own in named and all(there[number] for number in named)
+                beside += len(named) > 1
+    assert beside > 20

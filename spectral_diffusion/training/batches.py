@@ -122,6 +122,7 @@ class Shown:
     Attributes:
         token, class_word: what it is called.
         words: what the token is written as for the text encoder, a word per vector.
+        ids: these words' numbers, `(n)`.
         learnt: what it is to give.
         pool: what to stay inert on.
         pool_among: what to stay inert on while others are attached; `pool` where these are trained at the same time.
@@ -130,6 +131,7 @@ class Shown:
     token: str
     class_word: str
     words: str
+    ids: torch.Tensor
     learnt: Source
     pool: Pool
     pool_among: Pool
@@ -147,7 +149,8 @@ class Batch:
         places: `(concepts, n, 1, h, w)`, 1 where the concept is, everywhere without a mask.
         weights: `(concepts, n, 1, h, w)` of the squared distances, of mean 1 over the photos.
         shares: `(concepts, n, 2)`, how much each sample counts in the concept's loss and in the inertness loss.
-        company: `(concepts, n, concepts)`, 1 where a concept is attached on a sample of a step among the others.
+        company: `(concepts, n, concepts)`, 1 where a concept is attached on a sample of a step among the others, as all are that
+            its caption names.
         among: whether every sample passes through the sum of those concepts and of all trained before.
     """
 
@@ -189,8 +192,9 @@ def _share(
     both = {name: torch.cat([own, inert[name]]) for name, own in learnt.items()}
     means = (torch.full((samples, 1), 1 / max(samples, 1)) for samples in (count, len(inert["times"])))
     shares = torch.block_diag(*means)
-    company = draw_company(number, len(concepts), len(shares), generator)
-    return both | {"shares": _sent(shares, base.device), "company": _sent(company, base.device)}
+    company = _sent(draw_company(number, len(concepts), len(shares), generator), base.device)
+    named = torch.stack([torch.isin(both["ids"][:, 0], other.ids).any(1) for other in concepts], dim=1)
+    return both | {"shares": _sent(shares, base.device), "company": company.maximum(named.float())}
 
 
 def _sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -14,7 +14,7 @@ from spectral_diffusion.attach import Switch, beside, check_fits_base, check_new
 from spectral_diffusion.bands import Band
 from spectral_diffusion.base import Base, adaptable_layers
 from spectral_diffusion.concept import Concept
-from spectral_diffusion.conditioning import tokenize
+from spectral_diffusion.conditioning import tokenize, word_ids
 from spectral_diffusion.errors import AdapterError, InputError
 from spectral_diffusion.parametrisations import BANDED
 from spectral_diffusion.prompt_tokens import expand_prompt
@@ -180,7 +180,13 @@ def train_subjects(
             others.on = False
         shown = [
             Shown(
-                token=own.token, class_word=own.class_word, words=written[own.token], learnt=source, pool=pool, pool_among=beside
+                token=own.token,
+                class_word=own.class_word,
+                words=written[own.token],
+                ids=word_ids(base, written[own.token]),
+                learnt=source,
+                pool=pool,
+                pool_among=beside,
             )
             for own, source, pool, beside in zip(subjects, sources(written), pools, pools_among, strict=True)
         ]
@@ -264,8 +270,7 @@ def _photos(base: Base, examples: EncodedExamples, subject: Subject, written: di
         written: the words that stand for each token.
     """
     ids = tokenize(base, [expand_prompt(caption, written) for caption in examples.captions])
-    tokenizer = next(iter(base.tokenizers.values()))
-    own = torch.tensor(tokenizer.convert_tokens_to_ids(written[subject.token].split()), device=ids.device)
+    own = word_ids(base, written[subject.token])
     return Photos(examples=examples, ids=ids, tokens=torch.isin(ids[:, 0], own).float())
 
 

@@ -52,6 +52,7 @@ def _nothing(base: Base) -> Shown:
         token=_WORD,
         class_word=_WORD,
         words=_WORD,
+        ids=ids[:0, 0, 0],
         learnt=pool,
         pool=pool,
         pool_among=pool,
