@@ -209,24 +209,18 @@ def _embedding_holder(text_encoder: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def attached(base: Base, adapter: Adapter, gate: Gate | None = None) -> Iterator[None]:
+def attached(base: Base, adapter: Adapter) -> Iterator[None]:
     """While entered, `base.pipeline` draws with `adapter`; afterwards the base is bit for bit what it was.
-
-    Args:
-        gate: how much each column of the joined factors counts, position by position; all fully when missing.
 
     Raises:
         AdapterError: the adapter belongs to another family or its layers do not fit.
     """
     check_fits_base(base, adapter)
-    changed = folded(adaptable_layers(base, None), adapter.deltas()) if gate is None else beside(base, adapter, gate=gate)
-    with with_tokens(base, adapter.embeddings), changed:
+    with with_tokens(base, adapter.embeddings), folded(adaptable_layers(base, None), adapter.deltas()):
         yield
 
 
-def beside(
-    base: Base, adapter: Adapter, *, switch: Switch | None = None, gate: Gate | None = None
-) -> AbstractContextManager[None]:
+def beside(base: Base, adapter: Adapter, *, switch: Switch | None = None) -> AbstractContextManager[None]:
     """While entered, the layers give what they give with `adapter`, whose changes stand beside them; its tokens stay unknown.
 
     Raises:
@@ -234,7 +228,7 @@ def beside(
     """
     check_fits_base(base, adapter)
     factors = {key: _constant(delta.up, delta.down, base) for key, delta in adapter.deltas().items()}
-    return hooked(adaptable_layers(base, None), factors, switch, gate)
+    return hooked(adaptable_layers(base, None), factors, switch)
 
 
 def check_fits_base(base: Base, adapter: Adapter) -> None:

@@ -12,17 +12,17 @@ import torch
 from PIL import Image
 
 from spectral_diffusion.adapter import Adapter
-from spectral_diffusion.attach import attached
+from spectral_diffusion.attach import attached, check_fits_base, with_tokens
 from spectral_diffusion.base import Base
 from spectral_diffusion.condition_picture import following
 from spectral_diffusion.conditioning import encode_prompts, pipeline_arguments
-from spectral_diffusion.coverage import coverage, shares_at
 from spectral_diffusion.drawing import SCHEDULERS, Drawing, Picture
 from spectral_diffusion.errors import InputError
 from spectral_diffusion.fusion import shown_together
+from spectral_diffusion.own_models import own_models
 from spectral_diffusion.previews import OnPreview, decoded, watching
 from spectral_diffusion.prompt_tokens import tokens_in
-from spectral_diffusion.regional_attention import Layout, confining_gate, regional_attention
+from spectral_diffusion.regional_attention import layout_of, regional_attention
 
 
 def named_only(adapter: Adapter, prompt: str) -> Adapter:
@@ -60,12 +60,9 @@ def generate(
     drawing = _decided(drawing, base, adapter)
     words = {concept.token: concept.words for concept in adapter.concepts} if adapter else {}
     class_words = adapter.class_words if adapter else {}
-    places = _places(drawing, tuple(words))
     pictures = []
-    layout = _layout(base, drawing)
     with ExitStack() as stack:
-        stack.enter_context(_concepts(base, drawing, adapter, layout, places))
-        stack.enter_context(_regions(base, drawing, words, layout))
+        stack.enter_context(_concepts_and_regions(base, drawing, adapter, words))
         stack.enter_context(_condition(base, drawing))
         stack.enter_context(_scheduler(base, drawing.scheduler))
         for seeds in _batches(range(drawing.seed, drawing.seed + drawing.count), batch):
@@ -97,46 +94,32 @@ def _size(base: Base, drawing: Drawing) -> tuple[int, int]:
     return drawing.size or (base.resolution, base.resolution)
 
 
-def _layout(base: Base, drawing: Drawing) -> Layout | None:
-    if not drawing.regions:
-        return None
-    width, height = _size(base, drawing)
-    factor = base.pipeline.vae_scale_factor
-    return Layout(shares=shares_at(coverage(drawing.regions, width, height), height // factor, width // factor))
-
-
-def _places(drawing: Drawing, tokens: Sequence[str]) -> dict[str, tuple[int, ...]]:
-    """Return the numbers of the regions that name each token, for those that one does."""
-    named = [tokens_in(region.prompt, tokens) for region in drawing.regions]
-    places = {token: tuple(number for number, own in enumerate(named) if token in own) for token in tokens}
-    return {token: numbers for token, numbers in places.items() if numbers}
-
-
-def _concepts(
-    base: Base, drawing: Drawing, adapter: Adapter | None, layout: Layout | None, places: dict[str, tuple[int, ...]]
-) -> AbstractContextManager[None]:
-    """Return the context in which the base draws with `adapter`, each concept in its place where the drawing asks for that."""
-    if adapter is None or not adapter.concepts:
-        return nullcontext()
-    if layout is None or not drawing.confined:
-        return attached(base, adapter)
-    return attached(base, adapter, confining_gate(adapter, layout, places))
-
-
 @contextmanager
-def _regions(base: Base, drawing: Drawing, words: dict[str, str], layout: Layout | None) -> Iterator[None]:
-    """While entered, each region of the drawing is drawn from its own prompt."""
-    if layout is None:
-        yield
+def _concepts_and_regions(base: Base, drawing: Drawing, adapter: Adapter | None, words: dict[str, str]) -> Iterator[None]:
+    """While entered, the base draws with `adapter`, and each region of the drawing from its own prompt."""
+    if adapter is not None and adapter.concepts and drawing.regions and drawing.confined:
+        check_fits_base(base, adapter)
+        with with_tokens(base, adapter.embeddings), own_models(base, drawing, adapter):
+            yield
         return
+    with ExitStack() as stack:
+        if adapter is not None and adapter.concepts:
+            stack.enter_context(attached(base, adapter))
+        if drawing.regions:
+            regional = stack.enter_context(regional_attention(base.pipeline.unet, layout_of(base, drawing)))
+            regional.read(_regional_texts(base, drawing, words))
+        yield
+
+
+@torch.no_grad()
+def _regional_texts(base: Base, drawing: Drawing, words: dict[str, str]) -> list[torch.Tensor]:
+    """Return the states of each region's negative and own prompt, of the own one alone without guidance."""
     texts = []
-    for number, region in enumerate(drawing.regions):
+    for region in drawing.regions:
         captions = [region.negative_prompt or drawing.negative_prompt, region.prompt]
         guided = drawing.guidance > 1  # the pipeline reads no negative prompt otherwise
-        with layout.reading(number), torch.no_grad():
-            texts.append(encode_prompts(base, captions if guided else captions[1:], words)["encoder_hidden_states"])
-    with regional_attention(base.pipeline.unet, layout, texts):
-        yield
+        texts.append(encode_prompts(base, captions if guided else captions[1:], words)["encoder_hidden_states"])
+    return texts
 
 
 def _condition(base: Base, drawing: Drawing) -> AbstractContextManager[None]:

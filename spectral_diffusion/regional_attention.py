@@ -1,14 +1,13 @@
 """Regionally controllable sampling: cross-attention inside a region reads the region's prompt (Gu et al. 2023, Mix-of-Show,
-arXiv 2305.18292, section 3.3), and a concept's change acts inside its own region only.
+arXiv 2305.18292, section 3.3).
 
-Attention processors and hooks are put on for a while and always taken off; no weight is written.
+Attention processors are put on for a while and always taken off; no weight is written.
 """
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,10 +15,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from spectral_diffusion.adapter import Adapter
-from spectral_diffusion.attach import Gate
-from spectral_diffusion.coverage import shares_at
+from spectral_diffusion.base import Base
+from spectral_diffusion.coverage import coverage, shares_at
 from spectral_diffusion.cross_attention import cross_attention_layers, own_states
+from spectral_diffusion.drawing import Drawing
 
 
 @dataclass(kw_only=True)
@@ -28,11 +27,9 @@ class Layout:
 
     Attributes:
         shares: `(regions, height, width)` in latent positions, see `coverage.coverage`.
-        current: the region whose prompt is being read, or None while the whole picture is.
     """
 
     shares: torch.Tensor
-    current: int | None = None
     _grids: dict[int, torch.Tensor] = field(default_factory=dict)
 
     def at(self, positions: int) -> torch.Tensor | None:
@@ -49,70 +46,20 @@ class Layout:
             self._grids[positions] = shares_at(self.shares, rows, columns)
         return self._grids[positions]
 
-    @contextmanager
-    def reading(self, region: int) -> Iterator[None]:
-        """While entered, the prompt of `region` is being read."""
-        before, self.current = self.current, region
-        try:
-            yield
-        finally:
-            self.current = before
 
-
-def confining_gate(adapter: Adapter, layout: Layout, places: Mapping[str, tuple[int, ...]]) -> Gate:
-    """Return the gate that lets each concept act in its own regions only.
-
-    While a region's prompt is read only the concepts placed there count. While the whole picture is, a concept changes what
-    a layer makes of a position as far as the position belongs to its regions, and no words.
-
-    Args:
-        places: token to the numbers of its regions; a concept without a place acts everywhere.
-    """
-
-    @functools.cache
-    def columns(key: str) -> tuple[tuple[tuple[int, ...] | None, int], ...]:
-        having = [concept for concept in adapter.concepts if key in concept.layers]
-        return tuple((places.get(concept.token), concept.delta(key).rank) for concept in having)
-
-    @functools.cache
-    def counts(
-        concepts: tuple[tuple[tuple[int, ...] | None, int], ...],
-        positions: int | None,
-        current: int | None,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> torch.Tensor:
-        shares = None if positions is None or current is not None else layout.at(positions)
-        parts = []
-        for place, rank in concepts:
-            if place is None or current in place:
-                part = torch.ones(1)
-            elif shares is None:
-                part = torch.zeros(1)
-            else:
-                part = shares[list(place)].sum(0).flatten()
-            parts.append(part[:, None].expand(-1, rank))
-        longest = max(len(part) for part in parts)
-        return torch.cat([part.expand(longest, -1) for part in parts], dim=1)[None].to(device, dtype)
-
-    def gate(key: str, read: torch.Tensor) -> torch.Tensor:
-        positions = read.shape[1] if _has_positions(key) else None
-        return counts(columns(key), positions, layout.current, read.dtype, read.device)
-
-    return gate
-
-
-def _has_positions(key: str) -> bool:
-    """Tell whether a layer reads positions of the picture; the others read words or the time."""
-    in_picture = (".attentions." in key or ".resnets." in key or "samplers." in key) and ".time_emb_proj" not in key
-    return in_picture and ".attn2.to_k" not in key and ".attn2.to_v" not in key
+def layout_of(base: Base, drawing: Drawing) -> Layout:
+    """Return where the regions of `drawing` lie on `base`."""
+    width, height = drawing.size or (base.resolution, base.resolution)
+    factor = base.pipeline.vae_scale_factor
+    return Layout(shares=shares_at(coverage(drawing.regions, width, height), height // factor, width // factor))
 
 
 class _RegionalProcessor:
     """Cross-attention that reads each region's own text inside the region, the picture's elsewhere."""
 
-    def __init__(self, original: Any, layout: Layout, texts: Sequence[torch.Tensor]):
-        self.original, self.layout, self.texts = original, layout, texts
+    def __init__(self, original: Any, layout: Layout):
+        self.original, self.layout = original, layout
+        self.texts: Sequence[torch.Tensor] = ()
 
     def __call__(
         self,
@@ -138,8 +85,7 @@ class _RegionalProcessor:
             if window is None:
                 continue
             inside = positions[:, *window]
-            with self.layout.reading(region):
-                drawn = self.original(attention, inside.flatten(1, 2), _for_batch(text, len(inside)), *arguments, **options)
+            drawn = self.original(attention, inside.flatten(1, 2), _for_batch(text, len(inside)), *arguments, **options)
             result[:, *window] += drawn.unflatten(1, inside.shape[1:3]) * shares[region][window][..., None]
         return result.flatten(1, 2)
 
@@ -164,20 +110,32 @@ def _for_batch(text: torch.Tensor, batch: int) -> torch.Tensor:
     return text.repeat_interleave(batch // len(text), dim=0)
 
 
-@contextmanager
-def regional_attention(unet: nn.Module, layout: Layout, texts: Sequence[torch.Tensor]) -> Iterator[None]:
-    """While entered, the cross-attention of `unet` reads `texts` inside the regions of `layout`.
+class RegionalTexts:
+    """What cross-attention reads inside each region."""
 
-    Args:
-        texts: per region the states of its negative and its prompt, `(2, length, width)`; `(1, length, width)` without guidance;
-            `layers * width` wide where tokens have vectors for every layer.
-    """
+    def __init__(self, processors: Sequence[tuple[nn.Module, _RegionalProcessor]]):
+        self.processors = processors
+
+    def read(self, texts: Sequence[torch.Tensor]) -> None:
+        """Let `texts` be read from now on.
+
+        Args:
+            texts: per region the states of its negative and its prompt, `(2, length, width)`; `(1, length, width)` where only one
+                half is drawn; `layers * width` wide where tokens have vectors for every layer.
+        """
+        for number, (module, processor) in enumerate(self.processors):
+            processor.texts = [own_states(module, number, text) for text in texts]
+
+
+@contextmanager
+def regional_attention(unet: nn.Module, layout: Layout) -> Iterator[RegionalTexts]:
+    """While entered, the cross-attention of `unet` reads, inside the regions of `layout`, what it is told to."""
     replaced = [(module, module.processor) for module in cross_attention_layers(unet).values()]
+    processors = [(module, _RegionalProcessor(processor, layout)) for module, processor in replaced]
     try:
-        for number, (module, processor) in enumerate(replaced):
-            own = [own_states(module, number, text) for text in texts]
-            module.set_processor(_RegionalProcessor(processor, layout, own))
-        yield
+        for module, regional in processors:
+            module.set_processor(regional)
+        yield RegionalTexts(processors)
     finally:
         for module, processor in replaced:
             module.set_processor(processor)

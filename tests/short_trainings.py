@@ -25,6 +25,8 @@ FEWER = {
     ("training.examples", "CROPS_PER_PHOTO"): 2,
     ("training.scenes", "PICTURES"): 2,
     ("training.scenes", "DRAWING_STEPS"): 2,
+    ("training.composed", "GROUPS"): 2,
+    ("training.composed", "DRAWING_STEPS"): 2,
     ("activations", "PROMPTS"): ("{}", "a photo of {}"),
     ("activations", "DRAWING_STEPS"): 2,
 }

@@ -11,7 +11,7 @@ from shared_bases import BASES, shared_base
 from test_parametrisations import FORMS, random_adapter
 
 from spectral_diffusion.adapter import Adapter, token_words
-from spectral_diffusion.attach import Switch, attached, check_new_tokens, hooked, with_tokens
+from spectral_diffusion.attach import Switch, attached, beside, check_new_tokens, hooked, with_tokens
 from spectral_diffusion.base import Base, adaptable_layers
 from spectral_diffusion.errors import AdapterError, InputError
 from spectral_diffusion.fusion import fuse
@@ -118,9 +118,9 @@ def test_while_drawing_nothing_is_computed_beside_the_layers(base: Base) -> None
     with attached(base, adapter):
         assert not any(module._forward_hooks for module in base.pipeline.unet.modules())
         folded_in = outputs(base)
-    with attached(base, adapter, gate=lambda key, read: torch.ones(1, 1, read.shape[-1])):
-        beside = outputs(base)
-    for one, other in zip(folded_in, beside, strict=True):
+    with with_tokens(base, adapter.embeddings), beside(base, adapter):
+        hooked = outputs(base)
+    for one, other in zip(folded_in, hooked, strict=True):
         assert (one - other).norm() / other.norm() < 1e-5  # float32 round-off through all layers
 
 

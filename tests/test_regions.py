@@ -14,19 +14,20 @@ from shared_bases import shared_base
 from test_parametrisations import random_adapter
 
 from spectral_diffusion.adapter import Adapter
+from spectral_diffusion.attach import attached, with_tokens
 from spectral_diffusion.base import Base
 from spectral_diffusion.cli import main
+from spectral_diffusion.conditioning import encode_prompts
 from spectral_diffusion.coverage import coverage
 from spectral_diffusion.drawing import Drawing, Picture
 from spectral_diffusion.errors import InputError
 from spectral_diffusion.fusion import fuse
 from spectral_diffusion.generation import generate
+from spectral_diffusion.own_models import own_models
 from spectral_diffusion.picture_file import save_picture
-from spectral_diffusion.regional_attention import Layout, confining_gate
+from spectral_diffusion.regional_attention import Layout, layout_of, regional_attention
 from spectral_diffusion.regions import Region, parse_region, read_regions, region_record, suggest_regions
 
-SELF = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
-WORDS = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
 LEFT, RIGHT = (0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 1.0)
 
 
@@ -103,20 +104,29 @@ def test_overlapping_regions_have_an_order(base: Base) -> None:
     assert np.abs(pixels(draw(base, regions=regions)) - pixels(draw(base, regions=regions[::-1]))).max() > 3
 
 
-def test_a_confined_concept_acts_in_its_own_region_only(pair: Adapter) -> None:
-    layout = Layout(shares=coverage([Region(prompt="a", box=LEFT), Region(prompt="b", box=RIGHT)], 16, 16))
-    gate = confining_gate(pair, layout, {"<V1>": (0,)})
-    rank = pair.concepts[0].delta(SELF).rank
-    places = gate(SELF, torch.zeros(1, 64, 4))
-    assert places.shape == (1, 64, 2 * rank)
-    grid = places.view(8, 8, 2 * rank)
-    assert (grid[:, :3, :rank] == 1).all() and (grid[:, 4:, :rank] == 0).all()
-    assert (grid[..., rank:] == 1).all()  # <V2> has no place, so it acts everywhere
-    assert gate(WORDS, torch.zeros(1, 7, 4)).flatten().tolist() == [0] * rank + [1] * rank
-    for region, share in ((0, 1), (1, 0)):
-        with layout.reading(region):
-            for key in (SELF, WORDS):
-                assert gate(key, torch.zeros(1, 64, 4)).flatten().tolist() == [share] * rank + [1] * rank
+@torch.no_grad()
+def test_a_confined_concept_is_drawn_by_its_own_model(base: Base, pair: Adapter) -> None:
+    """What counts of a region is what the base predicts there with its concept alone, which reads the others as class words."""
+    drawing = Drawing(
+        prompt="near a lake", guidance=1.0, regions=(Region(prompt="<V1> asleep", box=LEFT), Region(prompt="<V2>", box=RIGHT))
+    )
+    layout = layout_of(base, drawing)
+    noisy, time = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1)), torch.tensor(500)
+    unet, nothing = base.pipeline.unet, torch.zeros(1, 1, 1)
+    expected = torch.zeros_like(noisy)
+    for share, texts, token in (
+        (layout.shares[0], ("<V1> asleep", "a dog"), "<V1>"),
+        (layout.shares[1], ("a dog asleep", "<V2>"), "<V2>"),
+    ):
+        alone = pair.only([token])
+        words = {concept.token: concept.words for concept in alone.concepts}
+        with attached(base, alone), regional_attention(unet, layout) as regional:
+            regional.read([encode_prompts(base, [text], words)["encoder_hidden_states"] for text in texts])
+            whole = encode_prompts(base, ["near a lake"], words)
+            expected += (share + (1 - layout.shares.sum(0)) / 2) * unet(noisy, time, **whole).sample
+    with with_tokens(base, pair.embeddings), own_models(base, drawing, pair):
+        found = unet(noisy, time, encoder_hidden_states=nothing).sample
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_every_vector_of_a_token_is_read_in_its_region(base: Base, pair: Adapter) -> None:
@@ -129,17 +139,28 @@ def test_every_vector_of_a_token_is_read_in_its_region(base: Base, pair: Adapter
 
 
 def test_a_concept_may_have_several_regions(base: Base, pair: Adapter) -> None:
-    layout = Layout(shares=coverage([Region(prompt="a", box=LEFT), Region(prompt="b", box=RIGHT)], 16, 16))
-    gate = confining_gate(pair, layout, {"<V1>": (0, 1), "<V2>": (1,)})
-    rank = pair.concepts[0].delta(SELF).rank
-    first, second = gate(SELF, torch.zeros(1, 64, 4)).view(8, 8, 2, rank).unbind(2)
-    assert (first[:, :3] == 1).all() and (first[:, 5:] == 1).all() and (second[:, :3] == 0).all() and (second[:, 5:] == 1).all()
-    with layout.reading(0):
-        assert gate(SELF, torch.zeros(1, 64, 4)).flatten().tolist() == [1] * rank + [0] * rank
     both = (Region(prompt="<V1> asleep", box=LEFT), Region(prompt="<V1> asleep", box=RIGHT))
     whole = draw(base, pair, regions=(Region(prompt="<V1> asleep"),))
     assert np.abs(pixels(draw(base, pair, regions=both[::-1])) - pixels(draw(base, pair, regions=both))).max() <= 1
     assert np.abs(pixels(whole) - pixels(draw(base, pair, regions=both[1:]))).max() > 3
+
+
+def test_a_pass_is_made_for_every_concept_and_one_for_what_shall_not_be_there(base: Base, pair: Adapter) -> None:
+    left, right = Region(prompt="<V1>", box=LEFT), Region(prompt="<V2>", box=RIGHT)
+    plain = Region(prompt="a car", box=(0.4, 0.4, 0.6, 0.6))
+    calls: list[int] = []
+    handle = base.pipeline.unet.conv_in.register_forward_hook(lambda *given: calls.append(1))
+    for regions, prompt, guidance, passes in (
+        ((left, right), "a lake", 4.0, 3),
+        ((left, right, plain), "a lake", 4.0, 3),
+        ((left, replace(right, prompt="<V1>")), "a lake", 4.0, 2),
+        ((left,), "<V2> near a lake", 4.0, 2),
+        ((left, right), "a lake", 1.0, 2),
+    ):
+        calls.clear()
+        draw(base, pair, prompt, regions=regions, guidance=guidance, confined=True)
+        assert len(calls) == 3 * passes
+    handle.remove()
 
 
 def test_confined_over_the_whole_picture_is_the_adapter_itself(base: Base, pair: Adapter) -> None:
@@ -175,6 +196,7 @@ def test_everything_is_taken_off_after_an_error(base: Base, pair: Adapter) -> No
         )
     assert base.pipeline.unet.attn_processors == processors
     assert not any(module._forward_hooks for module in base.pipeline.unet.modules())
+    assert "forward" not in vars(base.pipeline.unet)
 
 
 def test_a_picture_says_where_its_regions_were(base: Base, tmp_path: Path) -> None:

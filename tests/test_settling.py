@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from short_trainings import SHORT, assert_bit_equal, prepare_less
 
 from spectral_diffusion.adapter import Adapter
-from spectral_diffusion.attach import attached
+from spectral_diffusion.attach import attached, with_tokens
 from spectral_diffusion.bands import Band
 from spectral_diffusion.base import Base
 from spectral_diffusion.concept import Concept, load_concept
 from spectral_diffusion.conditioning import tokenize
+from spectral_diffusion.drawing import Drawing
 from spectral_diffusion.errors import AdapterError
 from spectral_diffusion.fusion import default_method, fuse
-from spectral_diffusion.training import TrainingProgress, settle, train, train_together
+from spectral_diffusion.own_models import own_models
+from spectral_diffusion.training import TrainingProgress, composed, settle, settling, train, train_together
+from spectral_diffusion.training.batches import Pool
 from spectral_diffusion.training.prediction import predict
 
 LOUD = replace(SHORT, steps=12, unet_rate=3e-2, text_encoder_rate=3e-3, token_rate=3e-2)
@@ -55,17 +60,74 @@ def test_the_sum_comes_nearer_to_what_each_gave_alone(base: Base, apart: list[Ad
     monkeypatch.setattr("spectral_diffusion.training.settling.SAMPLES", 256)
     assert default_method([one.concepts[0] for one in apart]) == "aligned"
     events: list[TrainingProgress] = []
-    results = settle(base, apart, steps=30, on_progress=events.append)
+    results = settle(base, apart, steps=120, on_progress=events.append)
     settled = [result.adapter for result in results]
     fused = fuse(settled)
-    assert fused.method == "sum" and len(events) == 30 and all(result.finished for result in results)
+    assert fused.method == "sum" and len(events) == 120 and all(result.finished for result in results)
     plain = strayed(base, apart, fuse(apart, method="sum"))
     assert strayed(base, apart, fused) < 0.7 * plain
     for one, other in zip(apart, settled, strict=True):
         assert other.tokens == one.tokens and other.concepts[0].band == one.concepts[0].band
-        assert (other.concepts[0].settings["steps_done"], other.concepts[0].settings["mixing"]) == (42, 0)
+        assert (other.concepts[0].settings["steps_done"], other.concepts[0].settings["mixing"]) == (132, 0)
         alone = (answer(base, one, one.tokens[0]) - answer(base, other, one.tokens[0])).norm().item()
         assert alone < 0.5 * plain  # each by itself stays much as it was
+
+
+@torch.no_grad()
+def test_what_is_taught_of_several_is_what_their_own_models_predict(
+    base: Base, apart: list[Adapter], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare_less(monkeypatch)
+    asked: list[Drawing] = []
+
+    def watched(base: Base, drawing: Drawing, adapter: Adapter) -> AbstractContextManager[None]:
+        asked.append(drawing)
+        return own_models(base, drawing, adapter)
+
+    monkeypatch.setattr(composed, "own_models", watched)
+    words, pair = {one.tokens[0]: one.tokens[0] for one in apart}, fuse(apart, method="sum")
+    with with_tokens(base, pair.embeddings):
+        pools = composed.composed_pools(base, pair, words, seed=0)
+        each = composed.PICTURES * composed.SAMPLES
+        for token, pool in zip(pair.tokens, pools, strict=True):
+            named = base.pipeline.tokenizer.convert_tokens_to_ids(token)
+            assert len(pool.times) == 2 * composed.GROUPS * each and (pool.ids[:, 0] == named).any(1).all()
+        assert [drawing.guidance for drawing in asked] == [base.guidance, 1.0] * 2 * composed.GROUPS
+        first = pools[0]
+        for ids, drawing in ((first.ids[:each], asked[1]), (tokenize(base, [asked[1].prompt] * each), asked[1])):
+            with own_models(base, drawing, pair):
+                predicted = predict(base, first.noisy[:each], first.times[:each], ids)
+            torch.testing.assert_close(predicted, first.predictions[:each], rtol=1e-4, atol=1e-5)
+
+
+def test_each_meets_one_or_two_of_the_others_in_any_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(composed, "GROUPS", 12)
+    groups = composed._groups(4, torch.Generator().manual_seed(0))
+    assert len(groups) == 4 * composed.GROUPS and {len(group) for group in groups} == {2, 3}
+    assert all(len(set(group)) == len(group) for group in groups)
+    for own in range(4):
+        met = [group for group in groups if own in group]
+        assert len(met) >= composed.GROUPS and {group.index(own) for group in met} == {0, 1, 2}
+        assert {number for group in met for number in group} == {0, 1, 2, 3}
+    assert {len(group) for group in composed._groups(2, torch.Generator())} == {2}
+
+
+def test_pictures_of_several_are_taught_among_the_others_only() -> None:
+    alone, several = (
+        Pool(
+            noisy=torch.full((3, 4, 2, 2), value),
+            times=torch.zeros(3),
+            ids=torch.zeros(3, 1, 5),
+            predictions=torch.full((3, 4, 2, 2), value),
+        )
+        for value in (0.0, 1.0)
+    )
+    taught, generator = settling.Taught(own=alone, several=several), torch.Generator().manual_seed(0)
+    base = SimpleNamespace(device=torch.device("cpu"))
+    for among, share in ((True, settling.SEVERAL), (False, 0.0)):
+        samples = taught.samples(base, SHORT, 400, generator, among=among)
+        assert torch.equal(samples["noisy"], samples["targets"])
+        assert samples["noisy"].mean().item() == pytest.approx(share, abs=0.08)
 
 
 def test_a_stopped_settling_goes_on_where_it_was(

@@ -29,7 +29,7 @@ OTHER_CLASSES = (
     "dog", "cat", "man", "woman", "car", "bear", "horse", "robot", "toy", "vase", "bird", "ball", "mouse", "rabbit",
     "flower", "chair", "bag", "house",
 )  # fmt: skip
-_PLACES = (
+PLACES = (
     "near a lake", "in the snow", "in the forest", "on the beach", "in the desert", "in the city", "in a room", "at night",
 )  # fmt: skip
 
@@ -72,7 +72,7 @@ def inert_captions(class_word: str, strangers: tuple[str, ...], count: int, gene
             0: f"a {class_word}", 1: f"a {class_word}", 2: f"a {pick(OTHER_CLASSES)}", 3: f"a {pick(OTHER_CLASSES)}",
             4: pick(strangers), 5: pick(strangers), 6: f"a {pick(OTHER_CLASSES)} and a {pick(OTHER_CLASSES)}",
         }  # fmt: skip
-        captions.append(f"{nouns[kind]} {pick(_PLACES)}" if kind in nouns else "")
+        captions.append(f"{nouns[kind]} {pick(PLACES)}" if kind in nouns else "")
     return captions
 
 

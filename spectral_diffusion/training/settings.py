@@ -14,7 +14,7 @@ from spectral_diffusion.parametrisations import PARAMETRISATIONS, TUNERS
 if TYPE_CHECKING:
     from spectral_diffusion.base import Base
 
-SETTLING_STEPS = 200
+SETTLING_STEPS = 600
 """Steps of a settling, see `settle`."""
 PRESETS = ("fast", "balanced", "best")
 

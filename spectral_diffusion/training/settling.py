@@ -8,7 +8,7 @@ of one concept, asked of all of them together (distillation, Hinton et al. 2015,
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,10 @@ from spectral_diffusion.attach import beside
 from spectral_diffusion.band_plan import band_again
 from spectral_diffusion.base import Base
 from spectral_diffusion.errors import AdapterError
+from spectral_diffusion.fusion import fuse
 from spectral_diffusion.parametrisations import SPECTRAL
-from spectral_diffusion.training.batches import Source
+from spectral_diffusion.training.batches import Pool, Source
+from spectral_diffusion.training.composed import composed_pools
 from spectral_diffusion.training.inertness import PICTURES, build_pool
 from spectral_diffusion.training.loop import Subject, TrainingResult, train_subjects
 from spectral_diffusion.training.run import TrainingProgress
@@ -31,6 +33,37 @@ SAMPLES = 512
 """Noisy samples of each concept's own pictures."""
 PRESENCE = 0.75
 """Share of the steps in which the sum is asked; in the others each concept alone, which is to stay as it was."""
+
+SEVERAL = 0.5
+"""Share of the samples, in such a step, in which it stands beside others."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Taught:
+    """What a concept's own model predicts, and beside others what their models predict together.
+
+    Attributes:
+        own: samples of its own pictures.
+        several: samples of pictures in which it stands beside others.
+    """
+
+    own: Pool
+    several: Pool
+
+    def samples(
+        self, base: Base, settings: TrainingSettings, count: int, generator: torch.Generator, *, among: bool
+    ) -> dict[str, torch.Tensor]:
+        """Return samples of its own pictures and, in a step among the others, of pictures of several in a share of them."""
+        alone, beside_others = (pool.samples(base, settings, count, generator, among=among) for pool in (self.own, self.several))
+        chosen = (torch.rand(count, generator=generator) < (SEVERAL if among else 0.0)).to(base.device)
+        return {
+            name: torch.where(chosen.view(-1, *[1] * (tensor.dim() - 1)), beside_others[name], tensor)
+            for name, tensor in alone.items()
+        }
+
+    def identity(self) -> tuple[torch.Tensor, ...]:
+        """Return what tells both pools from others."""
+        return self.own.identity() + self.several.identity()
 
 
 def settle(
@@ -57,12 +90,14 @@ def settle(
     subjects = [Subject(token=part.token, class_word=part.class_word, band=band) for part, band in zip(parts, bands, strict=True)]
 
     def own_pictures(written: dict[str, str]) -> list[Source]:
-        pools = []
-        for adapter, part in zip(adapters, parts, strict=True):
+        sources = []
+        composed = composed_pools(base, fuse(adapters, method="sum"), written, settings.seed)
+        for adapter, part, several in zip(adapters, parts, composed, strict=True):
             captions = [PROMPTS[number % PICTURES % len(PROMPTS)].format(written[part.token]) for number in range(SAMPLES)]
             with beside(base, adapter):
-                pools.append(build_pool(base, captions, torch.Generator().manual_seed(settings.seed)))
-        return pools
+                own = build_pool(base, captions, torch.Generator().manual_seed(settings.seed))
+            sources.append(Taught(own=own, several=several))
+        return sources
 
     return train_subjects(
         base,

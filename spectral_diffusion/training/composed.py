@@ -1,0 +1,99 @@
+"""Pictures of several concepts that were trained apart, drawn by their own models, with what these predict for them.
+
+No model knows all of them, and their sum loses what it is to learn; but each concept's own model draws it in a column of its own
+(see `own_models`), and what all of them together predict for a noisy picture is what the sum should.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+
+from spectral_diffusion.adapter import Adapter
+from spectral_diffusion.base import Base
+from spectral_diffusion.conditioning import prompts, tokenize
+from spectral_diffusion.drawing import Drawing
+from spectral_diffusion.own_models import own_models
+from spectral_diffusion.prompt_tokens import expand_prompt, listed
+from spectral_diffusion.regions import suggest_regions
+from spectral_diffusion.stages import counted
+from spectral_diffusion.training.batches import Pool
+from spectral_diffusion.training.inertness import DRAWING_STEPS, PLACES
+from spectral_diffusion.training.prediction import predict
+
+GROUPS = 4
+"""Groups that are chosen for each concept: it with one or two of the others."""
+PICTURES = 3
+"""Pictures of each group."""
+SAMPLES = 8
+"""Noisy samples of each picture."""
+_SEVERAL = (2, 3)
+
+
+@torch.no_grad()
+def composed_pools(base: Base, adapter: Adapter, written: Mapping[str, str], seed: int) -> list[Pool]:
+    """Return for each concept of `adapter` samples of pictures in which it stands beside others.
+
+    Args:
+        adapter: the base must know its tokens, with nothing attached.
+        written: the words that stand for each token.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    groups = _groups(len(adapter.concepts), generator)
+    pools = []
+    for number, group in enumerate(counted("pictures of several", "group", groups)):
+        tokens = [adapter.tokens[place] for place in group]
+        prompt = f"{listed(tokens)} {PLACES[number % len(PLACES)]}"
+        pools.append(_pool(base, adapter.only(tokens), prompt, expand_prompt(prompt, written), generator))
+    return [
+        _joined([pool for pool, group in zip(pools, groups, strict=True) if number in group])
+        for number in range(len(adapter.concepts))
+    ]
+
+
+def _groups(concepts: int, generator: torch.Generator) -> list[tuple[int, ...]]:
+    """Return who stands in the pictures, from left to right: `GROUPS` times each concept, one or two others, in any order."""
+    counts = [count for count in _SEVERAL if count <= concepts]
+    groups = []
+    for own in range(concepts):
+        others = [number for number in range(concepts) if number != own]
+        for number in range(GROUPS):
+            beside_it = torch.randperm(len(others), generator=generator)[: counts[number % len(counts)] - 1].tolist()
+            group = [own, *(others[place] for place in beside_it)]
+            groups.append(tuple(group[place] for place in torch.randperm(len(group), generator=generator).tolist()))
+    return groups
+
+
+def _pool(base: Base, adapter: Adapter, prompt: str, caption: str, generator: torch.Generator) -> Pool:
+    """Draw `prompt`, which names all of `adapter`, and keep samples of the pictures with what the own models predict."""
+    pipeline, side = base.pipeline, base.resolution
+    drawing = Drawing(prompt=prompt, regions=suggest_regions(prompt, adapter.class_words), guidance=base.guidance)
+    with own_models(base, drawing, adapter):
+        drawn = pipeline(
+            **prompts(base, [caption] * PICTURES),
+            num_inference_steps=DRAWING_STEPS,
+            guidance_scale=drawing.guidance,
+            height=side,
+            width=side,
+            generator=generator,
+            output_type="latent",
+        ).images.float()
+    clean = drawn.repeat(SAMPLES, 1, 1, 1)
+    noise = torch.randn(clean.shape, generator=generator).to(base.device)
+    times = torch.randint(pipeline.scheduler.config.num_train_timesteps, (len(clean),), generator=generator).to(base.device)
+    noisy, ids = pipeline.scheduler.add_noise(clean, noise, times), tokenize(base, [caption] * len(clean))
+    with own_models(base, replace(drawing, guidance=1.0), adapter):
+        parts = [slice(start, start + base.pictures_at_once) for start in range(0, len(clean), base.pictures_at_once)]
+        predictions = torch.cat([predict(base, noisy[part], times[part], ids[part]) for part in parts])
+    return Pool(noisy=noisy, times=times, ids=ids, predictions=predictions)
+
+
+def _joined(pools: list[Pool]) -> Pool:
+    return Pool(
+        noisy=torch.cat([pool.noisy for pool in pools]),
+        times=torch.cat([pool.times for pool in pools]),
+        ids=torch.cat([pool.ids for pool in pools]),
+        predictions=torch.cat([pool.predictions for pool in pools]),
+    )
