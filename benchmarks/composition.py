@@ -4,11 +4,11 @@ Sample concepts are trained on the embedded base and drawn together, in eight sc
 when the judge's strongest sighting in each column of it is the concept that the prompt names there. Rows:
 
 - how many concepts, and whether two of them have the same class word;
-- how they are drawn: `prompt` (the plain prompt), `regions` (a column for each, `--regions auto`), `confined` (each concept's
-  change in its own column only), `sketch` (a column for each, confined or not as is the default, and following a sketch: the
+- how they are drawn: `prompt` (the plain prompt), `regions` (a column for each, `--regions auto`), `confined` (each concept
+  in its own column by its own model), `sketch` (a column for each, confined or not as is the default, and following a sketch: the
   outlines of each concept's mask in one of its photos, side by side, as large as the toy world has so many things);
 - how they were trained and joined: `in one go` (all in one go, plain sum) and `LoRA in one go`; and each by itself: `aligned`
-  (spectral, aligned sum), `settled` (spectral, taught their plain sum in `SETTLING_STEPS`), `sum` (spectral, plain sum),
+  (spectral, aligned sum), `settled` (spectral, taught their plain sum), `sum` (spectral, plain sum),
   `LoRA` (plain sum).
 
 `speed` is the time of a prompt with three regions over that of the plain prompt, by medians of alternating drawings.
@@ -75,7 +75,6 @@ JOININGS = {
     "LoRA": ("lora", False, "sum"),
 }
 """Parametrisation, whether all concepts are trained in one go, and how they are joined, by the name of the row."""
-SETTLING_STEPS = 200
 SHOWN = 5
 SKETCHED_HEIGHTS = {2: 0.47, 3: 0.35}
 """How high a thing stands in a sketch of two and of three, in parts of the picture."""
@@ -124,7 +123,7 @@ def settled(base: Base, adapters: dict[str, Adapter], folder: Path) -> dict[str,
     """Return `adapters` taught their sum, from `folder` where that was done before."""
     files = {name: folder / f"{name}.safetensors" for name in adapters}
     if not all(file.exists() for file in files.values()):
-        results = settle(base, list(adapters.values()), steps=SETTLING_STEPS, checkpoint=folder / "checkpoint")
+        results = settle(base, list(adapters.values()), checkpoint=folder / "checkpoint")
         for file, result in zip(files.values(), results, strict=True):
             save_adapter(result.adapter, file)
     return {name: load_adapter(file) for name, file in files.items()}

@@ -87,7 +87,8 @@ def build_regions(studio: Studio, adapter: Any, prompt: Any) -> tuple[gr.State, 
             list(ACTING),
             value=next(iter(ACTING)),
             label="Each concept acts",
-            info="In its box alone the others cannot touch it; concepts trained in one go have learnt to share the picture.",
+            info="In its own box each is drawn by its own model, which takes longer and lets none disturb another; those trained "
+            "in one go have learnt to share the picture.",
             elem_id="confined",
         )
     outputs = [regions, board]
