@@ -126,6 +126,17 @@ def test_pictures_are_numbered_on_and_never_overwritten(run: Commands, adapters:
         assert picture.size == (40, 32)
 
 
+def test_concepts_that_never_met_are_said_to_disturb_each_other(
+    run: Commands, adapters: tuple[Path, Path], tmp_path: Path
+) -> None:
+    pair, draw = tmp_path / "pair.safetensors", ("generate", "--prompt", "<V1> and <V2>", "--steps", 1, "--base", run.base)
+    run("fuse", *adapters, "--out", pair, "--method", "sum")
+    apart = "<V1>, <V2> were trained apart"
+    for number, (words, said) in enumerate((((), True), (("--regions", "auto"), False))):
+        run(*draw, "--adapter", pair, "--out", tmp_path / str(number), *words)
+        assert (apart in run.err) is said
+
+
 def test_scores_come_from_the_chosen_clip(run: Commands, photo_folder: Path, tmp_path: Path) -> None:
     clip, data = make_clip(tmp_path / "clip"), tmp_path / "scores.json"
     run("score", photo_folder, "--references", f"<V1>={photo_folder}", "--clip", clip, "--json", data)

@@ -111,7 +111,7 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
     base = load_chosen_base(arguments)
     if adapter is not None:
         _check_fit(base, adapter)
-        _warn_if_unnamed(adapter, drawing)
+        _warn_if_lost(adapter, drawing)
     _show_steps(base)
     album = Album(arguments.out, Path(base.source).name)
     records: list[dict[str, Any]] = []
@@ -178,11 +178,16 @@ def _check_fit(base: Base, adapter: Adapter) -> None:
         logger.warning("The adapter was trained on another base of the family; its bands are off by %s.", words)
 
 
-def _warn_if_unnamed(adapter: Adapter, drawing: Drawing) -> None:
+def _warn_if_lost(adapter: Adapter, drawing: Drawing) -> None:
+    from spectral_diffusion.fusion import trained_apart
     from spectral_diffusion.generation import named_only
 
-    if not named_only(adapter, drawing.words).concepts:
+    named = named_only(adapter, drawing.words)
+    if not named.concepts:
         logger.warning("The prompt names none of the adapter's concepts (%s).", ", ".join(adapter.tokens))
+    elif not drawing.regions and trained_apart(named.concepts):
+        listed = ", ".join(named.tokens)
+        logger.warning("%s were trained apart and disturb each other; --regions auto draws each by its own model.", listed)
 
 
 def _show_steps(base: Base) -> None:
