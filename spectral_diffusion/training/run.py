@@ -31,7 +31,8 @@ from spectral_diffusion.training.trainable import Trainable
 logger = logging.getLogger(__name__)
 
 READ_EVERY = 10
-"""Steps on a GPU between two looks at the losses: each makes the program wait for the GPU."""
+"""Steps on a GPU between two looks at the losses, each of which makes the program wait for the GPU; and between two states that
+are kept for a loss that is no number, which stays so."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,13 +183,14 @@ class Run:
         return number in (1, self.settings.steps) or number % READ_EVERY == 0 or bool(sampling and number % sampling == 0)
 
     def _read(self, losses: torch.Tensor, norms: list[torch.Tensor]) -> tuple[float, float]:
-        """Return the mean losses and keep the state if all is well; what is not a number stays so until the next look."""
+        """Return the mean losses and, every `READ_EVERY` steps, keep the state if all is well: copying it takes its time."""
         concept_loss, inertness_loss, norm = torch.cat([losses, torch.stack(norms)[:, None]], dim=1).mean(0).tolist()
         if not math.isfinite(concept_loss + inertness_loss):
             self._fail("the loss is not a number")
         if not math.isfinite(norm):
             self._fail("the gradient is not a number")
-        self.good = self._state()
+        if self.good is None or self.step >= self.good["step"] + READ_EVERY - 1:
+            self.good = self._state()
         return concept_loss, inertness_loss
 
     def _backward(self, batch: Batch) -> torch.Tensor:
