@@ -20,7 +20,7 @@ from spectral_diffusion.prompt_tokens import expand_prompt, listed
 from spectral_diffusion.regions import suggest_regions
 from spectral_diffusion.stages import counted
 from spectral_diffusion.training.batches import Pool
-from spectral_diffusion.training.inertness import DRAWING_STEPS, PLACES
+from spectral_diffusion.training.inertness import DRAWING_STEPS, PLACES, noisy_samples
 from spectral_diffusion.training.prediction import predict
 
 GROUPS = 4
@@ -80,12 +80,10 @@ def _pool(base: Base, adapter: Adapter, prompt: str, caption: str, generator: to
             generator=generator,
             output_type="latent",
         ).images.float()
-    clean = drawn.repeat(SAMPLES, 1, 1, 1)
-    noise = torch.randn(clean.shape, generator=generator).to(base.device)
-    times = torch.randint(pipeline.scheduler.config.num_train_timesteps, (len(clean),), generator=generator).to(base.device)
-    noisy, ids = pipeline.scheduler.add_noise(clean, noise, times), tokenize(base, [caption] * len(clean))
+    noisy, times = noisy_samples(base, drawn, PICTURES * SAMPLES, generator)
+    ids = tokenize(base, [caption] * len(noisy))
     with own_models(base, replace(drawing, guidance=1.0), adapter):
-        parts = [slice(start, start + base.pictures_at_once) for start in range(0, len(clean), base.pictures_at_once)]
+        parts = [slice(start, start + base.pictures_at_once) for start in range(0, len(noisy), base.pictures_at_once)]
         predictions = torch.cat([predict(base, noisy[part], times[part], ids[part]) for part in parts])
     return Pool(noisy=noisy, times=times, ids=ids, predictions=predictions)
 

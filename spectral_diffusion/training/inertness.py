@@ -88,7 +88,7 @@ def build_inert_pool(base: Base, class_word: str, strangers: tuple[str, ...], co
 @torch.no_grad()
 def build_pool(base: Base, captions: Sequence[str], generator: torch.Generator) -> Pool:
     """Draw the first `PICTURES` of `captions` with what is attached, and keep a noisy sample of one of them for each caption."""
-    pipeline, scheduler, count = base.pipeline, base.pipeline.scheduler, len(captions)
+    pipeline, count = base.pipeline, len(captions)
     to_draw = list(captions[:PICTURES])
     drawn = torch.cat(
         [
@@ -104,10 +104,7 @@ def build_pool(base: Base, captions: Sequence[str], generator: torch.Generator) 
             for start in counted("reference pictures", "batch", range(0, len(to_draw), base.pictures_at_once))
         ]
     )
-    chosen = torch.arange(count) % len(drawn)
-    noise = torch.randn((count, *drawn.shape[1:]), generator=generator).to(base.device)
-    times = torch.randint(scheduler.config.num_train_timesteps, (count,), generator=generator).to(base.device)
-    noisy = scheduler.add_noise(drawn[chosen.to(drawn.device)], noise, times)
+    noisy, times = noisy_samples(base, drawn, count, generator)
     ids = tokenize(base, captions)
     parts = []
     batch = base.pictures_at_once
@@ -115,3 +112,11 @@ def build_pool(base: Base, captions: Sequence[str], generator: torch.Generator) 
         part = slice(start, start + batch)
         parts.append(predict(base, noisy[part], times[part], ids[part]))
     return Pool(noisy=noisy, times=times, ids=ids, predictions=torch.cat(parts))
+
+
+def noisy_samples(base: Base, drawn: torch.Tensor, count: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return `count` samples of the latents `drawn`, each in its turn, at random times, and these."""
+    scheduler, chosen = base.pipeline.scheduler, torch.arange(count) % len(drawn)
+    noise = torch.randn((count, *drawn.shape[1:]), generator=generator).to(base.device)
+    times = torch.randint(scheduler.config.num_train_timesteps, (count,), generator=generator).to(base.device)
+    return scheduler.add_noise(drawn[chosen.to(drawn.device)], noise, times), times
