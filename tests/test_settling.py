@@ -12,7 +12,7 @@ import torch
 from short_trainings import SHORT, assert_bit_equal, prepare_less
 
 from spectral_diffusion.adapter import Adapter
-from spectral_diffusion.attach import attached, with_tokens
+from spectral_diffusion.attach import attached, beside, with_tokens
 from spectral_diffusion.bands import Band
 from spectral_diffusion.base import Base
 from spectral_diffusion.concept import Concept, load_concept
@@ -89,11 +89,16 @@ def test_what_is_taught_of_several_is_what_their_own_models_predict(
     with with_tokens(base, pair.embeddings):
         pools = composed.composed_pools(base, pair, words, seed=0)
         each = composed.PICTURES * composed.SAMPLES
-        for token, pool in zip(pair.tokens, pools, strict=True):
-            named = base.pipeline.tokenizer.convert_tokens_to_ids(token)
-            assert len(pool.times) == 2 * composed.GROUPS * each and (pool.ids[:, 0] == named).any(1).all()
+        numbers = base.pipeline.tokenizer.convert_tokens_to_ids(list(pair.tokens))
+        for number, several in enumerate(pools):
+            for pool, named in ((several.together, numbers), (several.own, numbers[number : number + 1])):
+                assert len(pool.times) == 2 * composed.GROUPS * each
+                assert [int((pool.ids[:, 0] == one).any(1).all()) for one in numbers] == [int(one in named) for one in numbers]
+            with beside(base, pair.only([pair.tokens[number]])):
+                alone = predict(base, several.own.noisy[:each], several.own.times[:each], several.own.ids[:each])
+            torch.testing.assert_close(alone, several.own.predictions[:each], rtol=1e-4, atol=1e-5)
         assert [drawing.guidance for drawing in asked] == [base.guidance, 1.0] * 2 * composed.GROUPS
-        first = pools[0]
+        first = pools[0].together
         for ids, drawing in ((first.ids[:each], asked[1]), (tokenize(base, [asked[1].prompt] * each), asked[1])):
             with own_models(base, drawing, pair):
                 predicted = predict(base, first.noisy[:each], first.times[:each], ids)
@@ -112,22 +117,22 @@ def test_each_meets_one_or_two_of_the_others_in_any_place(monkeypatch: pytest.Mo
     assert {len(group) for group in composed._groups(2, torch.Generator())} == {2}
 
 
-def test_pictures_of_several_are_taught_among_the_others_only() -> None:
-    alone, several = (
+def test_pictures_of_several_are_taught_as_all_see_them_among_the_others_and_else_as_its_own_model_does() -> None:
+    own, together, alone = (
         Pool(
             noisy=torch.full((3, 4, 2, 2), value),
             times=torch.zeros(3),
             ids=torch.zeros(3, 1, 5),
             predictions=torch.full((3, 4, 2, 2), value),
         )
-        for value in (0.0, 1.0)
+        for value in (0.0, 1.0, 2.0)
     )
-    taught, generator = settling.Taught(own=alone, several=several), torch.Generator().manual_seed(0)
-    base = SimpleNamespace(device=torch.device("cpu"))
-    for among, share in ((True, settling.SEVERAL), (False, 0.0)):
+    taught = settling.Taught(own=own, several=composed.Several(together=together, own=alone))
+    base, generator = SimpleNamespace(device=torch.device("cpu")), torch.Generator().manual_seed(0)
+    for among, value in ((True, 1.0), (False, 2.0)):
         samples = taught.samples(base, SHORT, 400, generator, among=among)
-        assert torch.equal(samples["noisy"], samples["targets"])
-        assert samples["noisy"].mean().item() == pytest.approx(share, abs=0.08)
+        assert torch.equal(samples["noisy"], samples["targets"]) and set(samples["noisy"].flatten().tolist()) == {0.0, value}
+        assert (samples["noisy"] == value).float().mean().item() == pytest.approx(settling.SEVERAL, abs=0.08)
 
 
 def test_a_stopped_settling_goes_on_where_it_was(

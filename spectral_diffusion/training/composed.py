@@ -7,16 +7,17 @@ No model knows all of them, and their sum loses what it is to learn; but each co
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 
 from spectral_diffusion.adapter import Adapter
+from spectral_diffusion.attach import beside
 from spectral_diffusion.base import Base
 from spectral_diffusion.conditioning import prompts, tokenize
 from spectral_diffusion.drawing import Drawing
 from spectral_diffusion.own_models import own_models
-from spectral_diffusion.prompt_tokens import expand_prompt, listed
+from spectral_diffusion.prompt_tokens import expand_prompt, listed, name_by_class
 from spectral_diffusion.regions import suggest_regions
 from spectral_diffusion.stages import counted
 from spectral_diffusion.training.batches import Pool
@@ -32,8 +33,21 @@ SAMPLES = 8
 _SEVERAL = (2, 3)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Several:
+    """Samples of pictures in which a concept stands beside others.
+
+    Attributes:
+        together: with all of them named, and what their own models predict together.
+        own: with the others named by their class words, and what its own model predicts.
+    """
+
+    together: Pool
+    own: Pool
+
+
 @torch.no_grad()
-def composed_pools(base: Base, adapter: Adapter, written: Mapping[str, str], seed: int) -> list[Pool]:
+def composed_pools(base: Base, adapter: Adapter, written: Mapping[str, str], seed: int) -> list[Several]:
     """Return for each concept of `adapter` samples of pictures in which it stands beside others.
 
     Args:
@@ -41,16 +55,16 @@ def composed_pools(base: Base, adapter: Adapter, written: Mapping[str, str], see
         written: the words that stand for each token.
     """
     generator = torch.Generator().manual_seed(seed)
-    groups = _groups(len(adapter.concepts), generator)
-    pools = []
-    for number, group in enumerate(counted("pictures of several", "group", groups)):
+    together: dict[str, list[Pool]] = {token: [] for token in adapter.tokens}
+    own: dict[str, list[Pool]] = {token: [] for token in adapter.tokens}
+    for number, group in enumerate(counted("pictures of several", "group", _groups(len(adapter.concepts), generator))):
         tokens = [adapter.tokens[place] for place in group]
         prompt = f"{listed(tokens)} {PLACES[number % len(PLACES)]}"
-        pools.append(_pool(base, adapter.only(tokens), prompt, expand_prompt(prompt, written), generator))
-    return [
-        _joined([pool for pool, group in zip(pools, groups, strict=True) if number in group])
-        for number in range(len(adapter.concepts))
-    ]
+        pool = _drawn(base, adapter.only(tokens), prompt, written, generator)
+        for token in tokens:
+            together[token].append(pool)
+            own[token].append(_by_its_own_model(base, adapter.only([token]), prompt, adapter.class_words, written, pool))
+    return [Several(together=_joined(together[token]), own=_joined(own[token])) for token in adapter.tokens]
 
 
 def _groups(concepts: int, generator: torch.Generator) -> list[tuple[int, ...]]:
@@ -66,9 +80,9 @@ def _groups(concepts: int, generator: torch.Generator) -> list[tuple[int, ...]]:
     return groups
 
 
-def _pool(base: Base, adapter: Adapter, prompt: str, caption: str, generator: torch.Generator) -> Pool:
+def _drawn(base: Base, adapter: Adapter, prompt: str, written: Mapping[str, str], generator: torch.Generator) -> Pool:
     """Draw `prompt`, which names all of `adapter`, and keep samples of the pictures with what the own models predict."""
-    pipeline, side = base.pipeline, base.resolution
+    pipeline, side, caption = base.pipeline, base.resolution, expand_prompt(prompt, written)
     drawing = Drawing(prompt=prompt, regions=suggest_regions(prompt, adapter.class_words), guidance=base.guidance)
     with own_models(base, drawing, adapter):
         drawn = pipeline(
@@ -83,8 +97,22 @@ def _pool(base: Base, adapter: Adapter, prompt: str, caption: str, generator: to
     noisy, times = noisy_samples(base, drawn, PICTURES * SAMPLES, generator)
     ids = tokenize(base, [caption] * len(noisy))
     with own_models(base, replace(drawing, guidance=1.0), adapter):
-        parts = [slice(start, start + base.pictures_at_once) for start in range(0, len(noisy), base.pictures_at_once)]
-        predictions = torch.cat([predict(base, noisy[part], times[part], ids[part]) for part in parts])
+        return _predicted(base, noisy, times, ids)
+
+
+def _by_its_own_model(
+    base: Base, adapter: Adapter, prompt: str, class_words: Mapping[str, str], written: Mapping[str, str], pool: Pool
+) -> Pool:
+    """Return the samples of `pool` with what the only concept of `adapter` predicts, which reads the others as class words."""
+    caption = expand_prompt(name_by_class(prompt, {**class_words, adapter.tokens[0]: adapter.tokens[0]}), written)
+    with beside(base, adapter):
+        return _predicted(base, pool.noisy, pool.times, tokenize(base, [caption] * len(pool.noisy)))
+
+
+def _predicted(base: Base, noisy: torch.Tensor, times: torch.Tensor, ids: torch.Tensor) -> Pool:
+    """Return samples with what is predicted for them with what is attached."""
+    parts = [slice(start, start + base.pictures_at_once) for start in range(0, len(noisy), base.pictures_at_once)]
+    predictions = torch.cat([predict(base, noisy[part], times[part], ids[part]) for part in parts])
     return Pool(noisy=noisy, times=times, ids=ids, predictions=predictions)
 
 

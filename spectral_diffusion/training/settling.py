@@ -23,7 +23,7 @@ from spectral_diffusion.errors import AdapterError
 from spectral_diffusion.fusion import fuse
 from spectral_diffusion.parametrisations import SPECTRAL
 from spectral_diffusion.training.batches import Pool, Source
-from spectral_diffusion.training.composed import composed_pools
+from spectral_diffusion.training.composed import Several, composed_pools
 from spectral_diffusion.training.inertness import PICTURES, build_pool
 from spectral_diffusion.training.loop import Subject, TrainingResult, train_subjects
 from spectral_diffusion.training.run import TrainingProgress
@@ -35,7 +35,7 @@ PRESENCE = 0.75
 """Share of the steps in which the sum is asked; in the others each concept alone, which is to stay as it was."""
 
 SEVERAL = 0.5
-"""Share of the samples, in such a step, in which it stands beside others."""
+"""Share of the samples in which it stands beside others."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,14 +48,16 @@ class Taught:
     """
 
     own: Pool
-    several: Pool
+    several: Several
 
     def samples(
         self, base: Base, settings: TrainingSettings, count: int, generator: torch.Generator, *, among: bool
     ) -> dict[str, torch.Tensor]:
-        """Return samples of its own pictures and, in a step among the others, of pictures of several in a share of them."""
-        alone, beside_others = (pool.samples(base, settings, count, generator, among=among) for pool in (self.own, self.several))
-        chosen = (torch.rand(count, generator=generator) < (SEVERAL if among else 0.0)).to(base.device)
+        """Return samples of its own pictures and, in a share of them, of pictures of several: as its own model sees these, or
+        in a step among the others as all models do."""
+        pools = self.own, self.several.together if among else self.several.own
+        alone, beside_others = (pool.samples(base, settings, count, generator, among=among) for pool in pools)
+        chosen = (torch.rand(count, generator=generator) < SEVERAL).to(base.device)
         return {
             name: torch.where(chosen.view(-1, *[1] * (tensor.dim() - 1)), beside_others[name], tensor)
             for name, tensor in alone.items()
@@ -63,7 +65,7 @@ class Taught:
 
     def identity(self) -> tuple[torch.Tensor, ...]:
         """Return what tells both pools from others."""
-        return self.own.identity() + self.several.identity()
+        return self.own.identity() + self.several.together.identity() + self.several.own.identity()
 
 
 def settle(
