@@ -1,9 +1,9 @@
 """Settle concepts that were trained apart: teach their sum to give what each gave alone, without any photo.
 
 Each concept's own model draws pictures of itself, and with the others' pictures of several, see `composed`; then all are
-attached, and a short training asks their sum for the very predictions of those whose tokens the caption names, and for the base's own on
-all other captions. That is what inertness asks of one concept, asked of all of them together (distillation, Hinton et al. 2015,
-with every concept its own teacher).
+attached, and a short training asks their sum for the very predictions of those whose tokens the caption names, and for the
+base's own on all other captions. That is what inertness asks of one concept, asked of all of them together (distillation,
+Hinton et al. 2015, with every concept its own teacher).
 """
 
 from __future__ import annotations
