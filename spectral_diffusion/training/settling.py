@@ -34,7 +34,6 @@ SAMPLES = 512
 """Noisy samples of each concept's own pictures."""
 PRESENCE = 0.75
 """Share of the steps in which the sum is asked; in the others each concept alone, which is to stay as it was."""
-
 SEVERAL = 0.5
 """Share of the samples in which it stands beside others."""
 
