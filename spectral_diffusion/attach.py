@@ -227,7 +227,7 @@ def beside(base: Base, adapter: Adapter, *, switch: Switch | None = None) -> Abs
         AdapterError: the adapter belongs to another family or its layers do not fit.
     """
     check_fits_base(base, adapter)
-    factors = {key: _constant(delta.up, delta.down, base) for key, delta in adapter.deltas().items()}
+    factors = {key: fixed(delta.up.to(base.device), delta.down.to(base.device)) for key, delta in adapter.deltas().items()}
     return hooked(adaptable_layers(base, None), factors, switch)
 
 
@@ -248,6 +248,6 @@ def check_fits_base(base: Base, adapter: Adapter) -> None:
                 raise AdapterError(f"Layer '{key}' is {shape} in '{base.source}' but {part.shape} in '{concept.token}'.")
 
 
-def _constant(up: torch.Tensor, down: torch.Tensor, base: Base) -> Factors:
-    up, down = up.to(base.device), down.to(base.device)
+def fixed(up: torch.Tensor, down: torch.Tensor) -> Factors:
+    """Return factors that stay as they are."""
     return lambda: (up, down)

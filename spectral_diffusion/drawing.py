@@ -37,9 +37,8 @@ class Drawing:
 
     Attributes:
         regions: parts of the picture with prompts of their own, later ones on top; `prompt` is read everywhere else.
-        confined: whether a concept that a region names acts there only, drawn by its own model in a pass of its own (see
-            `own_models`); when missing it does, unless all that are named learnt from pictures of each other, see
-            `fusion.shown_together`.
+        confined: whether a concept that a region names acts there only, drawn by its own model (see `own_models`); when missing
+            it does, unless all that are named learnt from pictures of each other, see `fusion.shown_together`.
         condition: a sketch or pose that the picture follows.
 
     Raises:

@@ -45,7 +45,7 @@ def generate(
     Args:
         adapter: what is attached while drawing; nothing when missing.
         whole: attach every concept of the adapter, as an exported file does in other tools, not only those in the prompt.
-        batch: pictures drawn at once.
+        batch: pictures drawn at once, fewer where more than two samples go through the UNet for each.
         on_picture: called with each picture when it is ready.
         on_preview: called with a seed and its picture as it forms, a few times on the way; that takes the decoder's time.
 
@@ -62,10 +62,10 @@ def generate(
     class_words = adapter.class_words if adapter else {}
     pictures = []
     with ExitStack() as stack:
-        stack.enter_context(_concepts_and_regions(base, drawing, adapter, words))
+        samples = stack.enter_context(_concepts_and_regions(base, drawing, adapter, words))
         stack.enter_context(_condition(base, drawing))
         stack.enter_context(_scheduler(base, drawing.scheduler))
-        for seeds in _batches(range(drawing.seed, drawing.seed + drawing.count), batch):
+        for seeds in _batches(range(drawing.seed, drawing.seed + drawing.count), max(1, 2 * batch // max(2, samples))):
             for seed, image in zip(seeds, _draw(base, drawing, words, seeds, on_preview), strict=True):
                 picture = Picture(image=image, seed=seed, drawing=drawing, tokens=tuple(words), class_words=dict(class_words))
                 on_picture(picture)
@@ -95,12 +95,15 @@ def _size(base: Base, drawing: Drawing) -> tuple[int, int]:
 
 
 @contextmanager
-def _concepts_and_regions(base: Base, drawing: Drawing, adapter: Adapter | None, words: dict[str, str]) -> Iterator[None]:
-    """While entered, the base draws with `adapter`, and each region of the drawing from its own prompt."""
+def _concepts_and_regions(base: Base, drawing: Drawing, adapter: Adapter | None, words: dict[str, str]) -> Iterator[int]:
+    """While entered, the base draws with `adapter`, and each region of the drawing from its own prompt.
+
+    Gives how many samples go through the UNet for a picture.
+    """
     if adapter is not None and adapter.concepts and drawing.regions and drawing.confined:
         check_fits_base(base, adapter)
-        with with_tokens(base, adapter.embeddings), own_models(base, drawing, adapter):
-            yield
+        with with_tokens(base, adapter.embeddings), own_models(base, drawing, adapter) as samples:
+            yield samples
         return
     with ExitStack() as stack:
         if adapter is not None and adapter.concepts:
@@ -108,7 +111,7 @@ def _concepts_and_regions(base: Base, drawing: Drawing, adapter: Adapter | None,
         if drawing.regions:
             regional = stack.enter_context(regional_attention(base.pipeline.unet, layout_of(base, drawing)))
             regional.read(_regional_texts(base, drawing, words))
-        yield
+        yield 2 if drawing.guidance > 1 else 1
 
 
 @torch.no_grad()

@@ -2,13 +2,13 @@
 
 All models look at the same noisy picture and read of the others by their class words, so the scene is one; but no concept's
 change meets another's, so none is lost, however the concepts were trained (predictions put together by place: Bar-Tal et al.
-2023, arXiv 2302.08113). It takes a pass of the UNet for each of them.
+2023, arXiv 2302.08113). The base is the same for all of them, so one pass of the UNet carries a sample for each.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,17 +16,18 @@ import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 
 from spectral_diffusion.adapter import Adapter
-from spectral_diffusion.attach import Switch, beside
-from spectral_diffusion.base import Base
+from spectral_diffusion.attach import Factors, beside, fixed, hooked
+from spectral_diffusion.base import Base, adaptable_layers
 from spectral_diffusion.conditioning import encode_prompts
 from spectral_diffusion.drawing import Drawing
+from spectral_diffusion.joining import LowRank
 from spectral_diffusion.prompt_tokens import name_by_class, tokens_in
-from spectral_diffusion.regional_attention import Layout, RegionalTexts, layout_of, regional_attention
+from spectral_diffusion.regional_attention import Layout, layout_of, regional_attention
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Pass:
-    """One pass of the UNet.
+class _Model:
+    """What one sample passes through.
 
     Attributes:
         tokens: the concepts that are attached.
@@ -41,73 +42,97 @@ class _Pass:
     share: torch.Tensor
 
 
-class _Concepts:
-    """The concepts of an adapter on a base that knows their tokens, each of which can be turned on."""
-
-    def __init__(self, base: Base, adapter: Adapter, stack: ExitStack):
-        self.adapter, self.switches = adapter, {token: Switch(on=False) for token in adapter.tokens}
-        for token, switch in self.switches.items():
-            stack.enter_context(beside(base, adapter.only([token]), switch=switch))
-
-    def turn_on(self, tokens: frozenset[str]) -> None:
-        """Let the concepts called `tokens` act from now on, and no others."""
-        for token, switch in self.switches.items():
-            switch.on = token in tokens
-
-
 @contextmanager
-def own_models(base: Base, drawing: Drawing, adapter: Adapter) -> Iterator[None]:
+def own_models(base: Base, drawing: Drawing, adapter: Adapter) -> Iterator[int]:
     """While entered, the UNet of `base` predicts each region of `drawing` with the concepts that it names attached alone.
 
-    A concept that no region names acts everywhere. What belongs to no concept's region counts evenly from all passes.
+    A concept that no region names acts everywhere. What belongs to no concept's region counts evenly from all models. Gives how
+    many samples go through the UNet for a picture: one per model, and one for what shall not be there.
 
     Args:
         adapter: the base must know its tokens, with nothing attached.
     """
     layout = layout_of(base, drawing)
-    with ExitStack() as stack:
-        concepts = _Concepts(base, adapter, stack)
-        regional = stack.enter_context(regional_attention(base.pipeline.unet, layout))
-        halves = _passes(base, drawing, concepts, layout)
-        stack.enter_context(_put_together(base, concepts, regional, halves if drawing.guidance > 1 else halves[1:]))
-        yield
+    halves = _halves(base, drawing, adapter, layout)
+    halves = halves if drawing.guidance > 1 else halves[1:]
+    models = [model for half in halves for model in half]
+    layers = {key: layer for key, layer in adaptable_layers(base, None).items() if key.startswith("unet.")}
+    with (
+        regional_attention(base.pipeline.unet, layout) as regional,
+        hooked(layers, _factors(base, adapter, models, layers)),
+        _put_together(base, halves),
+    ):
+        regional.read([torch.cat(texts) for texts in zip(*(model.texts for model in models), strict=True)])
+        yield len(models)
 
 
-def _passes(base: Base, drawing: Drawing, concepts: _Concepts, layout: Layout) -> list[list[_Pass]]:
-    """Return the passes of the negative and of the wanted half of a batch."""
-    tokens, shares = concepts.adapter.tokens, layout.shares
+def _halves(base: Base, drawing: Drawing, adapter: Adapter, layout: Layout) -> list[list[_Model]]:
+    """Return the models of the negative and of the wanted half of a batch."""
+    tokens, shares = adapter.tokens, layout.shares
     named = [frozenset(tokens_in(region.prompt, tokens)) for region in drawing.regions]
     everywhere = frozenset(tokens).difference(*named)
-    models = list(dict.fromkeys(own | everywhere for own in named if own)) or [everywhere]
+    groups = list(dict.fromkeys(own | everywhere for own in named if own)) or [everywhere]
     own = [
-        sum((shares[n] for n, one in enumerate(named) if one and one | everywhere == model), 0 * shares[0]) for model in models
+        sum((shares[n] for n, one in enumerate(named) if one and one | everywhere == group), 0 * shares[0]) for group in groups
     ]
-    rest = (1 - sum(own)) / len(models)
-    wanted = [
-        _reading(base, concepts, model, [drawing.prompt, *(region.prompt for region in drawing.regions)], share + rest)
-        for model, share in zip(models, own, strict=True)
-    ]
-    unwanted = [drawing.negative_prompt, *(region.negative_prompt or drawing.negative_prompt for region in drawing.regions)]
-    return [[_reading(base, concepts, frozenset.intersection(*models), unwanted, torch.ones_like(rest))], wanted]
+    rest = (1 - sum(own)) / len(groups)
+    wanted = [_model(base, drawing, adapter, group, share + rest) for group, share in zip(groups, own, strict=True)]
+    return [[_model(base, drawing, adapter, frozenset.intersection(*groups), torch.ones_like(rest), negative=True)], wanted]
 
 
 @torch.no_grad()
-def _reading(base: Base, concepts: _Concepts, tokens: frozenset[str], prompts: Sequence[str], share: torch.Tensor) -> _Pass:
-    """Return the pass that reads the picture's and the regions' `prompts` with `tokens` attached, the others by class word."""
-    adapter = concepts.adapter
+def _model(
+    base: Base, drawing: Drawing, adapter: Adapter, tokens: frozenset[str], share: torch.Tensor, *, negative: bool = False
+) -> _Model:
+    """Return the model with `tokens` attached, which reads the others by class word, or if `negative` what shall not be there."""
     words = {concept.token: concept.words for concept in adapter.concepts}
     known = {token: token if token in tokens else word for token, word in adapter.class_words.items()}
-    concepts.turn_on(tokens)
-    whole, *inside = (encode_prompts(base, [name_by_class(prompt, known)], words) for prompt in prompts)
+    both = [(drawing.prompt, drawing.negative_prompt)]
+    both += [(region.prompt, region.negative_prompt or drawing.negative_prompt) for region in drawing.regions]
+    with beside(base, adapter.only(tokens)):
+        whole, *inside = (
+            _row(encode_prompts(base, [name_by_class(prompt, known) for prompt in pair], words), int(negative)) for pair in both
+        )
     texts = tuple(own["encoder_hidden_states"] for own in inside)
-    return _Pass(tokens=tokens, conditioning=whole, texts=texts, share=share)
+    return _Model(tokens=tokens, conditioning=whole, texts=texts, share=share)
+
+
+def _row(conditioning: dict[str, Any], number: int) -> dict[str, Any]:
+    """Return what is read for sample `number`."""
+    return _each(lambda value: value[number : number + 1], conditioning)
+
+
+def _each(change: Callable[..., torch.Tensor], *conditionings: dict[str, Any]) -> dict[str, Any]:
+    """Return what `change` makes of every tensor of conditionings that have the same names."""
+    return {
+        name: _each(change, *(one[name] for one in conditionings))
+        if isinstance(value, dict)
+        else change(*(one[name] for one in conditionings))
+        for name, value in conditionings[0].items()
+    }
+
+
+def _factors(base: Base, adapter: Adapter, models: Sequence[_Model], layers: Collection[str]) -> dict[str, Factors]:
+    """Return each layer's `up (models, out, k)` and `down (models, in, k)`, those of a model that leaves it alone being zero."""
+    changes = {model.tokens: adapter.only(model.tokens).deltas() for model in models}
+    factors = {}
+    for key, whole in adapter.deltas().items():
+        if key in layers:
+            none = LowRank(up=whole.up[:, :0], down=whole.down[:, :0])
+            own = [changes[model.tokens].get(key, none) for model in models]
+            padded = [change.padded(max(one.rank for one in own)) for change in own]
+            stacked = (torch.stack([getattr(change, name) for change in padded]) for name in ("up", "down"))
+            factors[key] = fixed(*(factor.to(base.device, base.pipeline.unet.dtype) for factor in stacked))
+    return factors
 
 
 @contextmanager
-def _put_together(base: Base, concepts: _Concepts, regional: RegionalTexts, halves: Sequence[Sequence[_Pass]]) -> Iterator[None]:
-    """While entered, the UNet of `base` predicts what the passes of each half of a batch predict, each as far as it counts."""
-    unet = base.pipeline.unet
+def _put_together(base: Base, halves: Sequence[Sequence[_Model]]) -> Iterator[None]:
+    """While entered, the UNet of `base` predicts what the models of each half of a batch predict, each as far as it counts."""
+    unet, models = base.pipeline.unet, [model for half in halves for model in half]
     alone = unet.forward
+    conditioning = _each(lambda *values: torch.cat(values), *(model.conditioning for model in models))
+    shares = torch.stack([model.share for model in models])[:, None, None]
 
     def forward(
         sample: torch.Tensor,
@@ -117,32 +142,21 @@ def _put_together(base: Base, concepts: _Concepts, regional: RegionalTexts, halv
         down_intrablock_additional_residuals: list[torch.Tensor] | None = None,
         **named: Any,
     ) -> UNet2DConditionOutput:
-        predicted = []
-        for number, (half, passes) in enumerate(zip(sample.chunk(len(halves)), halves, strict=True)):
-            whole = torch.zeros_like(half)
-            for one in passes:
-                read = _for_batch(one.conditioning, len(half))
-                if added_cond_kwargs is not None:  # the sizes are the picture's
-                    read["added_cond_kwargs"]["time_ids"] = added_cond_kwargs["time_ids"].chunk(len(halves))[number]
-                if down_intrablock_additional_residuals is not None:
-                    levels = [level.chunk(len(halves))[number] for level in down_intrablock_additional_residuals]
-                    read["down_intrablock_additional_residuals"] = levels
-                concepts.turn_on(one.tokens)
-                regional.read(one.texts)
-                whole += one.share.to(half) * alone(half, timestep, **read, **named)[0]
-            predicted.append(whole)
-        return UNet2DConditionOutput(sample=torch.cat(predicted))
+        count = len(sample) // len(halves)
+        rows = torch.arange(len(sample), device=sample.device).view(len(halves), count)
+        rows = torch.cat([own for own, half in zip(rows, halves, strict=True) for _ in half])  # of which each sample is a copy
+        times = timestep[rows] if timestep.dim() else timestep
+        read = _each(lambda value: value.repeat_interleave(count, dim=0), conditioning)
+        if added_cond_kwargs is not None:  # the sizes are the picture's
+            read["added_cond_kwargs"]["time_ids"] = added_cond_kwargs["time_ids"][rows]
+        if down_intrablock_additional_residuals is not None:
+            read["down_intrablock_additional_residuals"] = [level[rows] for level in down_intrablock_additional_residuals]
+        predicted = alone(sample[rows], times, **read, **named)[0]
+        counting = predicted.unflatten(0, (len(models), count)) * shares.to(predicted)
+        return UNet2DConditionOutput(sample=torch.cat([own.sum(0) for own in counting.split([len(half) for half in halves])]))
 
     unet.forward = forward
     try:
         yield
     finally:
         del unet.forward
-
-
-def _for_batch(conditioning: dict[str, Any], count: int) -> dict[str, Any]:
-    """Return what is read for one sample, for `count` of them."""
-    return {
-        name: _for_batch(value, count) if isinstance(value, dict) else value.expand(count, *value.shape[1:])
-        for name, value in conditioning.items()
-    }

@@ -105,14 +105,17 @@ def test_overlapping_regions_have_an_order(base: Base) -> None:
 
 
 @torch.no_grad()
-def test_a_confined_concept_is_drawn_by_its_own_model(base: Base, pair: Adapter) -> None:
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_a_confined_concept_is_drawn_by_its_own_model(family: str, loaded_bases: dict[str, Base]) -> None:
     """What counts of a region is what the base predicts there with its concept alone, which reads the others as class words."""
+    base = loaded_bases[family]
+    pair = fuse([random_adapter(base, size=0.05, vectors=2), random_adapter(base, token="<V2>", start=2, seed=1)], method="sum")
     drawing = Drawing(
         prompt="near a lake", guidance=1.0, regions=(Region(prompt="<V1> asleep", box=LEFT), Region(prompt="<V2>", box=RIGHT))
     )
     layout = layout_of(base, drawing)
     noisy, time = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1)), torch.tensor(500)
-    unet, nothing = base.pipeline.unet, torch.zeros(1, 1, 1)
+    unet = base.pipeline.unet
     expected = torch.zeros_like(noisy)
     for share, texts, token in (
         (layout.shares[0], ("<V1> asleep", "a dog"), "<V1>"),
@@ -125,7 +128,8 @@ def test_a_confined_concept_is_drawn_by_its_own_model(base: Base, pair: Adapter)
             whole = encode_prompts(base, ["near a lake"], words)
             expected += (share + (1 - layout.shares.sum(0)) / 2) * unet(noisy, time, **whole).sample
     with with_tokens(base, pair.embeddings), own_models(base, drawing, pair):
-        found = unet(noisy, time, encoder_hidden_states=nothing).sample
+        nothing = {**encode_prompts(base, [""], {}), "encoder_hidden_states": torch.zeros(1, 1, 1)}
+        found = unet(noisy, time, **nothing).sample
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -145,28 +149,47 @@ def test_a_concept_may_have_several_regions(base: Base, pair: Adapter) -> None:
     assert np.abs(pixels(whole) - pixels(draw(base, pair, regions=both[1:]))).max() > 3
 
 
-def test_a_pass_is_made_for_every_concept_and_one_for_what_shall_not_be_there(base: Base, pair: Adapter) -> None:
+def test_a_sample_goes_through_every_concept_and_one_through_what_shall_not_be_there(base: Base, pair: Adapter) -> None:
     left, right = Region(prompt="<V1>", box=LEFT), Region(prompt="<V2>", box=RIGHT)
     plain = Region(prompt="a car", box=(0.4, 0.4, 0.6, 0.6))
-    calls: list[int] = []
-    handle = base.pipeline.unet.conv_in.register_forward_hook(lambda *given: calls.append(1))
-    for regions, prompt, guidance, passes in (
+    passes: list[int] = []
+    handle = base.pipeline.unet.conv_in.register_forward_hook(lambda module, inputs, output: passes.append(len(output)))
+    for regions, prompt, guidance, samples in (
         ((left, right), "a lake", 4.0, 3),
         ((left, right, plain), "a lake", 4.0, 3),
         ((left, replace(right, prompt="<V1>")), "a lake", 4.0, 2),
         ((left,), "<V2> near a lake", 4.0, 2),
         ((left, right), "a lake", 1.0, 2),
     ):
-        calls.clear()
+        passes.clear()
         draw(base, pair, prompt, regions=regions, guidance=guidance, confined=True)
-        assert len(calls) == 3 * passes
+        assert passes == [samples] * 3
     handle.remove()
+
+
+def test_more_samples_for_a_picture_are_fewer_pictures_at_once(base: Base, pair: Adapter) -> None:
+    regions = (Region(prompt="<V1>", box=LEFT), Region(prompt="<V2>", box=RIGHT))
+    passes: list[int] = []
+    handle = base.pipeline.unet.conv_in.register_forward_hook(lambda module, inputs, output: passes.append(len(output)))
+    drawing = Drawing(prompt="a lake", count=3, seed=5, steps=1, regions=regions, confined=True)
+    pictures = generate(base, drawing, pair, batch=3)
+    handle.remove()
+    assert passes == [6, 3]
+    alone = generate(base, replace(drawing, count=1, seed=7), pair)[0]
+    assert np.abs(pixels(pictures[2]) - pixels(alone)).max() <= 1
 
 
 def test_confined_over_the_whole_picture_is_the_adapter_itself(base: Base, pair: Adapter) -> None:
     region = (Region(prompt="<V1> asleep"),)
     free, confined = (draw(base, pair, "<V1> asleep", regions=region, confined=confined) for confined in (False, True))
     assert np.abs(pixels(free) - pixels(confined)).max() <= 1
+
+
+def test_own_models_read_prompts_in_parts(base: Base, pair: Adapter) -> None:
+    two = Region(prompt="<V2>", box=RIGHT, negative_prompt="a BREAK b BREAK c")
+    regions = (Region(prompt="<V1> BREAK asleep", box=LEFT), two)
+    one, other = (draw(base, pair, prompt, regions=regions, confined=True) for prompt in ("a lake BREAK at night", "a lake"))
+    assert np.abs(pixels(one) - pixels(other)).max() > 0
 
 
 def test_concepts_shown_beside_each_other_act_everywhere_and_others_in_their_regions(base: Base, pair: Adapter) -> None:

@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--confined",
         action=argparse.BooleanOptionalAction,
-        help="let each concept's own model draw its regions, in a pass of its own (default: unless they were trained in one go)",
+        help="let each concept's own model draw its regions (default: unless they were trained in one go)",
     )
     parser.add_argument("--condition", type=Path, metavar="FILE", help="a sketch or pose that the picture follows")
     parser.add_argument("--condition-photo", action="store_true", help="it is a photo or drawing: trace the sketch from it")

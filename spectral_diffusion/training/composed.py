@@ -21,8 +21,7 @@ from spectral_diffusion.prompt_tokens import expand_prompt, listed, name_by_clas
 from spectral_diffusion.regions import suggest_regions
 from spectral_diffusion.stages import counted
 from spectral_diffusion.training.batches import Pool
-from spectral_diffusion.training.inertness import DRAWING_STEPS, PLACES, noisy_samples
-from spectral_diffusion.training.prediction import predict
+from spectral_diffusion.training.inertness import DRAWING_STEPS, PLACES, batches, noisy_samples, predicted_pool
 
 GROUPS = 4
 """Groups that are chosen for each concept: it with one or two of the others."""
@@ -85,19 +84,23 @@ def _drawn(base: Base, adapter: Adapter, prompt: str, written: Mapping[str, str]
     pipeline, side, caption = base.pipeline, base.resolution, expand_prompt(prompt, written)
     drawing = Drawing(prompt=prompt, regions=suggest_regions(prompt, adapter.class_words), guidance=base.guidance)
     with own_models(base, drawing, adapter):
-        drawn = pipeline(
-            **prompts(base, [caption] * PICTURES),
-            num_inference_steps=DRAWING_STEPS,
-            guidance_scale=drawing.guidance,
-            height=side,
-            width=side,
-            generator=generator,
-            output_type="latent",
-        ).images.float()
+        drawn = torch.cat(
+            [
+                pipeline(
+                    **prompts(base, [caption] * len(range(PICTURES)[share])),
+                    num_inference_steps=DRAWING_STEPS,
+                    guidance_scale=drawing.guidance,
+                    height=side,
+                    width=side,
+                    generator=generator,
+                    output_type="latent",
+                ).images.float()
+                for share in batches(base, PICTURES)
+            ]
+        )
     noisy, times = noisy_samples(base, drawn, PICTURES * SAMPLES, generator)
-    ids = tokenize(base, [caption] * len(noisy))
     with own_models(base, replace(drawing, guidance=1.0), adapter):
-        return _predicted(base, noisy, times, ids)
+        return _predicted(base, noisy, times, caption)
 
 
 def _by_its_own_model(
@@ -106,14 +109,12 @@ def _by_its_own_model(
     """Return the samples of `pool` with what the only concept of `adapter` predicts, which reads the others as class words."""
     caption = expand_prompt(name_by_class(prompt, {**class_words, adapter.tokens[0]: adapter.tokens[0]}), written)
     with beside(base, adapter):
-        return _predicted(base, pool.noisy, pool.times, tokenize(base, [caption] * len(pool.noisy)))
+        return _predicted(base, pool.noisy, pool.times, caption)
 
 
-def _predicted(base: Base, noisy: torch.Tensor, times: torch.Tensor, ids: torch.Tensor) -> Pool:
-    """Return samples with what is predicted for them with what is attached."""
-    parts = [slice(start, start + base.pictures_at_once) for start in range(0, len(noisy), base.pictures_at_once)]
-    predictions = torch.cat([predict(base, noisy[part], times[part], ids[part]) for part in parts])
-    return Pool(noisy=noisy, times=times, ids=ids, predictions=predictions)
+def _predicted(base: Base, noisy: torch.Tensor, times: torch.Tensor, caption: str) -> Pool:
+    """Return samples with what is predicted for them by `caption` with what is attached."""
+    return predicted_pool(base, noisy, times, tokenize(base, [caption] * len(noisy)), batches(base, len(noisy)))
 
 
 def _joined(pools: list[Pool]) -> Pool:

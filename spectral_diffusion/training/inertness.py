@@ -8,7 +8,7 @@ concept is trained among others, there is a second such pool: what these give on
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -93,7 +93,7 @@ def build_pool(base: Base, captions: Sequence[str], generator: torch.Generator) 
     drawn = torch.cat(
         [
             pipeline(
-                **prompts(base, to_draw[start : start + base.pictures_at_once]),
+                **prompts(base, to_draw[share]),
                 num_inference_steps=DRAWING_STEPS,
                 guidance_scale=GUIDANCE,
                 height=base.resolution,
@@ -101,17 +101,27 @@ def build_pool(base: Base, captions: Sequence[str], generator: torch.Generator) 
                 generator=generator,
                 output_type="latent",
             ).images.float()
-            for start in counted("reference pictures", "batch", range(0, len(to_draw), base.pictures_at_once))
+            for share in counted("reference pictures", "batch", batches(base, len(to_draw)))
         ]
     )
     noisy, times = noisy_samples(base, drawn, count, generator)
-    ids = tokenize(base, captions)
-    parts = []
-    batch = base.pictures_at_once
-    for start in counted("reference predictions", "batch", range(0, count, batch)):
-        part = slice(start, start + batch)
-        parts.append(predict(base, noisy[part], times[part], ids[part]))
-    return Pool(noisy=noisy, times=times, ids=ids, predictions=torch.cat(parts))
+    shares = counted("reference predictions", "batch", batches(base, count))
+    return predicted_pool(base, noisy, times, tokenize(base, captions), shares)
+
+
+def batches(base: Base, count: int) -> list[slice]:
+    """Return which of `count` samples go through `base` at once."""
+    return [slice(start, start + base.pictures_at_once) for start in range(0, count, base.pictures_at_once)]
+
+
+def predicted_pool(base: Base, noisy: torch.Tensor, times: torch.Tensor, ids: torch.Tensor, shares: Iterable[slice]) -> Pool:
+    """Return noisy samples with what is predicted for them with what is attached, share by share."""
+    return Pool(
+        noisy=noisy,
+        times=times,
+        ids=ids,
+        predictions=torch.cat([predict(base, noisy[share], times[share], ids[share]) for share in shares]),
+    )
 
 
 def noisy_samples(base: Base, drawn: torch.Tensor, count: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:

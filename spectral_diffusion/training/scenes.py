@@ -25,7 +25,7 @@ from spectral_diffusion.conditioning import prompts
 from spectral_diffusion.prompt_tokens import listed, name_by_class
 from spectral_diffusion.stages import counted
 from spectral_diffusion.training.examples import Crop, EncodedExamples, box_of, encoded, mask_of
-from spectral_diffusion.training.inertness import OTHER_CLASSES
+from spectral_diffusion.training.inertness import OTHER_CLASSES, batches
 
 logger = logging.getLogger(__name__)
 
@@ -99,10 +99,9 @@ def _begin(example: Example, concept: Concept, things: int, side: int, rng: np.r
 def _drawn(base: Base, latents: torch.Tensor, begun: Sequence[_Begun], seed: int) -> torch.Tensor:
     """Return `latents` with everything drawn by the base but what was cut out."""
     drawn = []
-    for start in counted("scenes", "batch", range(0, len(begun), base.pictures_at_once)):
-        part = slice(start, start + base.pictures_at_once)
+    for part in counted("scenes", "batch", batches(base, len(begun))):
         known = latents[part].to(base.device, base.pipeline.unet.dtype)
-        noise = torch.randn(known.shape, generator=torch.Generator().manual_seed(seed + start)).to(known)
+        noise = torch.randn(known.shape, generator=torch.Generator().manual_seed(seed + part.start)).to(known)
         hole = torch.stack([_hole(one.cut, known.shape[-2:]) for one in begun[part]]).to(known)
         images = base.pipeline(
             **prompts(base, [one.request for one in begun[part]]),
