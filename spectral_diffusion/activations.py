@@ -11,6 +11,7 @@ from torch import nn
 from spectral_diffusion.adapter import input_group
 from spectral_diffusion.base import Base, adaptable_layers
 from spectral_diffusion.conditioning import read
+from spectral_diffusion.latents import batches, draw_latents
 from spectral_diffusion.layer_names import is_convolution
 from spectral_diffusion.stages import counted
 
@@ -65,18 +66,11 @@ def measure_activations(base: Base, token: str, layer_keys: tuple[str, ...], see
     with _recorded(texts, grams):
         wanted = read(base, captions)
     encoded = wanted | read(base, [""] * len(captions), "negative_")
-    generator, batch = torch.Generator().manual_seed(seed), base.pictures_at_once
+    generator = torch.Generator().manual_seed(seed)
     with _recorded({group: layer for group, layer in watched.items() if group not in texts}, grams, paired=True):
-        for start in counted("activations", "batch", range(0, len(captions), batch)):
-            base.pipeline(
-                **{name: values[start : start + batch] for name, values in encoded.items()},
-                num_inference_steps=DRAWING_STEPS,
-                guidance_scale=GUIDANCE,
-                height=base.resolution,
-                width=base.resolution,
-                generator=generator,
-                output_type="latent",
-            )
+        for share in counted("activations", "batch", batches(base, len(captions))):
+            texts = {name: values[share] for name, values in encoded.items()}
+            draw_latents(base, texts, DRAWING_STEPS, GUIDANCE, generator=generator)
     return {group: _thin_factor(gram) for group, gram in grams.items()}
 
 

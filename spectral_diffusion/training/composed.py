@@ -16,12 +16,13 @@ from spectral_diffusion.attach import beside
 from spectral_diffusion.base import Base
 from spectral_diffusion.conditioning import prompts, tokenize
 from spectral_diffusion.drawing import Drawing
+from spectral_diffusion.latents import batches, draw_latents
 from spectral_diffusion.own_models import own_models
 from spectral_diffusion.prompt_tokens import expand_prompt, listed, name_by_class
 from spectral_diffusion.regions import suggest_regions
 from spectral_diffusion.stages import counted
 from spectral_diffusion.training.batches import Pool
-from spectral_diffusion.training.inertness import DRAWING_STEPS, PLACES, batches, noisy_samples, predicted_pool
+from spectral_diffusion.training.inertness import DRAWING_STEPS, PLACES, noisy_samples, predicted_pool
 
 GROUPS = 4
 """Groups that are chosen for each concept: it with one or two of the others."""
@@ -81,26 +82,18 @@ def _groups(concepts: int, generator: torch.Generator) -> list[tuple[int, ...]]:
 
 def _drawn(base: Base, adapter: Adapter, prompt: str, written: Mapping[str, str], generator: torch.Generator) -> Pool:
     """Draw `prompt`, which names all of `adapter`, and keep samples of the pictures with what the own models predict."""
-    pipeline, side, caption = base.pipeline, base.resolution, expand_prompt(prompt, written)
+    captions = [expand_prompt(prompt, written)] * PICTURES
     drawing = Drawing(prompt=prompt, regions=suggest_regions(prompt, adapter.class_words), guidance=base.guidance)
     with own_models(base, drawing, adapter):
         drawn = torch.cat(
             [
-                pipeline(
-                    **prompts(base, [caption] * len(range(PICTURES)[share])),
-                    num_inference_steps=DRAWING_STEPS,
-                    guidance_scale=drawing.guidance,
-                    height=side,
-                    width=side,
-                    generator=generator,
-                    output_type="latent",
-                ).images.float()
+                draw_latents(base, prompts(base, captions[share]), DRAWING_STEPS, base.guidance, generator=generator)
                 for share in batches(base, PICTURES)
             ]
         )
     noisy, times = noisy_samples(base, drawn, PICTURES * SAMPLES, generator)
     with own_models(base, replace(drawing, guidance=1.0), adapter):
-        return _predicted(base, noisy, times, caption)
+        return _predicted(base, noisy, times, captions[0])
 
 
 def _by_its_own_model(

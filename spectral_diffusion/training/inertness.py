@@ -14,6 +14,7 @@ import torch
 
 from spectral_diffusion.base import Base
 from spectral_diffusion.conditioning import prompts, tokenize
+from spectral_diffusion.latents import batches, draw_latents
 from spectral_diffusion.stages import counted
 from spectral_diffusion.training.batches import Pool
 from spectral_diffusion.training.prediction import predict
@@ -88,30 +89,16 @@ def build_inert_pool(base: Base, class_word: str, strangers: tuple[str, ...], co
 @torch.no_grad()
 def build_pool(base: Base, captions: Sequence[str], generator: torch.Generator) -> Pool:
     """Draw the first `PICTURES` of `captions` with what is attached, and keep a noisy sample of one of them for each caption."""
-    pipeline, count = base.pipeline, len(captions)
-    to_draw = list(captions[:PICTURES])
+    count, to_draw = len(captions), list(captions[:PICTURES])
     drawn = torch.cat(
         [
-            pipeline(
-                **prompts(base, to_draw[share]),
-                num_inference_steps=DRAWING_STEPS,
-                guidance_scale=GUIDANCE,
-                height=base.resolution,
-                width=base.resolution,
-                generator=generator,
-                output_type="latent",
-            ).images.float()
+            draw_latents(base, prompts(base, to_draw[share]), DRAWING_STEPS, GUIDANCE, generator=generator)
             for share in counted("reference pictures", "batch", batches(base, len(to_draw)))
         ]
     )
     noisy, times = noisy_samples(base, drawn, count, generator)
     shares = counted("reference predictions", "batch", batches(base, count))
     return predicted_pool(base, noisy, times, tokenize(base, captions), shares)
-
-
-def batches(base: Base, count: int) -> list[slice]:
-    """Return which of `count` samples go through `base` at once."""
-    return [slice(start, start + base.pictures_at_once) for start in range(0, count, base.pictures_at_once)]
 
 
 def predicted_pool(base: Base, noisy: torch.Tensor, times: torch.Tensor, ids: torch.Tensor, shares: Iterable[slice]) -> Pool:

@@ -20,6 +20,7 @@ from spectral_diffusion.attach import Switch
 from spectral_diffusion.base import Base
 from spectral_diffusion.conditioning import prompts
 from spectral_diffusion.errors import TrainingError
+from spectral_diffusion.latents import draw_latents
 from spectral_diffusion.training.attention import CrossAttention
 from spectral_diffusion.training.batches import Batch, Shown, draw_batch
 from spectral_diffusion.training.checkpoint import load_checkpoint, save_checkpoint
@@ -30,6 +31,7 @@ from spectral_diffusion.training.trainable import Trainable
 
 logger = logging.getLogger(__name__)
 
+_SAMPLE_STEPS = 15
 READ_EVERY = 10
 """Steps on a GPU between two looks at the losses, each of which makes the program wait for the GPU; and between two states that
 are kept for a loss that is no number, which stays so."""
@@ -257,19 +259,13 @@ class Run:
         every = self.settings.sample_every
         if not every or self.step % every:
             return ()
-        pipeline, images = self.base.pipeline, []
-        vae = pipeline.vae
+        pipeline, vae, images = self.base.pipeline, self.base.pipeline.vae, []
         with elsewhere(vae, self.base.device):
             for number, concept in enumerate(self.concepts):
                 self.trainable.adaptation.show(pipeline.unet.dtype, number)
-                latents = pipeline(
-                    **prompts(self.base, [f"a photo of {concept.words}"] * 2),
-                    num_inference_steps=15,
-                    height=self.base.resolution,
-                    width=self.base.resolution,
-                    generator=torch.Generator().manual_seed(self.settings.seed),
-                    output_type="latent",
-                ).images
+                texts = prompts(self.base, [f"a photo of {concept.words}"] * 2)
+                generator = torch.Generator().manual_seed(self.settings.seed)
+                latents = draw_latents(self.base, texts, _SAMPLE_STEPS, self.base.guidance, generator=generator)
                 pixels = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor).sample
                 images += pipeline.image_processor.postprocess(pixels)
         return tuple(images)

@@ -22,10 +22,11 @@ from PIL import Image, ImageFilter
 from spectral_diffusion.base import Base
 from spectral_diffusion.concept import PLACEHOLDER, Concept, Example
 from spectral_diffusion.conditioning import prompts
+from spectral_diffusion.latents import batches, draw_latents
 from spectral_diffusion.prompt_tokens import listed, name_by_class
 from spectral_diffusion.stages import counted
 from spectral_diffusion.training.examples import Crop, EncodedExamples, box_of, encoded, mask_of
-from spectral_diffusion.training.inertness import OTHER_CLASSES, batches
+from spectral_diffusion.training.inertness import OTHER_CLASSES
 
 logger = logging.getLogger(__name__)
 
@@ -103,17 +104,9 @@ def _drawn(base: Base, latents: torch.Tensor, begun: Sequence[_Begun], seed: int
         known = latents[part].to(base.device, base.pipeline.unet.dtype)
         noise = torch.randn(known.shape, generator=torch.Generator().manual_seed(seed + part.start)).to(known)
         hole = torch.stack([_hole(one.cut, known.shape[-2:]) for one in begun[part]]).to(known)
-        images = base.pipeline(
-            **prompts(base, [one.request for one in begun[part]]),
-            latents=noise,
-            num_inference_steps=DRAWING_STEPS,
-            guidance_scale=base.guidance,
-            height=base.resolution,
-            width=base.resolution,
-            output_type="latent",
-            callback_on_step_end=partial(_blended, known, noise, hole),
-        ).images
-        drawn.append(images.float())
+        texts = prompts(base, [one.request for one in begun[part]])
+        blended = partial(_blended, known, noise, hole)
+        drawn.append(draw_latents(base, texts, DRAWING_STEPS, base.guidance, latents=noise, callback_on_step_end=blended))
     return torch.cat(drawn)
 
 
