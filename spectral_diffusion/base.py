@@ -97,7 +97,7 @@ def load_base(
     Weights that stayed in the file would be lost with it, and where a number lies decides how it is summed: the last bit differs.
 
     On a CPU torch computes with one thread from then on where the base is of the embedded one's family, whose layers are too
-    small to share: a second thread makes a training step a fifteenth shorter on idle cores, and waits in every layer where
+    small to share: a second thread makes a training step a fifth shorter on idle cores at best, and waits in every layer where
     another program keeps one busy. With other bases it computes with as many threads as when this module was imported.
 
     Args:
