@@ -31,18 +31,27 @@ _KINDS = ("adapters", "fused")
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterCard:
-    """An adapter on the page; `name` is `FOLDER/FILE`, as the other actions take it."""
+    """An adapter on the page; `name` is `FOLDER/FILE`, as the other actions take it.
+
+    `changed` is when the file was, in nanoseconds since 1970.
+    """
 
     name: str
     tokens: tuple[str, ...]
     bands: tuple[str, ...]
     method: str
     path: Path
+    changed: int
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether it was fused here from others."""
+        return self.name.startswith("fused/")
 
     @property
     def label(self) -> str:
         """What a list shows."""
-        return self.tokens[0] if self.name.startswith("adapters/") else f"{self.path.stem} ({' + '.join(self.tokens)})"
+        return f"{self.path.stem} ({' + '.join(self.tokens)})" if self.is_fused else self.tokens[0]
 
 
 def adapter_path(studio: Studio, name: str) -> Path:
@@ -188,7 +197,7 @@ def _card(path: Path, changed: int) -> AdapterCard:
     adapter = load_adapter(path)
     bands = tuple(str(concept.band) if concept.band else "none, imported" for concept in adapter.concepts)
     name = f"{path.parent.name}/{path.name}"
-    return AdapterCard(name=name, tokens=adapter.tokens, bands=bands, method=adapter.method, path=path)
+    return AdapterCard(name=name, tokens=adapter.tokens, bands=bands, method=adapter.method, path=path, changed=changed)
 
 
 @lru_cache(maxsize=8)

@@ -123,14 +123,21 @@ def condition_fields() -> list[Any]:
 def adapter_list(
     studio: Studio, live: Live, label: str, kinds: tuple[str, ...] = ("fused", "adapters"), *, bare: bool = True
 ) -> gr.Dropdown:
-    """Return a list of adapters that keeps itself fresh, hidden while there are none; the bare base may be among them."""
-    component = gr.Dropdown([], label=label, allow_custom_value=False, min_width=240)
+    """Return a list of adapters that keeps itself fresh, hidden while there are none; the bare base may be among them.
 
-    def fresh(current: str | None) -> Any:
-        pairs = [(card.label, card.name) for card in adapter_cards(studio, kinds)]
-        return choices([*pairs, *([("none, the bare base", BARE)] if bare and pairs else [])], value=current)
+    It stands at the adapter that was fused last, until somebody chooses one.
+    """
+    component, chosen = gr.Dropdown([], label=label, allow_custom_value=False, min_width=240), gr.State(False)
+    component.input(lambda: True, None, chosen, **EVENT)
 
-    return live.add(component, fresh, component)
+    def fresh(current: str | None, is_chosen: bool) -> Any:
+        cards = adapter_cards(studio, kinds)
+        pairs = [(card.label, card.name) for card in cards]
+        fused = [card for card in cards if card.is_fused]
+        value = current if is_chosen or not fused else max(fused, key=lambda card: card.changed).name
+        return choices([*pairs, *([("none, the bare base", BARE)] if bare and pairs else [])], value=value)
+
+    return live.add(component, fresh, component, chosen)
 
 
 def drawing_fields() -> list[Any]:
