@@ -69,8 +69,8 @@ def measure_activations(base: Base, token: str, layer_keys: tuple[str, ...], see
     generator = torch.Generator().manual_seed(seed)
     with _recorded({group: layer for group, layer in watched.items() if group not in texts}, grams, paired=True):
         for share in counted("activations", "batch", batches(base, len(captions))):
-            texts = {name: values[share] for name, values in encoded.items()}
-            draw_latents(base, texts, DRAWING_STEPS, GUIDANCE, generator=generator)
+            read_at_once = {name: values[share] for name, values in encoded.items()}
+            draw_latents(base, read_at_once, DRAWING_STEPS, GUIDANCE, generator=generator)
     return {group: _thin_factor(gram) for group, gram in grams.items()}
 
 
