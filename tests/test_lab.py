@@ -54,12 +54,18 @@ QUICK = {
         "counts": [2],
         "seeds": [0],
         "pictures": 1,
+        "training": {"rank": 2, "steps": 2, "batch": 1},
         "trainings": {
-            "spectral": {"parametrisation": "additive", "rank": 2, "steps": 2, "batch": 1},
-            "in one go": {"parametrisation": "additive", "rank": 2, "steps": 2, "batch": 1, "together": True},
-            "oft": {"parametrisation": "oft", "rank": 2, "steps": 2, "batch": 1},
+            "spectral": {"parametrisation": "additive"},
+            "in one go": {"parametrisation": "additive", "together": True},
+            "oft": {"parametrisation": "oft"},
         },
-        "methods": {"aligned": ["spectral", "aligned"], "in one go": ["in one go", "sum"], "OFT average": ["oft", "average"]},
+        "methods": {
+            "aligned": {"training": "spectral", "fuser": "aligned"},
+            "settled": {"training": "spectral", "fuser": "sum", "settling": 2},
+            "in one go": {"training": "in one go", "fuser": "sum"},
+            "OFT average": {"training": "oft", "fuser": "average"},
+        },
     },
     "efficiency": {
         "concepts": ["black-cat"],

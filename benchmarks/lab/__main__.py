@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.lab.bench import EXPERIMENTS, FOR_A_GPU, MOST_WORKERS, TIMED, be_quiet, run, show
+from benchmarks.lab.bench import BY_NAME, EXPERIMENTS, MOST_WORKERS, TIMED, be_quiet, run, show
 
 
 def main() -> int:
@@ -28,7 +28,7 @@ def main() -> int:
     options = parser.parse_args()
     be_quiet()
     size = "full" if options.full else "quick"
-    names = options.names or [name for name in EXPERIMENTS if options.full or name not in FOR_A_GPU]
+    names = options.names or [name for name in EXPERIMENTS if options.full or name not in BY_NAME]
     if options.show:
         for name in names:
             show(name, size, options.out)

@@ -38,8 +38,8 @@ EXPERIMENTS: dict[str, ModuleType] = {
 """Name to module; each has `cases(config)`, `measure(case, workshop)` and `show(records) -> (figures, table)`."""
 TIMED = ("cost",)
 """Measure time, so nothing else runs beside them."""
-FOR_A_GPU = ("many",)
-"""Run in the quick size by name only."""
+BY_NAME = ("many", "rates")
+"""Run in the quick size by name only: what is for a GPU, and what only finds the rates that the others are given."""
 MOST_WORKERS = 4
 """Each takes about 2 GB of memory."""
 

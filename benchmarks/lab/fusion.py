@@ -29,8 +29,6 @@ from spectral_diffusion.parametrisations import TUNERS
 from spectral_diffusion.prompt_tokens import listed
 from spectral_diffusion.training import settle
 
-SETTLED = "settled"
-"""Stands among the fusers for a settling and the plain sum."""
 _JOINT = (2, 3)
 """So many of the concepts are drawn in one picture."""
 
@@ -41,7 +39,7 @@ def cases(config: dict[str, Any]) -> Iterator[Case]:
     for seed in config["seeds"]:
         for before, count in pairwise([0, *config["counts"]]):
             names = config["concepts"][:count]
-            trainings = config["trainings"]
+            trainings = {label: config["training"] | training for label, training in config["trainings"].items()}
             trained = {label: _trained(training, names, config["concepts"], seed) for label, training in trainings.items()}
             for label, training in trained.items():
                 together = trainings[label].get("together", False)
@@ -49,9 +47,9 @@ def cases(config: dict[str, Any]) -> Iterator[Case]:
                 for slot, name in list(enumerate(names))[0 if together else before :]:
                     case = {"name": f"{name}{of} alone {label} {seed}", "kind": "alone", "training": label, "concept": name}
                     yield case | {"slot": slot} | training | shared
-            for method, (label, fuser) in config["methods"].items():
-                case = {"name": f"{count} {method} {seed}", "kind": "fused", "method": method, "training": label, "fuser": fuser}
-                yield case | {"concepts": names} | trained[label] | shared
+            for method, choice in config["methods"].items():
+                case = {"name": f"{count} {method} {seed}", "kind": "fused", "method": method, **choice, "concepts": names}
+                yield case | trained[choice["training"]] | shared
 
 
 def _trained(training: dict[str, Any], names: list[str], everybody: list[str], seed: int) -> dict[str, Any]:
@@ -71,8 +69,9 @@ def measure(case: Case, workshop: Workshop) -> dict[str, Any]:
         (part,) = adapter.concepts
         return asdict(workshop.likeness(case["concept"], pictures)) | {"parameters": part.parameters()}
     adapters = [workshop.adapter(name, slot, case["settings"], case["group"]) for slot, name in enumerate(case["concepts"])]
-    if case["fuser"] == SETTLED:
-        fused = fuse([result.adapter for result in settle(workshop.base, adapters)], method="sum")
+    if case.get("settling"):
+        settled = [result.adapter for result in settle(workshop.base, adapters, steps=case["settling"])]
+        fused = fuse(settled, method=case["fuser"])
     else:
         fused = fuse(adapters, method=case["fuser"])
     concepts, strip = {}, []

@@ -20,7 +20,7 @@ def cases(config: dict[str, Any]) -> Iterator[Case]:
         for concept in config["concepts"]:
             for method, settings in config["methods"].items():
                 slot = settings.get("slot", 0)
-                chosen = {key: value for key, value in settings.items() if key != "slot"} | {"seed": seed}
+                chosen = config["training"] | {key: value for key, value in settings.items() if key != "slot"} | {"seed": seed}
                 case = {"name": f"{method} {concept} {seed}", "method": method, "concept": concept, "slot": slot}
                 yield case | {"settings": chosen, "pictures": config["pictures"]}
 

@@ -84,11 +84,11 @@ class Workshop:
     def settings(self, changes: Mapping[str, Any]) -> TrainingSettings:
         """Return the preset `balanced` of the base with `changes`, on linear layers only: those that every rival can adapt.
 
-        Two of the changes choose the preset: with `linear = false` it stays on the layers and at the rank that ship, with
-        `together = true` it is that of several concepts in one go.
+        Two of the changes choose the preset: with `linear = false` it is on the layers and at the rank that ship, of whatever
+        parametrisation, with `together = true` it is that of several concepts in one go.
         """
-        chosen = dict(changes)
-        layers = LINEAR if chosen.pop("linear", True) else {}
+        chosen, ships = dict(changes), preset("balanced", self.base)
+        layers = LINEAR if chosen.pop("linear", True) else {"rank": ships.rank, "layers": ships.layers}
         return preset("balanced", self.base, together=chosen.pop("together", False), changes={**layers, **chosen})
 
     def shapes(self, settings: TrainingSettings) -> list[tuple[int, int]]:
