@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -49,11 +49,13 @@ PROMPTS = (
 
 
 @torch.no_grad()
-def measure_activations(base: Base, token: str, layer_keys: tuple[str, ...], seed: int) -> dict[str, torch.Tensor]:
+def measure_activations(
+    base: Base, token: str, layer_keys: tuple[str, ...], seed: int, on: Sequence[str] = PROMPTS
+) -> dict[str, torch.Tensor]:
     """Return, per group of linear layers with one input, a factor `F (in, k)` with `F F^T` near the Gram matrix of that input.
 
     Convolutions read much the same patches whatever is drawn, so that nothing is gained by telling concepts apart by them.
-    The base must have the concept's adapter and token attached. Each of `PROMPTS` is drawn with `token` in few steps;
+    The base must have the concept's adapter and token attached. Each of the prompts `on` is drawn with `token` in few steps;
     only the conditional half of each guidance pair counts. The Gram matrices are scaled to trace `in`.
     A token with vectors for every cross-attention layer is measured as the first of the adapted ones reads it.
     """
@@ -61,7 +63,7 @@ def measure_activations(base: Base, token: str, layer_keys: tuple[str, ...], see
     linear = [key for key in layer_keys if not is_convolution(key, base.family)]
     watched = {input_group(key): layers[key] for key in reversed(linear)}
     grams = {group: torch.zeros(layer.in_features, layer.in_features) for group, layer in watched.items()}
-    captions = [prompt.format(token) for prompt in PROMPTS]
+    captions = [prompt.format(token) for prompt in on]
     texts = {group: layer for group, layer in watched.items() if group.startswith("text_encoder")}
     with _recorded(texts, grams):
         wanted = read(base, captions)

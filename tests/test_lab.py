@@ -44,10 +44,10 @@ QUICK = {
     },
     "cost": {
         "concepts": ["black-cat", "poodle"],
-        "steps": 3,
         "fusers": ["sum", "aligned"],
         "fused": {"parametrisation": "additive", "rank": 2, "steps": 2, "batch": 1},
-        "methods": {name: {"rank": 2, "batch": 1, "inertness": 0.0, "scenes": 0.0} for name in ("lora", "additive")},
+        "training": {"rank": 2, "steps": 3, "batch": 1, "inertness": 0.0, "scenes": 0.0},
+        "methods": {"lora": {}, "additive": {}},
     },
     "fusion": {
         "concepts": ["black-cat", "poodle"],
@@ -66,6 +66,21 @@ QUICK = {
             "in one go": {"training": "in one go", "fuser": "sum"},
             "OFT average": {"training": "oft", "fuser": "average"},
         },
+    },
+    "single": {
+        "concepts": ["black-cat"],
+        "seeds": [0],
+        "pictures": 1,
+        "training": {"rank": 2, "steps": 2, "batch": 1},
+        "methods": {"additive": {"slot": 1, "weakest_first": False}, "lora": {"parametrisation": "lora"}},
+    },
+    "alignment": {
+        "concepts": ["black-cat", "poodle"],
+        "counts": [2],
+        "seeds": [0],
+        "pictures": 1,
+        "training": {"parametrisation": "additive", "rank": 2, "steps": 2, "batch": 1},
+        "variants": {"as it ships": {}, "base": {"base": 1.0}, "again": {"drawings": 2, "where": "unet"}},
     },
     "efficiency": {
         "concepts": ["black-cat"],
@@ -204,7 +219,7 @@ def test_the_language_model_reads_from_left_to_right_and_learns() -> None:
 
 
 def test_a_form_whose_training_ends_early_is_named(tmp_path: Path) -> None:
-    case = {"kind": "train", "concept": "poodle", "steps": 3, "methods": {"the form": {"parametrisation": "nonsense"}}}
+    case = {"kind": "train", "concept": "poodle", "methods": {"the form": {"parametrisation": "nonsense"}}}
     with pytest.raises(RuntimeError, match="the training of the form ended early"):
         cost.measure(case, Workshop(tmp_path))
 

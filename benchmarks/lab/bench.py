@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.lab import cost, efficiency, fusion, language, rates, single, theory
+from benchmarks.lab import alignment, cost, efficiency, fusion, language, rates, single, theory
 from benchmarks.lab.record import Case, Postponed, Record, file_name, perform, read
 from benchmarks.lab.workshop import Workshop
 from spectral_diffusion.files import write_atomically
@@ -33,6 +33,7 @@ EXPERIMENTS: dict[str, ModuleType] = {
     "fusion": fusion,
     "levers": fusion,
     "many": fusion,
+    "alignment": alignment,
     "efficiency": efficiency,
 }
 """Name to module; each has `cases(config)`, `measure(case, workshop)` and `show(records) -> (figures, table)`."""

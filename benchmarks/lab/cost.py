@@ -33,8 +33,10 @@ from spectral_diffusion.training import TrainingProgress, train
 
 def cases(config: dict[str, Any]) -> Iterator[Case]:
     """Yield the parametrisations, as one, the decompositions, and every fuser."""
-    chosen = {method: {"parametrisation": method} | settings for method, settings in config["methods"].items()}
-    yield {"name": "training", "kind": "train", "methods": chosen, "steps": config["steps"], "concept": config["concepts"][0]}
+    chosen = {
+        method: config["training"] | {"parametrisation": method} | settings for method, settings in config["methods"].items()
+    }
+    yield {"name": "training", "kind": "train", "methods": chosen, "concept": config["concepts"][0]}
     yield {"name": "singular value decompositions", "kind": "svd"}
     for fuser in config["fusers"]:
         yield {
@@ -77,7 +79,7 @@ def _train_in_turn(case: Case, workshop: Workshop) -> dict[str, Any]:
     try:
         for method, settings in case["methods"].items():
             runs[method], theirs = spawning.Pipe()
-            arguments = (case["concept"], settings | {"steps": case["steps"]}, workshop.adapters, theirs)
+            arguments = (case["concept"], settings, workshop.adapters, theirs)
             processes.append(spawning.Process(target=_train, args=arguments, daemon=True))
             processes[-1].start()
             theirs.close()

@@ -40,8 +40,8 @@ def cases(config: dict[str, Any]) -> Iterator[Case]:
         for before, count in pairwise([0, *config["counts"]]):
             names = config["concepts"][:count]
             trainings = {label: config["training"] | training for label, training in config["trainings"].items()}
-            trained = {label: _trained(training, names, config["concepts"], seed) for label, training in trainings.items()}
-            for label, training in trained.items():
+            of_label = {label: trained(training, names, config["concepts"], seed) for label, training in trainings.items()}
+            for label, training in of_label.items():
                 together = trainings[label].get("together", False)
                 of = f" of {count}" if together else ""
                 for slot, name in list(enumerate(names))[0 if together else before :]:
@@ -49,10 +49,10 @@ def cases(config: dict[str, Any]) -> Iterator[Case]:
                     yield case | {"slot": slot} | training | shared
             for method, choice in config["methods"].items():
                 case = {"name": f"{count} {method} {seed}", "kind": "fused", "method": method, **choice, "concepts": names}
-                yield case | trained[choice["training"]] | shared
+                yield case | of_label[choice["training"]] | shared
 
 
-def _trained(training: dict[str, Any], names: list[str], everybody: list[str], seed: int) -> dict[str, Any]:
+def trained(training: dict[str, Any], names: list[str], everybody: list[str], seed: int) -> dict[str, Any]:
     """Return the settings of a training and the `group` that is trained in one pass; apart, none is attached for another."""
     settings = training | {"seed": seed}
     if training.get("together"):

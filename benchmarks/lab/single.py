@@ -9,9 +9,9 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from benchmarks.lab.charts import bars, markdown
+from benchmarks.lab.charts import bars, markdown, packed, sheet, unpacked
 from benchmarks.lab.record import Case, Record
-from benchmarks.lab.workshop import Workshop
+from benchmarks.lab.workshop import PROMPTS, Workshop
 
 
 def cases(config: dict[str, Any]) -> Iterator[Case]:
@@ -29,11 +29,13 @@ def measure(case: Case, workshop: Workshop) -> dict[str, Any]:
     """Train and draw."""
     adapter = workshop.adapter(case["concept"], case["slot"], case["settings"])
     pictures = workshop.draw(adapter, adapter.tokens[0], case["pictures"])
-    return asdict(workshop.likeness(case["concept"], pictures)) | {"parameters": adapter.concepts[0].parameters()}
+    firsts = [picture.image for picture in pictures[:: case["pictures"]]]  # of every prompt
+    likeness = asdict(workshop.likeness(case["concept"], pictures))
+    return likeness | {"parameters": adapter.concepts[0].parameters(), "strip": packed(firsts)}
 
 
 def show(records: Sequence[Record]) -> tuple[dict[str, Figure], str]:
-    """Return the means over concepts and seeds."""
+    """Return the means over concepts and seeds, and a picture of every method for each prompt."""
     groups: dict[str, list[dict[str, float]]] = {}
     for record in records:
         groups.setdefault(record["case"]["method"], []).append(record["result"])
@@ -45,4 +47,6 @@ def show(records: Sequence[Record]) -> tuple[dict[str, Figure], str]:
     ]
     scores = {key: [value[key] for value in values.values()] for key in keys[1:]}
     table = markdown(["method", "trained numbers", "identity", "CLIP image", "CLIP text"], rows)
-    return {"scores": bars("One concept alone", list(values), scores)}, table
+    strips = {r["case"]["method"]: unpacked(r["result"]["strip"]) for r in reversed(records)}  # of the first concept and seed
+    pictures = sheet("One concept alone", [prompt.format("<V>") for prompt in PROMPTS], strips)
+    return {"scores": bars("One concept alone", list(values), scores), "sheet": pictures}, table
