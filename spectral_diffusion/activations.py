@@ -50,12 +50,12 @@ PROMPTS = (
 
 @torch.no_grad()
 def measure_activations(
-    base: Base, token: str, layer_keys: tuple[str, ...], seed: int, on: Sequence[str] = PROMPTS
+    base: Base, token: str, layer_keys: tuple[str, ...], seed: int, on: Sequence[str] = ()
 ) -> dict[str, torch.Tensor]:
     """Return, per group of linear layers with one input, a factor `F (in, k)` with `F F^T` near the Gram matrix of that input.
 
     Convolutions read much the same patches whatever is drawn, so that nothing is gained by telling concepts apart by them.
-    The base must have the concept's adapter and token attached. Each of the prompts `on` is drawn with `token` in few steps;
+    The base must have the concept's adapter and token attached. Each prompt (`on`, else `PROMPTS`) is drawn with `token` in few steps;
     only the conditional half of each guidance pair counts. The Gram matrices are scaled to trace `in`.
     A token with vectors for every cross-attention layer is measured as the first of the adapted ones reads it.
     """
@@ -63,7 +63,7 @@ def measure_activations(
     linear = [key for key in layer_keys if not is_convolution(key, base.family)]
     watched = {input_group(key): layers[key] for key in reversed(linear)}
     grams = {group: torch.zeros(layer.in_features, layer.in_features) for group, layer in watched.items()}
-    captions = [prompt.format(token) for prompt in on]
+    captions = [prompt.format(token) for prompt in on or PROMPTS]
     texts = {group: layer for group, layer in watched.items() if group.startswith("text_encoder")}
     with _recorded(texts, grams):
         wanted = read(base, captions)
