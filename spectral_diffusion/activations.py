@@ -55,7 +55,7 @@ def measure_activations(
     """Return, per group of linear layers with one input, a factor `F (in, k)` with `F F^T` near the Gram matrix of that input.
 
     Convolutions read much the same patches whatever is drawn, so that nothing is gained by telling concepts apart by them.
-    The base must have the concept's adapter and token attached. Each prompt (`on`, else `PROMPTS`) is drawn with `token` briefly;
+    The base must have the concept's adapter and token attached. Each prompt (`on`, else `PROMPTS`) is drawn in a few steps;
     only the conditional half of each guidance pair counts. The Gram matrices are scaled to trace `in`.
     A token with vectors for every cross-attention layer is measured as the first of the adapted ones reads it.
     """

@@ -15,12 +15,15 @@ from filelock import FileLock
 from shared_bases import shared_base
 from short_trainings import prepare_less
 
+from benchmarks.lab import alignment, cost, language, theory
 from benchmarks.lab import bench as lab
-from benchmarks.lab import cost, language, theory
 from benchmarks.lab.__main__ import main
 from benchmarks.lab.record import Postponed, perform, source
 from benchmarks.lab.workshop import Workshop
+from spectral_diffusion.activations import measure_activations
+from spectral_diffusion.adapter import input_group
 from spectral_diffusion.fusion import fuse
+from spectral_diffusion.joining import RHO, Inputs, aligned_sum
 from spectral_diffusion.parametrisations import PARAMETRISATIONS
 
 QUICK = {
@@ -171,6 +174,37 @@ def test_what_is_lost_is_nothing_of_the_concept_itself_and_all_of_it_without(tmp
     assert itself < 1e-6 and missing == pytest.approx(1.0, rel=1e-3)
     silent = fuse([other.scaled(0.0), own], method="sum")  # the token has another number there
     assert workshop.lost(silent, [own])[0] < 1e-6
+
+
+def test_a_variant_of_the_aligned_sum_is_the_one_that_it_says(tmp_path: Path) -> None:
+    workshop, changes = Workshop(tmp_path), {"rank": 2, "steps": 2, "batch": 1, "unet_rate": 0.1}
+    adapters = [workshop.adapter(name, slot, changes) for slot, name in enumerate(("poodle", "wizard"))]
+    parts = [adapter.concepts[0] for adapter in adapters]
+    key = next(key for key in parts[0].layers if key.startswith("unet") and ".attn1.to_q" in key)
+    deltas = [part.delta(key) for part in parts]
+    factors = [part.activations[input_group(key)].double() for part in parts]
+
+    def joined(**variant: float | str) -> torch.Tensor:
+        variants = alignment._variant(workshop, adapters, **variant)
+        return fuse(variants, method="aligned", allow_overlap=True).delta(key).dense().double()
+
+    ships = joined()
+    same = dict(rtol=1e-3, atol=1e-5 * float(ships.abs().max()))
+    plain = fuse(adapters, method="sum").delta(key).dense().double()
+    torch.testing.assert_close(joined(where="nowhere"), plain, **same)
+    other = aligned_sum(deltas, [1.0, 1.0], Inputs(factors), rho=0.5).dense().double()
+    torch.testing.assert_close(joined(rho=0.5), other, **same)
+
+    words = [f"a {part.class_word}" for part in parts]
+    measured = [measure_activations(workshop.base, word, tuple(parts[0].layers), alignment._SEED) for word in words]
+    bare = sum((own := one[input_group(key)].double()) @ own.T for one in measured) / len(measured)
+    grams, near = [factor @ factor.T for factor in factors], RHO * torch.eye(len(bare), dtype=torch.double)
+    inverse = torch.linalg.inv(sum(grams) + 0.3 * bare + near)
+    expected = sum(
+        own.up.double() @ (inverse @ (gram + near) @ own.down.double()).T for own, gram in zip(deltas, grams, strict=True)
+    )
+    torch.testing.assert_close(joined(base=0.3), expected, **same)
+    assert min(float((joined(**other) - ships).abs().max()) for other in ({"rho": 0.5}, {"base": 0.3})) > same["atol"]
 
 
 def test_a_case_that_is_postponed_is_made_after_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ an exported file is. What is `lost` of a concept's own predictions tells methods
 cases are shared by all methods that train alike. All concepts of an experiment are trained in one pass where the form can be
 stacked, which is the same as one after the other and faster, as none is attached while another learns. A training with
 `together = true` trains those of a case in one go, among each other; there each number of concepts has `alone` cases of its own.
+A method with `settling` settles the concepts for so many steps before they are joined.
 """
 
 from __future__ import annotations
