@@ -2,8 +2,8 @@
 
 A variant is written as measurements, for the product's own `fuse`: those of all concepts times a factor are another `rho`
 (Q^-1 (G_i + rho I) stays as it is when both are scaled), the bare base with a change of zero beside the concepts is the term
-`lambda |D G_0^(1/2)|^2`, and layers whose measurements are zero are summed plainly. The judge's identity and what is `lost` of the
-concepts' own predictions (see `lost.py`) are both given: here they do not agree.
+`lambda |D G_0^(1/2)|^2`, and layers whose measurements are zero are summed plainly. The judge's identity and what is `lost` of
+the concepts' own predictions (see `lost.py`) are both given: here they do not agree.
 """
 
 from __future__ import annotations
