@@ -32,6 +32,7 @@ EXPERIMENTS: dict[str, ModuleType] = {
     "single": single,
     "fusion": fusion,
     "levers": fusion,
+    "recovery": fusion,
     "many": fusion,
     "alignment": alignment,
     "efficiency": efficiency,
@@ -39,8 +40,8 @@ EXPERIMENTS: dict[str, ModuleType] = {
 """Name to module; each has `cases(config)`, `measure(case, workshop)` and `show(records) -> (figures, table)`."""
 TIMED = ("cost",)
 """Measure time, so nothing else runs beside them."""
-BY_NAME = ("many", "rates")
-"""Run in the quick size by name only: what is for a GPU, and what only finds the rates that the others are given."""
+BY_NAME = ("recovery", "many", "rates")
+"""Run in the quick size by name only: trainings of all the steps that ship, and what only finds the rates that the others are given."""
 MOST_WORKERS = 4
 """Each takes about 2 GB of memory."""
 
