@@ -81,7 +81,7 @@ def measure_training(base: Base, settings: TrainingSettings) -> dict[str, Any]:
     def note(progress: TrainingProgress) -> None:
         moments.append(time.perf_counter())
 
-    spectrum = seconds_of(lambda: training_spectrum(base, [band], settings))
+    spectrum = seconds_of(lambda: training_spectrum(base, settings))
     with _heard(memory_logger) as said:
         adapters = []
         training = seconds_of(lambda: adapters.append(train(base, concept, band, settings, on_progress=note).adapter))

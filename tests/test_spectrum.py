@@ -9,6 +9,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from spectral_diffusion.base import Base, adaptable_layers, load_base
-from spectral_diffusion.spectrum import LEADING, Spectrum, base_spectrum, leading_directions, singular_directions, spectra
+from spectral_diffusion.spectrum import Spectrum, base_spectrum, singular_directions, spectra
 
 
 @pytest.fixture
@@ -68,34 +69,38 @@ def test_the_leading_directions_are_the_strongest(shape: tuple[int, int]) -> Non
 
 
 @pytest.mark.parametrize("shape", [(640, 700), (700, 640)])
-@pytest.mark.parametrize("falling", [False, True])
-def test_leading_directions_are_found_by_themselves(shape: tuple[int, int], falling: bool) -> None:
-    weight = torch.randn(shape, generator=torch.Generator().manual_seed(1))  # close singular values are the hardest
-    exact = singular_directions(weight, min(shape))
-    if falling:
-        values = torch.arange(1, 641) ** -0.5
-        weight = exact.U * values @ exact.V.T
-        exact = Spectrum(U=exact.U, s=values, V=exact.V)
-    found = leading_directions(weight)
-    torch.testing.assert_close(found.s, exact.s[:LEADING], rtol=1e-3, atol=0)
-    for factor in (found.U, found.V):
-        torch.testing.assert_close(factor.T @ factor, torch.eye(LEADING), rtol=0, atol=1e-5)
-    torch.testing.assert_close((found.U.T @ weight @ found.V), torch.diag(found.s), rtol=0, atol=1e-3 * found.s[0].item())
-    if falling:
-        assert (found.U * exact.U[:, :LEADING]).sum(0).abs().min() > 0.999
-    again = leading_directions(weight)
+@pytest.mark.parametrize("power", [0.0, -0.5, -0.8, -2.0])
+def test_less_than_half_of_the_directions_are_as_exact_as_from_all(shape: tuple[int, int], power: float) -> None:
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(1))  # of close values the directions are the hardest
+    if power:
+        U, _, Vh = torch.linalg.svd(weight.double(), full_matrices=False)
+        weight = (U * torch.arange(1, 641) ** power @ Vh).float()
+    count, whole = 64, torch.linalg.svd(weight.double(), full_matrices=False)
+    found = singular_directions(weight, count)
+    U, s, V = (tensor.double() for tensor in (found.U, found.s, found.V))
+    exact = {"rtol": 0, "atol": 2e-6 * s[0].item()}
+    torch.testing.assert_close(s, whole.S[:count], **exact)
+    for factor in (U, V):
+        torch.testing.assert_close(factor.T @ factor, torch.eye(count).double(), rtol=0, atol=1e-5)
+    torch.testing.assert_close(weight.double() @ V, U * s, **exact)
+    torch.testing.assert_close(weight.double().T @ U, V * s, **exact)
+    again = singular_directions(weight, count)
     assert torch.equal(found.U, again.U) and torch.equal(found.V, again.V)
 
 
-def test_of_large_layers_only_as_many_directions_are_found_as_are_asked_for(tiny_base: Base, cache: Path) -> None:
-    layers = {"unet.large": nn.Linear(800, 770), "unet.small": nn.Linear(600, 100)}
-    first = base_spectrum(tiny_base, layers, LEADING)
-    assert {key: len(spectrum.s) for key, spectrum in first.items()} == {"unet.large": LEADING, "unet.small": 100}
-    cached = base_spectrum(tiny_base, layers, 8)
-    assert all(torch.equal(cached[key].U, first[key].U) for key in layers)
-    more = base_spectrum(tiny_base, layers, LEADING + 1)
-    assert {key: len(spectrum.s) for key, spectrum in more.items()} == {"unet.large": 256, "unet.small": 100}
-    assert torch.equal(more["unet.small"].U, first["unet.small"].U)
+def test_a_cache_of_fewer_directions_is_not_taken_for_whole(
+    tiny_base: Base, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layers = {"unet.large": nn.Linear(80, 77), "unet.small": nn.Linear(60, 10)}
+    monkeypatch.setattr("spectral_diffusion.spectrum.MAX_DIRECTIONS", 16)
+    monkeypatch.setattr("spectral_diffusion.spectrum.singular_directions", partial(singular_directions, count=16))
+    first = base_spectrum(tiny_base, layers)
+    assert {key: len(spectrum.s) for key, spectrum in first.items()} == {"unet.large": 16, "unet.small": 10}
+    monkeypatch.undo()
+    monkeypatch.setenv("SPECTRAL_DIFFUSION_CACHE", str(cache))
+    whole = base_spectrum(tiny_base, layers)
+    assert len(whole["unet.large"].s) == 77
+    assert torch.equal(whole["unet.small"].U, first["unet.small"].U)
 
 
 def test_the_spectrum_is_computed_once_per_content_wherever_the_base_lies(

@@ -47,7 +47,7 @@ def look_task(arguments: dict[str, Any], context: TaskContext) -> dict[str, Any]
     """Load the base and write down what it is and what a training on it takes here."""
     base = chosen_base(arguments["settings"])
     fastest = preset(PRESETS[0], base)
-    training_spectrum(base, [Band(start=0, rank=fastest.rank)], fastest)
+    training_spectrum(base, fastest)
     pace = measure_pace(base, fastest, context.should_stop)
     if pace is None:
         raise Stopped

@@ -41,7 +41,7 @@ EXPERIMENTS: dict[str, ModuleType] = {
 TIMED = ("cost",)
 """Measure time, so nothing else runs beside them."""
 BY_NAME = ("recovery", "many", "rates")
-"""Run in the quick size by name only: trainings of all the steps that ship, and what only finds the rates that the others are given."""
+"""Run in the quick size by name only: trainings of as many steps as ship, and what finds the rates that the others are given."""
 MOST_WORKERS = 4
 """Each takes about 2 GB of memory."""
 

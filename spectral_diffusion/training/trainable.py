@@ -15,8 +15,8 @@ from spectral_diffusion.base import Base, adaptable_layers
 from spectral_diffusion.cross_attention import cross_attention_layers
 from spectral_diffusion.errors import InputError
 from spectral_diffusion.parametrisations import SPECTRAL
-from spectral_diffusion.spectrum import Spectrum, base_spectrum, directions_of
-from spectral_diffusion.training.adaptation import Adaptation, adapt, isolated_bands
+from spectral_diffusion.spectrum import Spectrum, base_spectrum
+from spectral_diffusion.training.adaptation import Adaptation, adapt
 from spectral_diffusion.training.settings import TrainingSettings
 
 
@@ -84,13 +84,9 @@ class Trainable:
         return {part: vectors.detach().clone().cpu() for part, vectors in self.embeddings[concept].items()}
 
 
-def training_spectrum(base: Base, bands: Sequence[Band], settings: TrainingSettings) -> dict[str, Spectrum]:
-    """Return the spectrum of the adapted layers as far as a training on `bands` reaches; nothing where a form needs none."""
-    if settings.parametrisation not in SPECTRAL:
-        return {}
-    layers = adaptable_layers(base, settings.layers)
-    isolated = isolated_bands(settings, directions_of(layers))
-    return base_spectrum(base, layers, max(band.stop for band in [*bands, *isolated]))
+def training_spectrum(base: Base, settings: TrainingSettings) -> dict[str, Spectrum]:
+    """Return the spectrum of the adapted layers; nothing where a form needs none."""
+    return base_spectrum(base, adaptable_layers(base, settings.layers)) if settings.parametrisation in SPECTRAL else {}
 
 
 def build_trainable(
@@ -108,7 +104,7 @@ def build_trainable(
     layers = adaptable_layers(base, settings.layers)
     if not layers:
         raise InputError(f"No layer of '{base.source}' ends in {', '.join(settings.layers)}; choose others as layers.")
-    spectra = training_spectrum(base, bands, settings)
+    spectra = training_spectrum(base, settings)
     embeddings = tuple({part: own.clone().requires_grad_(True) for part, own in first.items()} for first in vectors)
     return Trainable(embeddings=embeddings, adaptation=adapt(layers, spectra, bands, settings))
 
