@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Mapping, Sequence
+from textwrap import fill
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -12,6 +13,8 @@ from PIL import Image
 
 _COLOURS = 10
 """Colours of curves before they begin again, then dashed."""
+_HEADING = 14
+"""Letters in a line above a column of a sheet."""
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -75,7 +78,8 @@ def sheet(title: str, columns: Sequence[str], rows: Mapping[str, Image.Image]) -
     ):
         axes.imshow(strip)
         side = strip.width / len(columns)
-        axes.set_xticks([(index + 0.5) * side for index in range(len(columns))], columns if number == 0 else [""] * len(columns))
+        headings = [fill(column, _HEADING) if number == 0 else "" for column in columns]
+        axes.set_xticks([(index + 0.5) * side for index in range(len(columns))], headings)
         axes.xaxis.tick_top()
         axes.set_yticks([strip.height / 2], [name])
         axes.tick_params(length=0, labelsize="small")
