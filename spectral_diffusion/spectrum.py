@@ -53,8 +53,8 @@ def directions_of(layers: Mapping[str, Layer]) -> int:
 def singular_directions(weight: torch.Tensor, count: int = MAX_DIRECTIONS) -> Spectrum:
     """Return the `count` leading singular directions of `weight (out, in)`, exactly.
 
-    Where they are less than half of all and none is faint, they are found from the eigenvectors of the smaller Gram matrix,
-    in half of the time of a whole decomposition or less. What these span is then decomposed as the weight itself acts on it
+    Where they are less than half of all and none is faint, they are found from the eigenvectors of the smaller Gram matrix, in
+    0.45 to 0.75 of the time of a whole decomposition. What these span is then decomposed as the weight itself acts on it
     (Rayleigh and Ritz), so that the squares in the Gram matrix cost no precision.
     """
     matrix = weight.detach().float()
