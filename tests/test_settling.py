@@ -60,15 +60,15 @@ def test_the_sum_comes_nearer_to_what_each_gave_alone(base: Base, apart: list[Ad
     monkeypatch.setattr("spectral_diffusion.training.settling.SAMPLES", 256)
     assert default_method([one.concepts[0] for one in apart]) == "aligned"
     events: list[TrainingProgress] = []
-    results = settle(base, apart, steps=120, on_progress=events.append)
+    results = settle(base, apart, steps=200, on_progress=events.append)
     settled = [result.adapter for result in results]
     fused = fuse(settled)
-    assert fused.method == "sum" and len(events) == 120 and all(result.finished for result in results)
+    assert fused.method == "sum" and len(events) == 200 and all(result.finished for result in results)
     plain = strayed(base, apart, fuse(apart, method="sum"))
-    assert strayed(base, apart, fused) < 0.7 * plain
+    assert strayed(base, apart, fused) < 0.5 * plain
     for one, other in zip(apart, settled, strict=True):
         assert other.tokens == one.tokens and other.concepts[0].band == one.concepts[0].band
-        assert (other.concepts[0].settings["steps_done"], other.concepts[0].settings["mixing"]) == (132, 0)
+        assert (other.concepts[0].settings["steps_done"], other.concepts[0].settings["mixing"]) == (212, 0)
         alone = (answer(base, one, one.tokens[0]) - answer(base, other, one.tokens[0])).norm().item()
         assert alone < 0.5 * plain  # each by itself stays much as it was
 
