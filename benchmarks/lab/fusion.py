@@ -10,16 +10,17 @@ A method with `settling` settles the concepts for so many steps before they are 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
-from itertools import pairwise
+from itertools import pairwise, product
+from math import ceil
 from statistics import mean, pstdev
 from typing import Any
 
 from matplotlib.figure import Figure
 from PIL import Image
 
-from benchmarks.lab.charts import lines, markdown, packed, sheet, unpacked
+from benchmarks.lab.charts import bars, lines, markdown, packed, sheet, unpacked
 from benchmarks.lab.record import Case, Record
 from benchmarks.lab.workshop import PROMPTS, Workshop
 from spectral_diffusion.adapter import Adapter
@@ -31,7 +32,7 @@ from spectral_diffusion.prompt_tokens import listed
 from spectral_diffusion.training import settle
 
 _JOINT = (2, 3)
-"""So many of the concepts are drawn in one picture."""
+"""So many of the concepts are drawn in one picture: each with those after it, the last with the first."""
 
 
 def cases(config: dict[str, Any]) -> Iterator[Case]:
@@ -81,18 +82,30 @@ def measure(case: Case, workshop: Workshop) -> dict[str, Any]:
         concepts[name] = asdict(workshop.likeness(name, pictures)) | {"lost": share}
         strip.append(pictures[0].image)
     joint = {}
-    for count in range(2, 1 + min(_JOINT[-1], len(adapters))):
-        images, joint[str(count)] = _together(workshop, fused, case["concepts"][:count], case["pictures"])
-        strip.append(images[0])
+    for things in _JOINT:
+        if things <= len(adapters):
+            image, joint[str(things)] = _together(workshop, fused, case["concepts"], things, case["pictures"])
+            strip.append(image)
     return {"concepts": concepts, "joint": joint, "strip": packed(strip)}
 
 
-def _together(workshop: Workshop, fused: Adapter, names: Sequence[str], pictures: int) -> tuple[list[Image.Image], float]:
-    """Draw the first concepts of `fused` in one picture; return the pictures and the share in which the judge sees them all."""
-    drawing = Drawing(prompt=f"{listed(fused.tokens[: len(names)])} near a lake", count=len(PROMPTS) * pictures, seed=77_000)
-    images = [picture.image for picture in generate(workshop.base, drawing, fused, whole=True)]
+def _together(workshop: Workshop, fused: Adapter, names: Sequence[str], things: int, pictures: int) -> tuple[Image.Image, float]:
+    """Draw `things` of `names` in one picture, in turn all that follow each other, scene after scene.
+
+    Returns the first picture and the share of all in which the judge sees exactly those that were asked for.
+    """
+    places = range(len(names))
+    groups = list(dict.fromkeys(tuple(sorted((first + step) % len(names) for step in range(things))) for first in places))
+    rounds = ceil(len(PROMPTS) * pictures / len(groups))
+    images, asked = [], []
+    for turn, (number, group) in product(range(rounds), enumerate(groups)):
+        prompt = PROMPTS[(turn + number) % len(PROMPTS)].format(listed([fused.tokens[place] for place in group]))
+        drawn = generate(workshop.base, Drawing(prompt=prompt, seed=77_000 + turn), fused, whole=True)
+        images += [picture.image for picture in drawn]
+        asked.append({names[place] for place in group})
     looks = workshop.judge.look(images)
-    return images, mean(float({seen.character for seen in look[: len(names)]} == set(names)) for look in looks)
+    seen = [{sighting.character for sighting in look[:things]} for look in looks]
+    return images[0], mean(float(one == other) for one, other in zip(seen, asked, strict=True))
 
 
 def show(records: Sequence[Record]) -> tuple[dict[str, Figure], str]:
@@ -109,10 +122,9 @@ def show(records: Sequence[Record]) -> tuple[dict[str, Figure], str]:
             figures["lost"] = mean(one["lost"] for one in after)
             figures |= {f"joint {things}": share for things, share in record["result"]["joint"].items()}
             found.setdefault((len(case["concepts"]), case["method"]), []).append(figures)
-    rows, curves = [], {}
+    rows = []
     for (count, method), runs in sorted(found.items()):
         value = {key: mean(run[key] for run in runs) for key in runs[0]}
-        curves.setdefault(method, []).append((count, value["identity fused"]))
         spread = f" ± {pstdev(run['identity fused'] for run in runs):.2f}" if len(runs) > 1 else ""
         images = f"{value['clip_image alone']:.3f} / {value['clip_image fused']:.3f}"
         texts = f"{value['clip_text alone']:.3f} / {value['clip_text fused']:.3f}"
@@ -141,8 +153,22 @@ def show(records: Sequence[Record]) -> tuple[dict[str, Figure], str]:
         strips = {r["case"]["method"]: unpacked(r["result"]["strip"]) for r in reversed(chosen)}  # of the first seed
         names = [*chosen[0]["case"]["concepts"], *(f"the first {things}" for things in chosen[0]["result"]["joint"])]
         sheets[f"sheet-{count}"] = sheet(f"{count} concepts: each by its token, then several in one picture", names, strips)
-    figure = lines("Identity after fusing", "concepts", "share right", curves)
-    return {"identity": figure} | sheets, markdown(header, rows)
+    return {"identity": _chart(found)} | sheets, markdown(header, rows)
+
+
+def _chart(found: Mapping[tuple[int, str], Sequence[Mapping[str, float]]]) -> Figure:
+    """Return identity after fusing by the number of concepts; where there is one number, beside that of each alone."""
+    counts = sorted({count for count, _ in found})
+    shares = {
+        when: {key: mean(run[f"identity {when}"] for run in runs) for key, runs in found.items()} for when in ("alone", "fused")
+    }
+    if len(counts) == 1:
+        methods = [method for _, method in found]
+        return bars(f"Identity of {counts[0]} concepts", methods, {when: list(of.values()) for when, of in shares.items()})
+    curves: dict[str, list[tuple[float, float]]] = {}
+    for (count, method), share in shares["fused"].items():
+        curves.setdefault(method, []).append((count, share))
+    return lines("Identity after fusing", "concepts", "share right", curves)
 
 
 def _key(case: Case, name: str) -> tuple[str, str, int, int]:
