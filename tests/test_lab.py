@@ -15,7 +15,7 @@ from filelock import FileLock
 from shared_bases import shared_base
 from short_trainings import prepare_less
 
-from benchmarks.lab import alignment, cost, language, theory
+from benchmarks.lab import alignment, bleeding, cost, language, theory
 from benchmarks.lab import bench as lab
 from benchmarks.lab.__main__ import main
 from benchmarks.lab.record import Postponed, perform, source
@@ -84,6 +84,13 @@ QUICK = {
         "pictures": 1,
         "training": {"parametrisation": "additive", "rank": 2, "steps": 2, "batch": 1},
         "variants": {"as it ships": {}, "base": {"base": 1.0}, "again": {"drawings": 2, "where": "unet"}},
+    },
+    "bleeding": {
+        "concepts": ["black-cat", "poodle"],
+        "seeds": [0],
+        "training": {"rank": 2, "steps": 2, "batch": 1},
+        "trainings": {"spectral": {"parametrisation": "additive"}, "lora": {"parametrisation": "lora"}},
+        "parts": {"all of it": {}, "what reads the band": {"term": "reads the band"}, "attention": {"layers": ["attn1"]}},
     },
     "efficiency": {
         "concepts": ["black-cat"],
@@ -205,6 +212,19 @@ def test_a_variant_of_the_aligned_sum_is_the_one_that_it_says(tmp_path: Path) ->
     )
     torch.testing.assert_close(joined(base=0.3), expected, **same)
     assert min(float((joined(**other) - ships).abs().max()) for other in ({"rho": 0.5}, {"base": 0.3})) > same["atol"]
+
+
+def test_the_parts_that_bleed_are_together_the_whole_change(tmp_path: Path) -> None:
+    adapter = Workshop(tmp_path).adapter("poodle", 1, {"rank": 2, "steps": 3, "batch": 1, "unet_rate": 0.1})
+    key = next(key for key in adapter.layer_keys() if ".attn1.to_q" in key)
+    terms = [bleeding.part_of(adapter, term, ["attn1"]) for term in bleeding.TERMS]
+    whole, each = adapter.delta(key).dense(), [term.delta(key).dense() for term in terms]
+    torch.testing.assert_close(sum(each), whole)
+    assert all(float(part.norm()) > 1e-3 * float(whole.norm()) for part in each)
+    band = adapter.concepts[0].layers[key].band
+    torch.testing.assert_close(each[0] @ band.V @ band.V.T, each[0])
+    torch.testing.assert_close(band.U @ band.U.T @ each[1], each[1])
+    assert all(".attn1." in name for name in terms[0].layer_keys())
 
 
 def test_a_case_that_is_postponed_is_made_after_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.lab import alignment, cost, efficiency, fusion, language, rates, single, theory
+from benchmarks.lab import alignment, bleeding, cost, efficiency, fusion, language, rates, single, theory
 from benchmarks.lab.record import Case, Postponed, Record, file_name, perform, read
 from benchmarks.lab.workshop import Workshop
 from spectral_diffusion.files import write_atomically
@@ -35,13 +35,14 @@ EXPERIMENTS: dict[str, ModuleType] = {
     "recovery": fusion,
     "many": fusion,
     "alignment": alignment,
+    "bleeding": bleeding,
     "efficiency": efficiency,
 }
 """Name to module; each has `cases(config)`, `measure(case, workshop)` and `show(records) -> (figures, table)`."""
 TIMED = ("cost",)
 """Measure time, so nothing else runs beside them."""
-BY_NAME = ("recovery", "many", "rates")
-"""Run in the quick size by name only: trainings of as many steps as ship, and what finds the rates that the others are given."""
+BY_NAME = ("recovery", "many", "bleeding", "rates")
+"""Run in the quick size by name only: what takes long, and what finds the rates that the others are given."""
 MOST_WORKERS = 4
 """Each takes about 2 GB of memory."""
 
