@@ -15,6 +15,8 @@ _COLOURS = 10
 """Colours of curves before they begin again, then dashed."""
 _HEADING = 14
 """Letters in a line above a column of a sheet."""
+_NAME = 16
+"""Letters in a line beside a row of a sheet."""
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -34,7 +36,7 @@ def bars(title: str, names: Sequence[str], groups: Mapping[str, Sequence[float]]
     axes.set_xticks(range(len(names)), names, rotation=30, ha="right")
     axes.set_title(title)
     if len(groups) > 1:
-        axes.legend()
+        figure.legend(loc="outside right upper", fontsize="small")
     return figure
 
 
@@ -81,7 +83,7 @@ def sheet(title: str, columns: Sequence[str], rows: Mapping[str, Image.Image]) -
         headings = [fill(column, _HEADING) if number == 0 else "" for column in columns]
         axes.set_xticks([(index + 0.5) * side for index in range(len(columns))], headings)
         axes.xaxis.tick_top()
-        axes.set_yticks([strip.height / 2], [name])
+        axes.set_yticks([strip.height / 2], [fill(name, _NAME)])
         axes.tick_params(length=0, labelsize="small")
     figure.suptitle(title)
     return figure

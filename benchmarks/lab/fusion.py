@@ -150,7 +150,8 @@ def show(records: Sequence[Record]) -> tuple[dict[str, Figure], str]:
     sheets = {}
     for count in sorted({count for count, _ in found}):
         chosen = [r for r in records if r["case"]["kind"] == "fused" and len(r["case"]["concepts"]) == count]
-        strips = {r["case"]["method"]: unpacked(r["result"]["strip"]) for r in reversed(chosen)}  # of the first seed
+        first = [r for r in chosen if r["case"]["settings"]["seed"] == chosen[0]["case"]["settings"]["seed"]]
+        strips = {r["case"]["method"]: unpacked(r["result"]["strip"]) for r in first}
         names = [*chosen[0]["case"]["concepts"], *(f"the first {things}" for things in chosen[0]["result"]["joint"])]
         sheets[f"sheet-{count}"] = sheet(f"{count} concepts: each by its token, then several in one picture", names, strips)
     return {"identity": _chart(found)} | sheets, markdown(header, rows)

@@ -36,7 +36,7 @@ def measure(case: Case, workshop: Workshop) -> dict[str, Any]:
 
 def show(records: Sequence[Record]) -> tuple[dict[str, Figure], str]:
     """Return the means over concepts and seeds, and a picture of every method for each prompt."""
-    groups: dict[str, list[dict[str, float]]] = {}
+    groups: dict[str, list[dict[str, Any]]] = {}
     for record in records:
         groups.setdefault(record["case"]["method"], []).append(record["result"])
     keys = ("parameters", "identity", "clip_image", "clip_text")
@@ -47,6 +47,6 @@ def show(records: Sequence[Record]) -> tuple[dict[str, Figure], str]:
     ]
     scores = {key: [value[key] for value in values.values()] for key in keys[1:]}
     table = markdown(["method", "trained numbers", "identity", "CLIP image", "CLIP text"], rows)
-    strips = {r["case"]["method"]: unpacked(r["result"]["strip"]) for r in reversed(records)}  # of the first concept and seed
+    strips = {method: unpacked(results[0]["strip"]) for method, results in groups.items()}
     pictures = sheet("One concept alone", [prompt.format("<V>") for prompt in PROMPTS], strips)
     return {"scores": bars("One concept alone", list(values), scores), "sheet": pictures}, table
