@@ -1,8 +1,8 @@
 """Why the plain sum loses a concept: it keeps its own whole change, and of the others' only one part acts.
 
-Of an additive change `U s B^T + A s V^T + A s B^T` (with `s` of now) the parts differ in what is fixed: the second reads the band
-alone, the first writes the band alone, the third does neither, as a LoRA. The parts may be named, or layers, or both; what is
-`lost` of a concept's own predictions then (see `lost.py`) is what that part of the others' changes does.
+Of an additive change `(A s + U c) V^T + U s B^T + A s B^T`, `s` being the values as trained, the first term reads the band alone,
+the second writes the band alone, the third does neither, as a LoRA. A part is a term, or some layers, or both; what is `lost` of
+a concept's own predictions then (see `lost.py`) is what that part of the others' changes does.
 """
 
 from __future__ import annotations
@@ -57,11 +57,10 @@ def part_of(adapter: Adapter, term: str | None, layers: Sequence[str]) -> Adapte
 def _term(concept: ConceptPart, key: str, term: str | None) -> LayerPart:
     delta, part = concept.delta(key), concept.layers[key]
     up, down = delta.up, delta.down
-    if term == _READS:
-        up, down = up[:, : part.band.s.shape[-1]], part.band.V
-    elif term is not None:
-        written = part.band.U if term == _WRITES else part.tensors["A"]
-        up, down = written * (part.band.s + part.tensors["c"]), part.tensors["B"]
+    if term is not None:
+        band, A, B, s = part.band, part.tensors["A"], part.tensors["B"], part.band.s + part.tensors["c"]
+        terms = {_READS: (A * s + band.U * part.tensors["c"], band.V), _WRITES: (band.U * s, B), _NEITHER: (A * s, B)}
+        up, down = terms[term]
     return LayerPart(band=None, tensors={"up": up, "down": down})
 
 
