@@ -31,6 +31,7 @@ EXPERIMENTS: dict[str, ModuleType] = {
     "rates": rates,
     "single": single,
     "fusion": fusion,
+    "numbers": fusion,
     "levers": fusion,
     "recovery": fusion,
     "many": fusion,
@@ -41,7 +42,7 @@ EXPERIMENTS: dict[str, ModuleType] = {
 """Name to module; each has `cases(config)`, `measure(case, workshop)` and `show(records) -> (figures, table)`."""
 TIMED = ("cost",)
 """Measure time, so nothing else runs beside them."""
-BY_NAME = ("recovery", "many", "bleeding", "rates")
+BY_NAME = ("numbers", "recovery", "many", "bleeding", "rates")
 """Run in the quick size by name only: what takes long, and what finds the rates that the others are given."""
 MOST_WORKERS = 4
 """Each takes about 2 GB of memory."""
