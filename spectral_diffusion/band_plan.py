@@ -12,6 +12,7 @@ from spectral_diffusion.adapter_file import is_adapter_file, load_adapter
 from spectral_diffusion.bands import Band, next_free_band
 from spectral_diffusion.base import Base, adaptable_layers
 from spectral_diffusion.errors import BandError, InputError
+from spectral_diffusion.files import files_in
 from spectral_diffusion.spectrum import directions_of
 
 logger = logging.getLogger(__name__)
@@ -118,7 +119,7 @@ def choose_band(
 def _adapter_files(places: Sequence[Path]) -> Iterator[Path]:
     for place in places:
         if place.is_dir():
-            yield from (path for path in sorted(place.glob("*.safetensors")) if path.is_file() and is_adapter_file(path))
+            yield from filter(is_adapter_file, files_in(place, ".safetensors"))
         else:
             yield place
 

@@ -128,6 +128,16 @@ def read_words(folder: Path) -> tuple[str, str]:
     return _require_words(folder, settings.token, settings.class_word)
 
 
+def read_caption(photo: Path) -> str:
+    """Return the caption that stands beside the file `photo`, with single spaces; empty where there is none.
+
+    Raises:
+        InputError: it cannot be read or is not UTF-8.
+    """
+    path = photo.with_suffix(".txt")
+    return " ".join(_read_text(path).split()) if path.is_file() else ""
+
+
 def check_token(token: str) -> str:
     """Return `token` when it can be a concept's token; whether a base already has it is told by `check_new_word`.
 
@@ -235,8 +245,7 @@ def _load_example(photo: Photo, token: str) -> Example:
 
 
 def _load_caption(photo: Photo, token: str) -> str:
-    path = photo.path.with_suffix(".txt")
-    text = " ".join(_read_text(path).split()) if path.is_file() else ""
+    text = read_caption(photo.path)
     if not text:
         return DEFAULT_CAPTION
     caption = _token_pattern(token).sub(lambda _: PLACEHOLDER, text)

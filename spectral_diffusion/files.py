@@ -5,14 +5,32 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from spectral_diffusion.errors import StorageError
 
 Write = Callable[[Path], None]
 """Writes a file or folder at the path it is given."""
+
+
+_WRITING = ".writing-"
+_LEFT_OVER = 24 * 3600  # seconds after which nobody writes any more
+
+
+def files_in(folder: Path, ending: str) -> list[Path]:
+    """Return the files of `folder` whose names end in `ending`, by name, without what is being written."""
+    return sorted(path for path in folder.glob(f"*{ending}") if path.is_file() and not path.name.startswith(_WRITING))
+
+
+def clear_leftovers(folder: Path) -> None:
+    """Remove from `folder` what a process that was killed while it wrote left there a day ago or before."""
+    for path in folder.glob(f"{_WRITING}*"):
+        with suppress(OSError):
+            if time.time() - path.stat().st_mtime > _LEFT_OVER:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def write_atomically(path: Path, write: Write) -> None:
@@ -35,7 +53,7 @@ def write_together(writers: Mapping[Path, Write]) -> None:
         for path, write in writers.items():
             with _storage_failures(path):
                 path.parent.mkdir(parents=True, exist_ok=True)
-                handle, name = tempfile.mkstemp(prefix=".writing-", suffix=path.suffix, dir=path.parent)
+                handle, name = tempfile.mkstemp(prefix=_WRITING, suffix=path.suffix, dir=path.parent)
                 os.close(handle)
                 temporaries[path] = Path(name)
                 write(temporaries[path])
@@ -54,22 +72,46 @@ def write_folder_atomically(path: Path, write: Write) -> None:
     """Call `write` with an empty temporary folder beside `path`, then put it in the place of what stands there.
 
     Raises:
-        StorageError: the folder cannot be made or written, or the disk is full; `path` is as it was.
+        StorageError: the folder cannot be made or written, or the disk is full; `path` is as it was, or where it lies is said.
     """
     temporary: Path | None = None
     try:
         with _storage_failures(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = Path(tempfile.mkdtemp(prefix=".writing-", dir=path.parent))
-            new, old = temporary / "new", temporary / "old"
+            temporary = Path(tempfile.mkdtemp(prefix=_WRITING, dir=path.parent))
+            new = temporary / "new"
             new.mkdir()
             write(new)
-            if path.exists():
-                os.replace(path, old)
-            os.replace(new, path)
+            # the old one lies under a name that `clear_leftovers` leaves alone: nothing else holds it for a moment
+            _exchange(new, path, path.with_name(f"{path.name}.replaced-{temporary.name.removeprefix(_WRITING)}"))
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _exchange(new: Path, path: Path, old: Path) -> None:
+    """Move the folder `new` to `path`, what stands there to `old` and, unless it is needed still, away."""
+    try:
+        if path.exists():
+            os.replace(path, old)
+        os.replace(new, path)
+    except BaseException as error:
+        if old.exists() and not path.exists():
+            _put_back(old, path, error)
+        raise
+    finally:
+        if path.exists():
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def _put_back(old: Path, path: Path, error: BaseException) -> None:
+    try:
+        os.replace(old, path)
+    except OSError as another:
+        raise StorageError(
+            f"'{path}' could not be written ({error}), nor what stood there put back ({another}); it lies in '{old}': move it "
+            "back yourself."
+        ) from error
 
 
 @contextmanager

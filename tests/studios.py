@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from app.actions.concepts import (
-    add_photos,
-    create_concept,
-)
+from app.actions.concepts import create_concept
+from app.actions.photos import add_photos
 from app.actions.studio import Studio
 from app.actions.tasks import TASKS
 from app.jobs import State

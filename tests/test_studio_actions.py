@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import os
+import shutil
 import time
 import zipfile
 from collections.abc import Callable
@@ -28,13 +29,8 @@ from app.actions.adapters import (
     report,
     report_file,
 )
-from app.actions.concepts import (
-    add_samples,
-    concept_card,
-    concept_cards,
-    create_concept,
-    set_caption,
-)
+from app.actions.concepts import add_samples, concept_card, concept_cards, create_concept
+from app.actions.photos import set_caption
 from app.actions.pictures import compare, drawing_from, forming, generate, likeness_of, parse_size, picture_cards
 from app.actions.regions import added, boxed, formed, moved, named, removed, suggested
 from app.actions.studio import Studio, open_studio
@@ -306,6 +302,40 @@ def test_settings_are_kept_and_checked(studio: Studio, tmp_path: Path, tiny_base
     assert studio.settings.base == str(tiny_base_folder)
     assert studio.change_settings(base="", device="").base is None
     assert json.loads((studio.root / "settings.json").read_text())["base"] is None
+
+
+def test_a_base_that_is_chosen_while_another_is_looked_at_is_looked_at_too(tiny_studio: Studio, tmp_path: Path) -> None:
+    chosen = tiny_studio.settings.base
+    tiny_studio.change_settings(base="")
+    assert look_at_base(tiny_studio) is not None and look_at_base(tiny_studio) is None
+    tiny_studio.change_settings(base=chosen)
+    assert look_at_base(tiny_studio) is not None
+    assert work(tiny_studio) == [State.DONE, State.DONE]
+    assert base_facts(tiny_studio)["chosen"][0] == chosen  # the one before was not looked at for nothing
+
+
+def test_nothing_fused_is_overwritten(tiny_studio: Studio, adapters: tuple[Path, Path]) -> None:
+    for path in adapters:
+        shutil.copyfile(path, tiny_studio.folder("adapters") / path.name)
+    names = [card.name for card in adapter_cards(tiny_studio)]
+    for _ in range(2):
+        fuse(tiny_studio, names, [1.0, 1.0])
+    fuse(tiny_studio, names, [1.0, 1.0], title="Mine")
+    with pytest.raises(InputError, match="There is a fused adapter 'mine' already, or one is being made"):
+        fuse(tiny_studio, names, [1.0, 1.0], title="mine")
+    assert work(tiny_studio) == [State.DONE] * 3
+    stems = [card.path.stem for card in adapter_cards(tiny_studio, ["fused"])]
+    assert len(stems) == 3 and "Mine" in stems
+
+
+def test_what_a_killed_process_left_half_written_is_passed_over_and_cleared(tiny_studio: Studio, photo_folder: Path) -> None:
+    left = tiny_studio.folder("adapters") / ".writing-ab12.safetensors"
+    left.touch()
+    train(tiny_studio, concept_of(tiny_studio, "<dog>", photo_folder), changes=QUICK)
+    assert work(tiny_studio) == [State.DONE] and left.exists()
+    os.utime(left, (0, 0))
+    open_studio(tiny_studio.root)
+    assert not left.exists()
 
 
 def test_what_makes_no_sense_is_refused(studio: Studio) -> None:

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import time
 import zipfile
@@ -239,6 +240,38 @@ def test_refusals_are_sentences_on_the_page(page: Page) -> None:
     page.locator("#base textarea, #base input").fill("/nowhere")
     page.locator("#keep-settings").click()
     expect(page.get_by_text("There is no base '/nowhere'", exact=False)).to_be_visible()
+
+
+def test_what_changes_in_the_folder_disturbs_no_open_page(browser: Browser, adapters: tuple[Path, Path], tmp_path: Path) -> None:
+    served = Served(tmp_path / "studio")
+    first, second = (served.folder / "adapters" / path.name for path in adapters)
+    for path, adapter in zip((first, second), adapters, strict=True):
+        shutil.copyfile(adapter, path)
+    with opened(browser, served.address) as page:
+        go_to(page, "Fuse")
+        for token in ("<V1>", "<V2>"):
+            page.locator("#fuse-chosen").get_by_label(token).check()
+        strength = page.get_by_label("number input for Strength of <V2>")
+        strength.fill("0.5")
+        strength.press("Tab")
+        first.rename(served.folder / "away")
+        expect(page.get_by_label("number input for Strength of <V1>")).to_have_count(0)
+        expect(page.locator("#fuse-chosen").get_by_label("<V1>")).to_have_count(0)
+        expect(strength).to_have_value("0.5")
+        (served.folder / "away").rename(first)
+        expect(page.locator("#fuse-chosen").get_by_label("<V1>")).not_to_be_checked()
+
+        go_to(page, "Concepts")
+        page.locator("#concept-cards").get_by_role("button", name="<raccoon>").click()
+        folder = served.folder / "concepts"
+        (folder / "raccoon" / "1.txt").write_bytes("in a café".encode("cp1252"))
+        (folder / "poodle" / "concept.toml").write_text('note = "mine"')
+        expect(page.locator("#photos")).to_contain_text("is not UTF-8 text")
+        expect(page.locator("#concept-cards")).to_contain_text("has unknown keys (note)")
+        page.locator("#concept-cards").get_by_role("button", name="<black-cat>").click()
+        expect(page.locator("#concept-title code")).to_have_text("<black-cat>")
+        expect(page.locator(".toast-body")).to_have_count(0)
+    served.close()
 
 
 def test_only_who_logs_in_gets_in(browser: Browser, tmp_path: Path) -> None:

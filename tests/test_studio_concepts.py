@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,26 +11,21 @@ import pytest
 from PIL import Image, ImageDraw
 from studios import concept_of
 
-from app.actions.concepts import (
+from app.actions.concepts import add_samples, concept_card, concept_cards, create_concept, remove_concept, suggest_token
+from app.actions.photos import (
     add_photos,
-    add_samples,
-    concept_card,
-    concept_cards,
-    concept_names,
-    create_concept,
     crop_previews,
     mask_of,
-    remove_concept,
     remove_photo,
     set_caption,
     set_mask,
     suggest_masks,
-    suggest_token,
     suggested_mask_of,
 )
-from app.actions.studio import Studio
+from app.actions.studio import Studio, concept_names
+from app.actions.trainings import train
 from spectral_diffusion.concept import load_concept
-from spectral_diffusion.errors import InputError
+from spectral_diffusion.errors import InputError, StorageError
 
 
 def test_photos_are_kept_and_each_bad_one_is_named(studio: Studio, photo_folder: Path, tmp_path: Path) -> None:
@@ -51,6 +48,66 @@ def test_photos_are_kept_and_each_bad_one_is_named(studio: Studio, photo_folder:
     card = concept_card(studio, name)
     assert len(card.photos) == 2 and all(photo.thumbnail.is_file() for photo in card.photos)
     assert sorted(path.suffix for path in (studio.folder("concepts") / name).iterdir()) == [".jpg", ".png", ".toml"]
+
+
+def test_a_copy_of_a_photo_never_takes_the_place_of_the_one_that_was_there(
+    studio: Studio, photo_folder: Path, tmp_path: Path
+) -> None:
+    name = create_concept(studio, "<dog>", "dog")
+    (tmp_path / "photo.png").write_bytes((photo_folder / "0.png").read_bytes())
+    (tmp_path / "again.png").write_bytes((photo_folder / "0.png").read_bytes())
+    add_photos(studio, name, [tmp_path / "photo.png"])
+    set_caption(studio, name, "photo.png", "<TOK> in my garden")
+    (finding,) = add_photos(studio, name, [tmp_path / "again.png"])
+    assert not finding.used and "same picture as 'photo.png'" in finding.text
+    (example,) = load_concept(studio.folder("concepts") / name).examples
+    assert example.caption == "<TOK> in my garden"
+
+
+def test_of_an_upload_that_fails_nothing_is_kept(studio: Studio, photo_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = concept_of(studio, "<dog>", photo_folder)
+    before = sorted((studio.folder("concepts") / name).iterdir())
+    copies = iter([shutil.copyfile])
+
+    def copy(source: Path, target: Path) -> None:
+        next(copies, full)(source, target)
+
+    def full(*paths: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("app.actions.photos.shutil.copyfile", copy)
+    with pytest.raises(StorageError, match="free some space"):
+        add_photos(studio, name, sorted(photo_folder.glob("*.png"))[:2])
+    assert sorted((studio.folder("concepts") / name).iterdir()) == before
+
+
+def test_a_photo_that_was_changed_by_hand_has_a_new_thumbnail(studio: Studio, photo_folder: Path) -> None:
+    name = concept_of(studio, "<dog>", photo_folder)
+    (first, *_) = concept_card(studio, name).photos
+    photo = studio.folder("concepts") / name / first.name
+    Image.new("RGB", (64, 64), "red").save(photo)
+    later = first.thumbnail.stat().st_mtime + 2
+    os.utime(photo, (later, later))
+    concept_card(studio, name)
+    assert Image.open(first.thumbnail).convert("RGB").getpixel((5, 5))[0] > 240
+
+
+def test_a_file_that_is_wrong_is_said_where_it_is_shown(studio: Studio, photo_folder: Path) -> None:
+    good, bad = concept_of(studio, "<dog>", photo_folder), concept_of(studio, "<cat>", photo_folder)
+    (studio.folder("concepts") / good / "0.txt").write_bytes("in a café".encode("cp1252"))
+    (studio.folder("concepts") / bad / "concept.toml").write_text('note = "mine"')
+    cards = {card.name: card for card in concept_cards(studio)}
+    assert "is not UTF-8 text" in cards[good].photos[0].problem and cards[good].photos[1].problem is None
+    assert "has unknown keys (note)" in cards[bad].problem
+    assert suggest_token(studio, "dog") == "<dog-2>"
+
+
+def test_a_concept_made_again_is_not_the_one_that_was_removed(studio: Studio, photo_folder: Path) -> None:
+    name = concept_of(studio, "<dog>", photo_folder)
+    studio.jobs.cancel(train(studio, name))
+    remove_concept(studio, name)
+    again = concept_of(studio, "<dog>", photo_folder)
+    assert again != name and concept_card(studio, again).job is None
 
 
 @pytest.mark.parametrize("hostile", ["../../evil.png", "..", "a/b.png", "-mask.png", "x" * 300 + ".png", "con.<script>"])

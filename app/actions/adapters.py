@@ -16,6 +16,7 @@ from spectral_diffusion.adapter import METHODS, Adapter
 from spectral_diffusion.adapter_file import load_adapter
 from spectral_diffusion.band_map import BandMap, band_map
 from spectral_diffusion.errors import AdapterError, InputError
+from spectral_diffusion.files import files_in
 from spectral_diffusion.training import can_settle
 
 PRECISIONS = ("fp16", "bf16", "fp32")
@@ -68,7 +69,7 @@ def adapter_path(studio: Studio, name: str) -> Path:
 
 def adapter_cards(studio: Studio, kinds: Sequence[str] = _KINDS) -> list[AdapterCard]:
     """Return the adapters of the library; a damaged file is passed over."""
-    paths = [path for kind in kinds for path in sorted(studio.folder(kind).glob("*.safetensors"))]
+    paths = [path for kind in kinds for path in files_in(studio.folder(kind), ".safetensors")]
     cards = []
     for path in paths:
         with suppress(AdapterError, OSError):
@@ -119,19 +120,29 @@ def fuse(
         raise InputError(f"There is no method '{method}'; choose one of {', '.join(METHODS)}.")
     tokens = [token for name in names for token in _load(studio, name).tokens]
     stem = plain_name(title.strip() or "-".join(plain_name(token) for token in tokens))
-    if title.strip() and (studio.folder("fused") / f"{stem}.safetensors").exists():
-        raise InputError(f"There is a fused adapter '{stem}' already; choose another name.")
+    free = free_fused_name(studio, stem)
+    if title.strip() and free != stem:
+        raise InputError(f"There is a fused adapter '{stem}' already, or one is being made; choose another name.")
     arguments = {
         "adapters": list(names),
         "strengths": list(strengths),
         "method": method,
         "allow_overlap": allow_overlap,
-        "out": f"{stem}.safetensors",
+        "out": f"{free}.safetensors",
         "report": report,
         "settle": settle,
         "settings": asdict(studio.settings),
     }
     return studio.jobs.submit("fuse", f"Fuse {' and '.join(tokens)}", arguments)
+
+
+def free_fused_name(studio: Studio, stem: str) -> str:
+    """Return `stem`, or `stem-2` and so on where a fused adapter is called so, or will be when a job that waits is done."""
+    outs = [job.arguments["out"] for job in studio.jobs.jobs() if job.kind == "fuse" and not job.state.ended]
+    made = [path.name for path in files_in(studio.folder("fused"), ".safetensors")]
+    taken = {Path(name).stem.lower() for name in [*outs, *made]}
+    stems = (stem, *(f"{stem}-{number}" for number in range(2, len(taken) + 3)))
+    return next(one for one in stems if one.lower() not in taken)
 
 
 def report(studio: Studio, name: str, settings: dict[str, Any] | None = None) -> str:

@@ -18,6 +18,7 @@ from spectral_diffusion.axis import MOST_PICTURES, Axis
 from spectral_diffusion.condition_picture import Condition, condition_from_record, condition_record, read_condition
 from spectral_diffusion.drawing import Drawing, random_seed
 from spectral_diffusion.errors import InputError
+from spectral_diffusion.files import files_in
 from spectral_diffusion.prompt_tokens import listed, tokens_in
 from spectral_diffusion.regions import region_from_record, region_record
 
@@ -154,7 +155,7 @@ def compare(studio: Studio, adapters: Sequence[str], drawing: Drawing, x: Axis, 
 
 def picture_cards(studio: Studio, sort: str = "newest", count: int = 24) -> list[PictureCard]:
     """Return the `count` latest pictures in the order of `sort`, one of `SORTS`; those without a score come last."""
-    paths = sorted(studio.folder("pictures").glob("*.png"), reverse=True)[:count]
+    paths = files_in(studio.folder("pictures"), ".png")[::-1][:count]
     cards = [card for path in paths if (card := picture_card(path)) is not None]
     if sort == "newest":
         return cards

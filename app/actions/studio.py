@@ -11,6 +11,7 @@ jobs/, uploads/, settings.json
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -20,9 +21,10 @@ import torch
 
 from app.jobs import JobStore
 from spectral_diffusion.clip_scorer import DEFAULT_CLIP
+from spectral_diffusion.concept import SETTINGS_FILE
 from spectral_diffusion.errors import InputError
 from spectral_diffusion.export.embedding import embedding_file_name
-from spectral_diffusion.files import write_atomically
+from spectral_diffusion.files import clear_leftovers, write_atomically
 
 FOLDERS = (
     "concepts",
@@ -109,7 +111,31 @@ def open_studio(root: Path) -> Studio:
     studio._write("settings.json", asdict(studio.settings))
     for name in FOLDERS:
         studio.folder(name).mkdir(exist_ok=True)
+        clear_leftovers(studio.folder(name))
     return studio
+
+
+def concept_names(studio: Studio) -> list[str]:
+    """Return the concepts' names, the oldest first."""
+    files = studio.folder("concepts").glob(f"*/{SETTINGS_FILE}")
+    return [file.parent.name for file in sorted(files, key=lambda file: (file.stat().st_mtime_ns, file.parent.name))]
+
+
+def concept_folder(studio: Studio, name: str) -> Path:
+    """Return the folder of the concept called `name`.
+
+    Raises:
+        InputError: there is none.
+    """
+    if name not in concept_names(studio):
+        raise InputError(f"There is no concept '{name}'; choose one of the library.")
+    return studio.folder("concepts") / name
+
+
+def put_away(studio: Studio, path: Path) -> None:
+    """Move what lies at `path`, if anything, to the removed things."""
+    if path.exists():
+        path.rename(studio.folder("removed") / f"{time.time_ns()}-{path.name}")
 
 
 def plain_name(text: str) -> str:

@@ -43,7 +43,7 @@ from spectral_diffusion.export import (
     places,
     remarks,
 )
-from spectral_diffusion.files import write_atomically
+from spectral_diffusion.files import files_in, write_atomically
 from spectral_diffusion.fusion import fuse
 from spectral_diffusion.fusion_report import report_fusion, save_report
 from spectral_diffusion.generation import generate
@@ -58,15 +58,17 @@ _PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.floa
 
 def fuse_task(arguments: dict[str, Any], context: TaskContext) -> dict[str, Any]:
     """Fuse adapters, settled first if asked for; that goes on from a checkpoint."""
-    studio = studio_of(context)
+    studio, name = studio_of(context), f"fused/{arguments['out']}"
+    out = studio.folder("fused") / arguments["out"]
+    if out.exists():  # it was made after this job was asked for
+        raise InputError(f"There is a fused adapter '{out.stem}' already; fuse under another name.")
     adapters = [load_adapter(adapter_path(studio, name)) for name in arguments["adapters"]]
     join = partial(fuse, strengths=arguments["strengths"], allow_overlap=arguments["allow_overlap"])
     if arguments.get("settle"):
         join(adapters, method=arguments["method"] or "sum")  # what cannot be fused is refused before it is settled
         adapters = settled(adapters, chosen_base(arguments["settings"]), arguments["settle"], context)
     fused = join(adapters, method=arguments["method"])
-    save_adapter(fused, studio.folder("fused") / arguments["out"])
-    name = f"fused/{arguments['out']}"
+    save_adapter(fused, out)
     if arguments.get("report"):
         with suppress(InputError):  # one that waits already finds the adapter as it is now
             report(studio, name, arguments["settings"])
@@ -261,7 +263,7 @@ def _export_error(settings: dict[str, Any], adapter: Adapter, made: Export) -> f
 
 def _preview(studio: Studio, name: str) -> Path | None:
     """Return the latest picture that the adapter called `name` drew."""
-    for path in sorted(studio.folder("pictures").glob("*.json"), reverse=True):
+    for path in reversed(files_in(studio.folder("pictures"), ".json")):
         if json.loads(path.read_text(encoding="utf-8")).get("adapter") == name and picture_card(path.with_suffix(".png")):
             return path.with_suffix(".png")
     return None

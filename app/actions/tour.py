@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from app.actions.concepts import SAMPLES, concept_card, concept_names
+from app.actions.adapters import free_fused_name
+from app.actions.concepts import SAMPLES, concept_card
 from app.actions.pictures import drawing_record
-from app.actions.studio import Studio
+from app.actions.studio import Studio, concept_names
 from app.actions.trainings import train
 from spectral_diffusion.drawing import Drawing, random_seed
 from spectral_diffusion.errors import InputError
@@ -28,13 +29,14 @@ def queue_tour(studio: Studio, preset: str = "fast", changes: dict[str, Any] | N
     cards = [concept_card(studio, name) for name in names]
     untrained = [card.name for card in cards if card.adapter is None and (card.job is None or card.job.state.ended)]
     jobs = [train(studio, untrained[0], preset, changes, beside=untrained[1:])] if untrained else []
-    settings, fused = asdict(studio.settings), "fused/tour.safetensors"
+    settings, out = asdict(studio.settings), f"{free_fused_name(studio, 'tour')}.safetensors"
+    fused = f"fused/{out}"
     arguments = {
         "adapters": [f"adapters/{name}.safetensors" for name in names],
         "strengths": [1.0, 1.0],
         "method": None,
         "allow_overlap": False,
-        "out": "tour.safetensors",
+        "out": out,
     }
     jobs.append(studio.jobs.submit("fuse", f"Fuse {cards[0].token} and {cards[1].token}", arguments))
     drawing = Drawing(prompt=TOGETHER.format(*(card.token for card in cards)), count=4, seed=random_seed())

@@ -9,9 +9,9 @@ from typing import Any
 import psutil
 import torch
 
-from app.actions.concepts import WORDS, concept_folder
-from app.actions.studio import Studio
-from app.actions.trainings import FACTS
+from app.actions.concepts import WORDS
+from app.actions.studio import Studio, concept_folder
+from app.actions.trainings import FACTS, is_chosen
 from app.actions.workbench import chosen_base, studio_of, write_json
 from app.jobs import Stopped, TaskContext
 from spectral_diffusion.adapter import Adapter
@@ -29,6 +29,7 @@ from spectral_diffusion.band_plan import (
 from spectral_diffusion.bands import Band
 from spectral_diffusion.base import Base
 from spectral_diffusion.concept import load_concept
+from spectral_diffusion.files import files_in
 from spectral_diffusion.training import (
     PRESETS,
     TrainingProgress,
@@ -44,7 +45,10 @@ _PACE_KNOWN = 20  # steps after which the pace of a training is noted for what i
 
 
 def look_task(arguments: dict[str, Any], context: TaskContext) -> dict[str, Any]:
-    """Load the base and write down what it is and what a training on it takes here."""
+    """Load the base and write down what it is and what a training on it takes here, unless another one was chosen meanwhile."""
+    studio = studio_of(context)
+    if not is_chosen(studio, arguments["settings"]):
+        return {}
     base = chosen_base(arguments["settings"])
     fastest = preset(PRESETS[0], base)
     training_spectrum(base, fastest)
@@ -65,8 +69,9 @@ def look_task(arguments: dict[str, Any], context: TaskContext) -> dict[str, Any]
         "seconds_per_step": pace,
         "memory": _memory(base),
     }
-    write_json(studio_of(context).root / WORDS, {"chosen": chosen, "words": words})
-    write_json(studio_of(context).root / FACTS, facts)
+    if is_chosen(studio, arguments["settings"]):
+        write_json(studio.root / WORDS, {"chosen": chosen, "words": words})
+        write_json(studio.root / FACTS, facts)
     return facts
 
 
@@ -160,7 +165,7 @@ def _reserved_band(
         if record["rank"] == settings.rank and record["fingerprint"] == base.fingerprint:
             return Band(start=record["start"], rank=record["rank"])
     taken = taken_bands(known)
-    for path in studio.folder("adapters").glob("*.band.json"):
+    for path in files_in(studio.folder("adapters"), ".band.json"):
         record = json.loads(path.read_text(encoding="utf-8"))
         if path != mine:
             taken.append(TakenBand(token=record["token"], band=Band(start=record["start"], rank=record["rank"]), path=path))

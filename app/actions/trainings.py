@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from app.actions.concepts import concept_card, concept_names, trained_by
-from app.actions.studio import Studio
+from app.actions.concepts import concept_card, trained_by
+from app.actions.studio import Studio, concept_names
 from app.jobs import Job
 from spectral_diffusion.errors import InputError
 from spectral_diffusion.training import PRESETS, TrainingSettings
@@ -44,9 +44,16 @@ class TrainingView:
 
 def look_at_base(studio: Studio) -> str | None:
     """Queue a job that loads the base and writes down what it is, unless that is known; return its name."""
-    if base_facts(studio) is not None or any(job.kind == "look" and not job.state.ended for job in studio.jobs.jobs()):
+    settings = asdict(studio.settings)
+    looks = (job for job in studio.jobs.jobs() if job.kind == "look" and not job.state.ended)
+    if base_facts(studio) is not None or any(is_chosen(studio, job.arguments["settings"]) for job in looks):
         return None
-    return studio.jobs.submit("look", "Look at the base", {"settings": asdict(studio.settings)})
+    return studio.jobs.submit("look", "Look at the base", {"settings": settings})
+
+
+def is_chosen(studio: Studio, settings: Mapping[str, Any]) -> bool:
+    """Tell whether the base and the device in `settings`, which may be of another time, are those that are chosen now."""
+    return (settings["base"], settings["device"]) == (studio.settings.base, studio.settings.device)
 
 
 def base_facts(studio: Studio) -> dict[str, Any] | None:

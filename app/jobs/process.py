@@ -9,6 +9,8 @@ from pathlib import Path
 
 import psutil
 
+from app.jobs.worker import closing_file
+
 _LOOK_EVERY = 0.5  # seconds
 _GRACE = 30  # seconds that a worker gets for the step that it is doing
 _ROOT = Path(__file__).resolve().parents[2]
@@ -22,6 +24,8 @@ class WorkerProcess:
 
     def __init__(self, folder: Path, tasks: str):
         self.folder, self.tasks = folder, tasks
+        self._owner = psutil.Process().pid
+        self._closes = closing_file(folder, self._owner)
         self._process: subprocess.Popen[bytes] | None = None
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="worker-watch", daemon=True)
@@ -32,6 +36,7 @@ class WorkerProcess:
         return self._process.pid if self._process is not None and self._process.poll() is None else None
 
     def __enter__(self) -> WorkerProcess:
+        self._closes.unlink(missing_ok=True)
         self._start()
         self._thread.start()
         return self
@@ -40,18 +45,19 @@ class WorkerProcess:
         self._closing.set()
         self._thread.join()
         if self._process is not None:
-            self._process.terminate()  # it keeps a checkpoint first
+            self._closes.touch()  # a signal would end it at once on Windows; so it keeps a checkpoint first
             try:
                 self._process.wait(_GRACE)
             except subprocess.TimeoutExpired:  # its job is interrupted then, and can be resumed
                 self._process.kill()
                 self._process.wait()
+            self._closes.unlink()
 
     def _start(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         with open(self.folder / "worker.log", "ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "app.jobs", str(self.folder.resolve()), self.tasks, str(psutil.Process().pid)],
+                [sys.executable, "-m", "app.jobs", str(self.folder.resolve()), self.tasks, str(self._owner)],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

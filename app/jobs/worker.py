@@ -22,8 +22,14 @@ from spectral_diffusion.stages import listening
 
 _PAUSE = 0.1  # seconds between two looks into an empty queue
 _BETWEEN = 0.1  # seconds between two reports on one stage, which may count thousands
+_LOOK_EVERY = 0.2  # seconds between two looks for the owner
 LOCK = "worker.lock"
 """The worker of a folder holds this lock in it; a second one ends at once."""
+
+
+def closing_file(folder: Path, owner: int) -> Path:
+    """Return the file in the jobs' `folder` by which the process number `owner` says that its worker shall end."""
+    return folder / f"closing-{owner}"
 
 
 class Stopped(Exception):
@@ -65,7 +71,7 @@ Task = Callable[[dict[str, Any], TaskContext], dict[str, Any]]
 
 
 class Worker:
-    """Does jobs until the process `owner` ends or `leave` is called."""
+    """Does jobs until the process `owner` ends or leaves its `closing_file`, or `leave` is called."""
 
     def __init__(self, store: JobStore, tasks: Mapping[str, Task], owner: dict[str, float]):
         self.store, self.tasks, self.owner = store, tasks, owner
@@ -77,10 +83,10 @@ class Worker:
         self.left = True
 
     def leaving(self) -> bool:
-        """Tell whether to end; the owner is looked for once a second at most."""
-        if not self.left and time.monotonic() - self._looked > 1:
+        """Tell whether to end; the owner is looked for now and then."""
+        if not self.left and time.monotonic() - self._looked > _LOOK_EVERY:
             self._looked = time.monotonic()
-            self.left = not runs(self.owner)
+            self.left = not runs(self.owner) or closing_file(self.store.folder, int(self.owner["pid"])).exists()
         return self.left
 
     def run(self) -> None:

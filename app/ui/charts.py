@@ -8,7 +8,7 @@ from app.ui.markup import table, text
 from spectral_diffusion.band_map import BandMap, Share
 
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM = 640, 190, 44, 24
-_COLOURS = 6  # classes sd-c0 ... in style.css
+_COLOURS = 8  # classes sd-c0 ... in style.css
 _SMOOTHING = 0.1
 _MOST_POINTS = 400
 

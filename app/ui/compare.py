@@ -11,7 +11,7 @@ from app.actions.adapters import adapter_cards
 from app.actions.studio import Studio
 from app.jobs import State
 from app.ui import markup
-from app.ui.live import EVENT, Live, attempt, several
+from app.ui.live import EVENT, Live, attempt
 from spectral_diffusion.adapter import METHODS
 from spectral_diffusion.axis import AXES, Axis
 from spectral_diffusion.drawing import Drawing
@@ -31,11 +31,11 @@ _MOST_SHOWN = 6
 
 def build_compare(studio: Studio, live: Live) -> None:
     """Build the tab."""
-    chosen = live.add(
+    chosen = live.offer(
         gr.CheckboxGroup(
             [], label="Adapters", info="The first one draws, unless an axis is “adapter”.", elem_id="compare-adapters"
         ),
-        lambda: several([(f"{card.label} as “{card.path.stem}”", card.name) for card in adapter_cards(studio)]),
+        lambda: [(f"{card.label} as “{card.path.stem}”", card.name) for card in adapter_cards(studio)],
     )
     prompt = gr.Textbox("", label="Prompt", placeholder="<poodle> near a lake", max_length=2000, elem_id="compare-prompt")
     with gr.Row():

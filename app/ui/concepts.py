@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -9,16 +10,19 @@ import gradio as gr
 from PIL import Image
 
 from app.actions import concepts as library
+from app.actions import photos as photo_library
 from app.actions.pictures import likeness_of
-from app.actions.studio import Studio
+from app.actions.studio import Studio, concept_names
 from app.actions.tour import queue_tour
 from app.actions.trainings import changes_from, expectations, further_settings, train, train_again, training_view
 from app.jobs import State
 from app.ui import markup
 from app.ui.activity import wire_jobs
 from app.ui.charts import loss_curve
-from app.ui.live import EVENT, SLOW, Live, attempt, said, several
+from app.ui.live import EVENT, SLOW, Live, attempt, said
 from app.ui.painter import PAINTING, painted, painter
+from spectral_diffusion.errors import InputError, StorageError
+from spectral_diffusion.files import files_in
 from spectral_diffusion.training import PRESETS
 
 _PHOTO_TYPES = ["image", ".heic", ".heif", ".avif", ".tif", ".tiff"]
@@ -67,7 +71,7 @@ def build_concepts(studio: Studio, live: Live) -> None:
         if do != "remove-concept":
             return gr.skip(), gr.skip()
         attempt(library.remove_concept, studio, target, done="It lies among the removed ones.")
-        return (gr.skip(), gr.skip()) if target in library.concept_names(studio) else (_first_choice(studio), "")
+        return (gr.skip(), gr.skip()) if target in concept_names(studio) else (_first_choice(studio), "")
 
     def add(word: str, wanted: str, files: list[str] | None) -> tuple[Any, ...]:
         name = attempt(_create, studio, word, wanted, [Path(file) for file in files or ()])
@@ -77,11 +81,11 @@ def build_concepts(studio: Studio, live: Live) -> None:
         return concept, _findings(found), "", "", None
 
     def add_more(name: str, files: list[str] | None, version: int) -> tuple[Any, ...]:
-        found = attempt(library.add_photos, studio, name, [Path(file) for file in files or ()])
+        found = attempt(photo_library.add_photos, studio, name, [Path(file) for file in files or ()])
         return (gr.skip(), version) if found is None else (_findings(found), version + 1)
 
     def make_masks(name: str | None, version: int) -> int:
-        words = attempt(library.suggest_masks, studio, name or "")
+        words = attempt(photo_library.suggest_masks, studio, name or "")
         if words is not None:
             gr.Info(words, duration=8, title="Masks")
         return version + 1
@@ -105,7 +109,7 @@ def build_concepts(studio: Studio, live: Live) -> None:
 def _build_training(studio: Studio, live: Live, chosen: gr.State) -> None:
     preset = gr.Radio(list(PRESETS), value=PRESETS[0], label="How long to train", elem_id="preset")
     live.add(gr.HTML(), lambda: _expected(studio))
-    beside = live.add(
+    beside = live.offer(
         gr.CheckboxGroup(
             [],
             label="In one go",
@@ -149,11 +153,11 @@ def _wire_photos(studio: Studio, chosen: gr.State, photos: gr.HTML, paper: gr.HT
     def act(name: str, now: int, event: gr.EventData) -> tuple[Any, ...]:
         do, target, value = said(event)
         if do == "edit":
-            return now, _paper(studio, name, target, attempt(library.mask_of, studio, name, target))
+            return now, _paper(studio, name, target, attempt(photo_library.mask_of, studio, name, target))
         if do == "caption":
-            attempt(library.set_caption, studio, name, target, value, done="Caption kept.")
+            attempt(photo_library.set_caption, studio, name, target, value, done="Caption kept.")
         elif do == "remove-photo":
-            attempt(library.remove_photo, studio, name, target)
+            attempt(photo_library.remove_photo, studio, name, target)
         else:
             return gr.skip(), gr.skip()
         return now + 1, "" if do == "remove-photo" else gr.skip()
@@ -162,7 +166,7 @@ def _wire_photos(studio: Studio, chosen: gr.State, photos: gr.HTML, paper: gr.HT
         do, target, value = said(event)
         if do == "suggest-mask":
             words = "Correct it by painting, then keep it."
-            return now, _paper(studio, name, target, attempt(library.suggested_mask_of, studio, name, target, done=words))
+            return now, _paper(studio, name, target, attempt(photo_library.suggested_mask_of, studio, name, target, done=words))
         if do == "close-mask":
             return now, ""
         if do not in ("keep-mask", "no-mask"):
@@ -171,7 +175,7 @@ def _wire_photos(studio: Studio, chosen: gr.State, photos: gr.HTML, paper: gr.HT
         if do == "keep-mask" and mask is None:
             return gr.skip(), gr.skip()
         done = "Mask kept." if mask is not None else "The whole photo counts."
-        attempt(library.set_mask, studio, name, target, mask, done=done)
+        attempt(photo_library.set_mask, studio, name, target, mask, done=done)
         return now + 1, ""
 
     photos.click(act, [chosen, version], [version, paper], **EVENT)
@@ -182,24 +186,29 @@ def _paper(studio: Studio, name: str, photo: str, shown: tuple[Image.Image, Imag
     return gr.skip() if shown is None else painter(studio, name, photo, *shown)
 
 
-def _create(studio: Studio, word: str, token: str, files: list[Path]) -> tuple[str, list[library.Finding]]:
+def _create(studio: Studio, word: str, token: str, files: list[Path]) -> tuple[str, list[photo_library.Finding]]:
+    photo_library.check_count(files)
     name = library.create_concept(studio, token.strip() or library.suggest_token(studio, word), word)
-    return name, library.add_photos(studio, name, files)
+    try:
+        return name, photo_library.add_photos(studio, name, files)
+    except StorageError:
+        library.remove_concept(studio, name)
+        raise
 
 
 def _first_choice(studio: Studio) -> str | None:
     """Return the concept that is being trained, or the first one."""
     running = (job for job in studio.jobs.jobs() if job.state is State.RUNNING)
-    names = library.concept_names(studio)
+    names = concept_names(studio)
     trained = (name for job in running for name in library.trained_by(job) if name in names)
     return next(trained, None) or next(iter(names), None)
 
 
 def _welcome(studio: Studio) -> str:
-    fresh = not any(studio.folder("fused").glob("*.safetensors")) and not any(
+    fresh = not files_in(studio.folder("fused"), ".safetensors") and not any(
         job.kind in ("train", "fuse") for job in studio.jobs.jobs()
     )
-    if not fresh or library.SAMPLES[0] not in library.concept_names(studio):
+    if not fresh or library.SAMPLES[0] not in concept_names(studio):
         return ""
     words = "Three sample concepts are ready. The tour trains two, fuses them, draws both in one picture and exports the file."
     return (
@@ -230,11 +239,14 @@ def _card(card: library.ConceptCard, likeness: tuple[float, int] | None, *, chos
         state = markup.badge(band, "sd-done") + state
     count = f"{len(card.photos)} photo{'s' if len(card.photos) != 1 else ''}"
     state = state or markup.badge("not trained")
+    about = f'<span class="sd-muted">{markup.text(card.class_word)}, {count}</span>'
+    if card.problem:
+        about, state = f'<span class="sd-reason">{markup.text(card.problem)}</span>', ""
     score = "" if likeness is None else f'<span class="sd-muted">likeness {likeness[0]:.2f} over {_pictures(likeness[1])}</span>'
     opens = f'data-do="open" data-name="{markup.text(card.name)}" aria-pressed="{"true" if chosen else "false"}"'
     return (
         f'<button type="button" class="sd-card {"sd-chosen" if chosen else ""}" {opens}>{cover}<span class="sd-body">'
-        f'<strong>{markup.text(card.token)}</strong><span class="sd-muted">{markup.text(card.class_word)}, {count}</span>'
+        f"<strong>{markup.text(card.token)}</strong>{about}"
         f'{score}<span class="sd-row">{state}</span></span></button>'
     )
 
@@ -252,7 +264,10 @@ def _title(studio: Studio, name: str | None) -> str:
 
 
 def _card_of(studio: Studio, name: str | None) -> library.ConceptCard | None:
-    return library.concept_card(studio, name) if name in library.concept_names(studio) else None
+    if name not in concept_names(studio):
+        return None
+    with suppress(InputError):  # the list of concepts says it
+        return library.concept_card(studio, name)
 
 
 def _photos(studio: Studio, name: str | None) -> str:
@@ -271,20 +286,21 @@ def _photos(studio: Studio, name: str | None) -> str:
     return f'<div class="sd-cards sd-photos">{"".join(map(_photo, card.photos))}</div><div class="sd-row sd-end">{remove}</div>'
 
 
-def _photo(photo: library.PhotoCard) -> str:
+def _photo(photo: photo_library.PhotoCard) -> str:
     name = markup.text(photo.name)
     mask = markup.image(photo.mask, f"mask of {photo.name}", kind="sd-inset") if photo.mask else ""
     picture = f'<div class="sd-photo">{markup.image(photo.thumbnail, f"{photo.name}: {photo.caption}")}{mask}</div>'
     caption = f'data-do="caption" data-name="{name}" aria-label="Caption of {name}" value="{markup.text(photo.caption)}"'
     edit = markup.button("edit", photo.name, "Mask ✓" if photo.mask else "Mask", title=f"Mask and crops of {photo.name}")
     remove = markup.button("remove-photo", photo.name, "✕", kind="sd-quiet", title=f"Remove {photo.name}")
+    problem = markup.refusal(photo.problem) if photo.problem else ""
     return (
-        f'<div class="sd-card">{picture}<div class="sd-body"><input class="sd-field" {caption} maxlength="300">'
+        f'<div class="sd-card">{picture}<div class="sd-body">{problem}<input class="sd-field" {caption} maxlength="300">'
         f'<div class="sd-tools">{edit}{remove}</div></div></div>'
     )
 
 
-def _findings(found: list[library.Finding]) -> str:
+def _findings(found: list[photo_library.Finding]) -> str:
     if not found:
         return ""
     items = "".join(
@@ -309,7 +325,7 @@ def _expected(studio: Studio) -> str:
 def _trainable(studio: Studio) -> Any:
     """Return the choices of what is trained in one go; none while there is one concept only."""
     cards = [card for card in library.concept_cards(studio) if card.photos]
-    return several([(card.token, card.name) for card in cards] if len(cards) > 1 else [])
+    return [(card.token, card.name) for card in cards] if len(cards) > 1 else []
 
 
 def _training(studio: Studio, name: str | None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import gradio as gr
@@ -11,32 +12,28 @@ from app.actions.studio import Studio
 from app.actions.trainings import train_again
 from app.ui import markup
 from app.ui.charts import band_map_chart, cross_talk_table
-from app.ui.live import EVENT, Live, attempt, said, several
+from app.ui.live import EVENT, Live, attempt, said
 from spectral_diffusion.errors import SpectralDiffusionError
 from spectral_diffusion.joining import FUSERS
 from spectral_diffusion.training.settings import SETTLING_STEPS
 
-_MOST = 8
 _AS_SUITS = "as suits them (sum or aligned)"
 
 
 def build_fuse(studio: Studio, live: Live) -> None:
     """Build the tab."""
-    chosen = live.add(
+    chosen = live.offer(
         gr.CheckboxGroup([], label="Trained concepts", info="Choose two or more.", elem_id="fuse-chosen"),
-        lambda: several([(card.label, card.name) for card in library.adapter_cards(studio, ["adapters"])]),
+        lambda: [(card.label, card.name) for card in library.adapter_cards(studio, ["adapters"])],
     )
     live.add(gr.HTML(), lambda: _hint(studio))
-    with gr.Row():
-        sliders = [
-            gr.Slider(0, 1.5, 1.0, step=0.05, label=f"Strength {number}", visible=False, min_width=220, buttons=[])
-            for number in range(_MOST)
-        ]
+    strengths = gr.State({})
+    _build_strengths(studio, chosen, strengths)
     bands = live.add(
         gr.HTML(elem_id="band-map", js_on_load=markup.CLICKS),
-        lambda names, *strengths: _bands(studio, names, strengths),
+        lambda names, known: _bands(studio, sorted(names), known),
         chosen,
-        *sliders,
+        strengths,
     )
     with gr.Row():
         title = gr.Textbox("", label="Name", placeholder="made from the tokens", max_length=60, min_width=240)
@@ -60,23 +57,10 @@ def build_fuse(studio: Studio, live: Live) -> None:
     asked = gr.State("")
     reports = live.add(gr.HTML(elem_id="reports", js_on_load=markup.CLICKS), lambda name: _reports(studio, name), asked)
 
-    def show_chosen(names: list[str]) -> list[Any]:
-        labels = [card.label for card in library.adapter_cards(studio, ["adapters"]) if card.name in names]
-        ordered = sorted(names)
-        tokens = dict(zip(ordered, labels, strict=False))
-        strengths = [
-            gr.update(
-                visible=number < len(ordered),
-                label=f"Strength of {tokens.get(ordered[number], '')}" if number < len(ordered) else "",
-            )
-            for number in range(_MOST)
-        ]
-        return [*strengths, _wants_settling(studio, ordered[:_MOST])]
-
-    def begin(names: list[str], name: str, how: str, settle: bool, report: bool, *strengths: float) -> Any:
-        ordered = sorted(names)[:_MOST]
+    def begin(names: list[str], name: str, how: str, settle: bool, report: bool, known: dict[str, float]) -> Any:
+        names = sorted(names)
         options = {"title": name, "method": how or None, "settle": SETTLING_STEPS if settle else 0, "report": report}
-        job = attempt(library.fuse, studio, ordered, strengths[: len(ordered)], **options, done="Fusing …")
+        job = attempt(library.fuse, studio, names, [known.get(one, 1.0) for one in names], **options, done="Fusing …")
         return (gr.skip(), gr.skip()) if job is None else ("", "")
 
     def retrain(event: gr.EventData) -> None:
@@ -90,10 +74,27 @@ def build_fuse(studio: Studio, live: Live) -> None:
             attempt(library.report, studio, name, done="The report is queued.")
         return name
 
-    chosen.change(show_chosen, chosen, [*sliders, wants_settling], **EVENT)
-    start.click(begin, [chosen, title, method, wants_settling, wants_report, *sliders], [title, asked], **EVENT)
+    chosen.change(lambda names: _wants_settling(studio, sorted(names)), chosen, wants_settling, **EVENT)
+    start.click(begin, [chosen, title, method, wants_settling, wants_report, strengths], [title, asked], **EVENT)
     reports.click(show_report, None, asked, **EVENT)
     bands.click(retrain, **EVENT)
+
+
+def _build_strengths(studio: Studio, chosen: gr.CheckboxGroup, strengths: gr.State) -> None:
+    """Build a slider for the strength of each of the `chosen`; `strengths` keeps what was set, by the adapter's name."""
+
+    @gr.render(inputs=[chosen, strengths], triggers=[chosen.change], show_progress="hidden", concurrency_limit=None)
+    def show(names: list[str], known: dict[str, float]) -> None:
+        labels = {card.name: card.label for card in library.adapter_cards(studio, ["adapters"])}
+        with gr.Row():
+            for name in sorted(names):
+                how = {"label": f"Strength of {labels.get(name, name)}", "step": 0.05, "min_width": 220, "buttons": []}
+                slider = gr.Slider(0, 1.5, known.get(name, 1.0), interactive=True, **how)
+                slider.change(partial(_with_strength, name), [slider, strengths], strengths, **EVENT)
+
+
+def _with_strength(name: str, value: float, known: dict[str, float]) -> dict[str, float]:
+    return known | {name: value}
 
 
 def _wants_settling(studio: Studio, names: list[str]) -> bool:
@@ -110,23 +111,22 @@ def _hint(studio: Studio) -> str:
     return markup.empty("Fusing needs two trained concepts. Train them in the tab Concepts, or run the tour there.")
 
 
-def _bands(studio: Studio, names: list[str], strengths: tuple[float, ...]) -> str:
-    ordered = sorted(names or ())[:_MOST]
-    if not ordered:
+def _bands(studio: Studio, names: list[str], strengths: dict[str, float]) -> str:
+    if not names:
         return (
             markup.empty("Choose concepts to see which singular directions each owns.")
             if library.adapter_cards(studio, ["adapters"])
             else ""
         )
     try:
-        result = library.map_bands(studio, ordered, strengths[: len(ordered)])
-        apart = len(ordered) > 1 and library.trained_apart(studio, ordered)
-        settles = library.needs_settling(studio, ordered)
+        result = library.map_bands(studio, names, [strengths.get(name, 1.0) for name in names])
+        apart = len(names) > 1 and library.trained_apart(studio, names)
+        settles = library.needs_settling(studio, names)
     except SpectralDiffusionError as error:  # an adapter may be gone or damaged by now
         return markup.refusal(str(error))
     parts = [markup.heading("Band map"), band_map_chart(result)]
     for one, other in result.conflicts:
-        name = ordered[result.tokens.index(other)].removeprefix("adapters/").removesuffix(".safetensors")
+        name = names[result.tokens.index(other)].removeprefix("adapters/").removesuffix(".safetensors")
         words = f"{one} and {other} share singular directions, so they cannot be fused without damage."
         again = markup.button("retrain", name, f"Train {other} again on a free band")
         parts.append(f'<div class="sd-warning"><p>{markup.text(words)}</p>{again}</div>')
@@ -134,7 +134,7 @@ def _bands(studio: Studio, names: list[str], strengths: tuple[float, ...]) -> st
         cure = "“Settle” teaches it back, without photos." if settles else "Trained in one go they would keep it."
         words = f"These were trained apart and lose identity in one adapter. {cure}"
         parts.append(f'<div class="sd-warning"><p>{markup.text(words)}</p></div>')
-    if len(ordered) > 1:
+    if len(names) > 1:
         parts += [markup.heading("Measured cross-talk"), cross_talk_table(result)]
         parts.append(markup.muted("How strongly each concept’s change answers to the others’ inputs; 100 % is its own answer."))
     return "".join(parts)

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
+import traceback
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import gradio as gr
 
 from app.ui import markup
 from spectral_diffusion.errors import SpectralDiffusionError
+
+logger = logging.getLogger(__name__)
 
 EVENT: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private", "concurrency_limit": None}
 """How events run; nearly all are quick."""
@@ -27,6 +32,7 @@ class _Part:
     component: Any
     render: Callable[..., Any]
     inputs: tuple[Any, ...]
+    send: Callable[[Any, Any], Any] | None = None  # makes the answer of what was rendered and what the page has
 
 
 class Live:
@@ -40,6 +46,20 @@ class Live:
         """Let `component` show what `render` returns for the values of `inputs`; return the component."""
         self._parts.append(_Part(component=component, render=render, inputs=inputs))
         return component
+
+    def offer(self, picks: gr.CheckboxGroup, pairs: Callable[[], Sequence[tuple[str, str]]]) -> gr.CheckboxGroup:
+        """Let `picks` offer what `pairs` returns (label and value), hidden while there is nothing; return the component.
+
+        What was chosen and is gone is chosen no more: gradio refuses every event that comes with such a value.
+        """
+
+        def send(offered: Sequence[tuple[str, str]], chosen: list[str]) -> Any:
+            values = [value for _, value in offered]
+            kept = [value for value in chosen if value in values]
+            return gr.update(choices=list(offered), value=kept, visible=bool(offered))
+
+        self._parts.append(_Part(component=picks, render=lambda _: pairs(), inputs=(picks,), send=send))
+        return picks
 
     def begin(self, component: Any, value: Callable[[], Any]) -> Any:
         """Let `component` have the `value` of that moment when the page opens; return the component."""
@@ -67,9 +87,12 @@ class Live:
             at_hand = dict(zip(inputs, values, strict=True))
             known, results = dict(known), []
             for number, part in enumerate(self._parts):
-                value = part.render(*(at_hand[control] for control in part.inputs))
+                value = _rendered(part, at_hand)
                 digest = hashlib.sha256(repr(value).encode()).hexdigest()
-                results.append(gr.skip() if known.get(number) == digest else value)
+                if value is None or known.get(number) == digest:
+                    results.append(gr.skip())
+                    continue
+                results.append(part.send(value, at_hand[part.component]) if part.send else value)
                 known[number] = digest
             return [known, *results]
 
@@ -84,6 +107,24 @@ class Live:
 
         page.load(stay_open, inputs, [timer, *self._firsts, *outputs], **EVENT)
         timer.tick(refresh, [seen, *inputs], outputs, trigger_mode="once", **EVENT)
+
+
+def _rendered(part: _Part, at_hand: dict[Any, Any]) -> Any:
+    """Return what `part` shows; one that fails says so in its place where it can, else it stays as it is (None)."""
+    try:
+        return part.render(*(at_hand[control] for control in part.inputs))
+    except Exception as error:  # a file put there by hand may be wrong in any way
+        words = str(error)
+        if not isinstance(error, SpectralDiffusionError):
+            _log(traceback.format_exc())
+            words = f"This part cannot be shown ({type(error).__name__}: {error}); the terminal says where that comes from."
+        return markup.refusal(words) if isinstance(part.component, gr.HTML) else None
+
+
+@lru_cache(maxsize=256)
+def _log(trace: str) -> None:
+    """Log where a failure comes from, once and not in every second."""
+    logger.error("A part of the page could not be shown.\n%s", trace)
 
 
 def attempt(action: Callable[..., Any], *arguments: Any, done: str | None = None, **named: Any) -> Any:
@@ -102,11 +143,6 @@ def said(event: gr.EventData) -> tuple[str, str, str]:
     """Return what a button or field of our own HTML reported: what to do, with what, and the field's value."""
     data = event._data if isinstance(event._data, dict) else {}
     return tuple(str(data.get(key) or "") for key in ("do", "name", "value"))
-
-
-def several(pairs: Sequence[tuple[str, str]]) -> Any:
-    """Return the new choices of a list of which several may be chosen; it is hidden while there are none."""
-    return gr.update(choices=list(pairs), visible=bool(pairs))
 
 
 def choices(pairs: Sequence[tuple[str, str]], *, value: str | None) -> Any:

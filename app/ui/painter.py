@@ -6,7 +6,7 @@ import io
 
 from PIL import Image
 
-from app.actions import concepts as library
+from app.actions import photos as library
 from app.actions.studio import Studio
 from app.actions.trainings import base_facts
 from app.ui import markup

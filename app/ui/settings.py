@@ -8,7 +8,7 @@ import gradio as gr
 import psutil
 
 from app.actions.studio import Studio, devices
-from app.actions.trainings import base_facts, look_at_base
+from app.actions.trainings import base_facts, is_chosen, look_at_base
 from app.ui import markup
 from app.ui.live import EVENT, Live, attempt
 
@@ -42,7 +42,8 @@ def build_settings(studio: Studio, live: Live) -> None:
 def _facts(studio: Studio) -> str:
     facts = base_facts(studio)
     if facts is None:
-        failed = next((job for job in studio.jobs.jobs() if job.kind == "look"), None)
+        looks = (job for job in studio.jobs.jobs() if job.kind == "look" and is_chosen(studio, job.arguments["settings"]))
+        failed = next(looks, None)
         words = failed.reason if failed is not None and failed.reason else "The base is being looked at …"
         base = [["the base", words]]
     else:

@@ -55,10 +55,10 @@ class Console:
         """
         if self.json_target is None:
             return
-        text = json.dumps(data, indent=2, ensure_ascii=False)
         if self.json_target == STDOUT:
-            print(text)
+            print(json.dumps(data, indent=2))  # in ASCII, which a terminal or a pipe of any encoding leaves as it is
         else:
+            text = json.dumps(data, indent=2, ensure_ascii=False)
             write_atomically(Path(self.json_target), lambda path: path.write_text(f"{text}\n", encoding="utf-8"))
 
 

@@ -1,0 +1,62 @@
+"""Writing: whatever goes wrong, what stood there before stands there still or is named."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from spectral_diffusion.errors import StorageError
+from spectral_diffusion.files import write_folder_atomically
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder that holds something precious."""
+    folder = tmp_path / "merged"
+    folder.mkdir()
+    (folder / "weights").write_text("precious")
+    return folder
+
+
+def write_new(folder: Path) -> None:
+    (folder / "weights").write_text("new")
+
+
+def failing_from(call: int, error: BaseException, until: int = 99) -> Callable[[Path, Path], None]:
+    """Return a move of files that fails in the calls from `call` until `until`."""
+    calls = iter(range(1, 100))
+    replace = os.replace
+
+    def move(source: Path, target: Path) -> None:
+        if call <= next(calls) <= until:
+            raise error
+        replace(source, target)
+
+    return move
+
+
+@pytest.mark.parametrize("error", [PermissionError(13, "a scanner holds it"), KeyboardInterrupt()])
+def test_a_folder_that_cannot_be_replaced_is_put_back(
+    error: BaseException, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.replace", failing_from(2, error, until=2))
+    with pytest.raises(KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else StorageError):
+        write_folder_atomically(folder, write_new)
+    assert (folder / "weights").read_text() == "precious"
+    assert list(folder.parent.iterdir()) == [folder]
+
+
+def test_a_folder_that_cannot_be_put_back_is_kept_and_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.replace", failing_from(2, PermissionError(13, "a scanner holds it")))
+    with pytest.raises(StorageError, match=r"merged' could not be written .* it lies in '.*': move it back") as raised:
+        write_folder_atomically(folder, write_new)
+    (kept,) = folder.parent.iterdir()
+    assert str(kept) in str(raised.value) and (kept / "weights").read_text() == "precious"
+
+
+def test_a_folder_is_replaced_and_nothing_else_is_left(folder: Path) -> None:
+    write_folder_atomically(folder, write_new)
+    assert (folder / "weights").read_text() == "new" and list(folder.parent.iterdir()) == [folder]
