@@ -32,7 +32,7 @@ _TRANSFORMER = r"(transformer_blocks\.\d+\.(attn[12]\.(to_[qkv]|to_out\.0)|ff\.n
 _RESNET = r"(conv[12]|conv_shortcut|time_emb_proj)"
 _LAYER_KEY = re.compile(
     rf"unet\.((down|up)_blocks\.\d+|mid_block)\.(attentions\.\d+\.{_TRANSFORMER}|resnets\.\d+\.{_RESNET})"
-    r"|unet\.(down_blocks\.\d+\.down|up_blocks\.\d+\.up)samplers\.0\.conv"
+    r"|unet\.(down_blocks\.\d+\.down|up_blocks\.\d+\.up)samplers\.0\.conv|unet\.conv_(in|out)"
     r"|text_encoder(_2)?\.encoder\.layers\.\d+\.(self_attn\.(q|k|v|out)_proj|mlp\.fc[12])"
 )
 """The layers that LoRAs change, as this library calls them."""
@@ -41,10 +41,12 @@ _SDXL_CROSSED = (0, 1)
 """The up blocks of SDXL with attention."""
 _KINDS = {"0": "resnets", "1": "attentions"}
 """What stands where at one place of the original lists."""
+_ENDS = {original_unet_name(f"{name}.weight").removesuffix(".weight"): name for name in ("conv_in", "conv_out")}
+"""What the original code calls the UNet's first and last convolutions, and their names."""
 _RESNET_NAMES = {original: name for name, original in UNET_RESNET.items()}
 
 _WORDS = re.compile(
-    r"(?:down|up|input|output|transformer)_blocks|mid(?:dle)?_block|to_(?:q|k|v|out)|proj_(?:in|out)"
+    r"(?:down|up|input|output|transformer)_blocks|mid(?:dle)?_block|to_(?:q|k|v|out)|(?:proj|conv)_(?:in|out)"
     r"|(?:in|out|emb)_layers|skip_connection|conv_shortcut|time_emb_proj"
     r"|text_model|self_attn|(?:q|k|v|out)_proj|[^_]+"
 )
@@ -89,7 +91,7 @@ def layer_key_of(name: str) -> str | None:
 
 def patch_side(key: str, family: str) -> int | None:
     """Return how many pixels a side a convolution called `key` reads at once, in a base of `family`; None for a linear layer."""
-    if key.endswith((".conv1", ".conv2", "samplers.0.conv")):
+    if key.endswith((".conv1", ".conv2", "samplers.0.conv", ".conv_in", ".conv_out")):
         return 3
     if key.endswith(".conv_shortcut") or (family in ("sd1", "mini") and key.endswith((".proj_in", ".proj_out"))):
         return 1
@@ -117,6 +119,7 @@ def _diffusers_path(path: str) -> str:
 
     places = r"^(?P<list>input|output)_blocks\.(?P<number>\d+)\.(?P<kind>0\.op$|[12]\.conv$|[01](?=\.))"
     original = re.sub(places, place, path)
+    original = _ENDS.get(original, original)
     original = re.sub(r"^middle_block\.1\.", "mid_block.attentions.0.", original)
     original = re.sub(r"^middle_block\.([02])\.", lambda found: f"mid_block.resnets.{int(found[1]) // 2}.", original)
     return re.sub(r"(?<=\.resnets\.)(\d+)\.(.+)$", lambda found: f"{found[1]}.{_RESNET_NAMES.get(found[2], found[2])}", original)

@@ -34,14 +34,16 @@ class SuggestedMask:
 def suggest_mask(image: Image.Image) -> Image.Image | None:
     """Return a mask of what stands out in the RGB picture `image`: mode L, of its size, white where it is; None for nothing.
 
-    It works on plain backgrounds; elsewhere take it as a start. Source: GrabCut (Rother, Kolmogorov and Blake 2004), which
-    begins from "the thing is in the middle" here.
+    In a picture so narrow that it is all edge nothing does. It works on plain backgrounds; elsewhere take it as a start.
+    Source: GrabCut (Rother, Kolmogorov and Blake 2004), which begins from "the thing is in the middle" here.
     """
     import cv2
 
     small = image.convert("RGB")
     small.thumbnail((_SIDE, _SIDE), Image.Resampling.LANCZOS)
     labels = _start(small.height, small.width)
+    if not (labels == cv2.GC_PR_FGD).any():
+        return None
     cv2.setRNGSeed(0)
     pixels, models = np.ascontiguousarray(np.asarray(small)[:, :, ::-1]), (np.zeros((1, 65)), np.zeros((1, 65)))
     cv2.grabCut(pixels, labels, None, *models, _ROUNDS, cv2.GC_INIT_WITH_MASK)

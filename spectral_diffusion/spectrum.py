@@ -74,11 +74,14 @@ def singular_directions(weight: torch.Tensor, count: int = MAX_DIRECTIONS) -> Sp
 def spectra(weights: Sequence[torch.Tensor]) -> Iterator[Spectrum]:
     """Yield the leading singular directions of each of `weights (out, in)`, in their order.
 
-    As many layers are decomposed at once as there are threads, each by one of them: that is faster than all of them at one layer.
+    On a CPU as many layers are decomposed at once as there are threads, each by one of them: that is faster than all of them at
+    one layer. On a GPU one follows the other.
     """
     threads = torch.get_num_threads()
+    on_cpu = all(weight.device.type == "cpu" for weight in weights)
+    workers = threads if on_cpu else 1  # the first calls of CUDA's linear algebra must not be at once (pytorch#90613)
     try:
-        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             yield from pool.map(singular_directions, weights)
     finally:
         torch.set_num_threads(threads)  # what a worker sets holds for those who come after it too
@@ -117,7 +120,8 @@ def _read_cache(file: Path) -> dict[str, torch.Tensor]:
     if not file.exists():
         return {}
     try:
-        return load_file(file)
+        # on Windows a file cannot be replaced while a tensor is still mapped from it
+        return {name: tensor.clone() for name, tensor in load_file(file).items()}
     except (SafetensorError, OSError):
         logger.warning("The cached spectrum '%s' is damaged; it is computed again.", file)
         return {}

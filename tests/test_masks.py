@@ -39,6 +39,13 @@ def test_nothing_is_suggested_where_nothing_stands_out() -> None:
     assert suggest_mask(Image.new("RGB", (64, 64), (9, 90, 200))) is None
 
 
+@pytest.mark.parametrize("size", [(32, 2048), (2048, 32), (33, 1500)])
+def test_a_narrow_picture_is_looked_at_without_failing(size: tuple[int, int]) -> None:
+    picture = Image.new("RGB", size, (40, 80, 170))
+    ImageDraw.Draw(picture).ellipse([8, 8, 24, 24], fill=(200, 40, 30))
+    assert suggest_mask(picture) is None
+
+
 def test_masks_are_written_beside_photos_and_never_over_one(run: Commands, tmp_path: Path) -> None:
     for name in ("1", "2"):
         photo().transpose(Image.Transpose.FLIP_LEFT_RIGHT if name == "2" else Image.Transpose.FLIP_TOP_BOTTOM).save(

@@ -225,6 +225,19 @@ def test_one_thing_on_several_backgrounds_or_places_is_no_duplicate(tmp_path: Pa
     assert len(report.photos) == 8, report.problems
 
 
+@pytest.mark.parametrize("ground", [(235, 235, 235), (20, 20, 20)])
+def test_a_small_thing_in_several_places_is_no_duplicate(tmp_path: Path, ground: tuple[int, int, int]) -> None:
+    grain = np.random.default_rng(0)
+    for number in range(6):
+        wall = np.clip(np.array(ground) + grain.normal(0, 4, (400, 400, 3)), 0, 255)
+        image = Image.fromarray(wall.astype(np.uint8))
+        image.paste(picture(7, size=(40, 40)), (60 + 45 * number, 300 - 30 * number))
+        image.save(tmp_path / f"{number}.png")
+        image.resize((200, 200)).save(tmp_path / f"{number} again.jpg", quality=40)
+    report = read_photos(tmp_path)
+    assert len(report.photos) == len(report.problems) == 6
+
+
 def test_five_hundred_photos_are_read_fast_and_cut_to_the_limit(tmp_path: Path) -> None:
     for index in range(500):
         picture(index, size=(40, 40)).save(tmp_path / f"{index}.png")

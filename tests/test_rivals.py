@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from spectral_diffusion.parametrisations.budget import parameter_count, rank_for
 from spectral_diffusion.parametrisations.site import Site
 from spectral_diffusion.training import TrainingSettings, train, train_together
 from spectral_diffusion.training.adaptation import adapt
+from spectral_diffusion.training.memory import in_bfloat16
 from spectral_diffusion.training.trainable import build_trainable, class_word_vectors
 from spectral_diffusion.training.tuners import tuned_layers
 
@@ -202,3 +204,28 @@ def test_several_concepts_stand_side_by_side(form: str) -> None:
         layers["unet.one"](values)[0].sum().backward()
     assert any(gradient.any() for gradient in adaptation.gradients(0))
     assert not any(gradient.any() for gradient in adaptation.gradients(1))
+
+
+@pytest.mark.parametrize("form", TUNERS)
+def test_a_base_in_half_precision_is_trained_as_a_whole_one_is(form: str, base: Base, tiny_base_folder: Path) -> None:
+    half = load_base(tiny_base_folder, device="cpu", precision=torch.float16)
+    weights = {key: layer.weight.clone() for key, layer in adaptable_layers(half).items()}
+    computing = in_bfloat16(half.pipeline.unet, *half.text_encoders.values())  # as on a GPU
+    one, other = _changed(form, base, nullcontext()), _changed(form, half, computing)
+    assert torch.nn.functional.cosine_similarity(one, other, dim=0) > 0.95
+    assert all(torch.equal(layer.weight, weights[key]) for key, layer in adaptable_layers(half).items())
+
+
+def _changed(form: str, base: Base, computing: AbstractContextManager[None]) -> torch.Tensor:
+    """Return what a few steps towards other text states changed in every layer, in one row."""
+    adaptation = build_trainable(base, [BAND], [class_word_vectors(base, "dog")], settings_of(form, steps=12)).adaptation
+    tensors = [tensor for name, tensor in adaptation.named().items() if name.startswith("text_encoder")]
+    assert {tensor.dtype for tensor in tensors} == {torch.float32}
+    optimizer = torch.optim.Adam(tensors, lr=5e-3)
+    with computing, adaptation.attached():
+        for _ in range(6):
+            optimizer.zero_grad()
+            states = prompts(base, ["a dog near a lake"])["prompt_embeds"].float()
+            ((states - torch.randn(states.shape, generator=torch.Generator().manual_seed(0))) ** 2).mean().backward()
+            optimizer.step()
+    return torch.cat([delta.dense().flatten() for delta in adaptation.tuner.deltas().values()])

@@ -6,6 +6,7 @@ import logging
 import multiprocessing
 import os
 import shutil
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -131,6 +132,15 @@ def test_only_layers_that_are_not_cached_are_computed(tiny_base: Base, cache: Pa
     assert len(computed) == 5
 
 
+def test_nothing_read_from_the_cache_is_mapped_from_its_file(tiny_base: Base, cache: Path) -> None:
+    layers = some_layers(tiny_base)
+    base_spectrum(tiny_base, layers)
+    again = base_spectrum(tiny_base, layers)
+    (file,) = cache.rglob("*.safetensors")
+    file.write_bytes(bytes(file.stat().st_size))  # a mapped tensor would show the zeros
+    assert_spectra(again, layers)
+
+
 @pytest.mark.parametrize("kept_bytes", [0, 5, 3000])
 def test_a_damaged_cache_is_said_and_mended(
     kept_bytes: int, tiny_base: Base, cache: Path, computed: list[torch.Tensor], caplog: pytest.LogCaptureFixture
@@ -202,6 +212,20 @@ def test_layers_side_by_side_come_in_order_and_leave_the_threads_as_they_were() 
         assert torch.get_num_threads() == _threads_of_another() == 3
     finally:
         torch.set_num_threads(before)
+
+
+def test_away_from_the_cpu_one_layer_is_decomposed_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = [torch.empty(4, 3, device="meta") for _ in range(6)]
+    places: set[int] = set()
+
+    def compute(weight: torch.Tensor) -> Spectrum:
+        time.sleep(0.01)
+        places.add(threading.get_ident())
+        return Spectrum(U=weight, s=weight[0], V=weight)
+
+    monkeypatch.setattr("spectral_diffusion.spectrum.singular_directions", compute)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    assert len(list(spectra(weights))) == 6 and len(places) == 1
 
 
 def _threads_of_another() -> int:

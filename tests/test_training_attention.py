@@ -12,9 +12,11 @@ from short_trainings import BAND, SHORT, prepare_less
 from spectral_diffusion.base import Base
 from spectral_diffusion.concept import Concept
 from spectral_diffusion.conditioning import encode, tokenize
-from spectral_diffusion.training import TrainingProgress, train
+from spectral_diffusion.training import TrainingProgress, run, train
 from spectral_diffusion.training.attention import watched_attention
-from spectral_diffusion.training.memory import checkpointing
+from spectral_diffusion.training.batches import Batch
+from spectral_diffusion.training.memory import Plan, checkpointing
+from spectral_diffusion.training.run import Run
 
 
 def left_half(concept: Concept) -> Concept:
@@ -50,14 +52,39 @@ def test_it_is_the_share_of_the_attention_that_diffusers_computes(base: Base) ->
     handles = [module.register_forward_pre_hook(spread, with_kwargs=True) for module in crossing]
     handles += [module.register_forward_hook(compare, with_kwargs=True) for module in crossing]
     with torch.no_grad(), watched_attention(unet) as seen:
-        unet(noisy, torch.tensor([10, 10]), **encode(base, ids))
-        for handle in handles:
-            handle.remove()
-        found = seen.outside(tokens, masks)
+        with seen.watched():
+            unet(noisy, torch.tensor([10, 10]), **encode(base, ids))
+            for handle in handles:
+                handle.remove()
+            found = seen.outside(tokens, masks)
     even = [one for one in expected if one.isfinite()]
     assert len(even) == len(crossing) and found[1] == 0
     torch.testing.assert_close(found[0], torch.stack(even).mean(), rtol=1e-4, atol=1e-5)
     assert not any(module._forward_hooks for module in unet.modules())
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_after_a_pass_nothing_of_it_is_held(base: Base, concept: Concept, monkeypatch: pytest.MonkeyPatch, fails: bool) -> None:
+    prepare_less(monkeypatch)
+    held: list[int] = []
+    passes, predict = Run._passes, run.predict
+
+    def watch(own: Run, batch: Batch, plan: Plan) -> torch.Tensor:
+        try:
+            return passes(own, batch, Plan(checkpointing=True))
+        finally:
+            held.append(len(own.seen.queries) + len(own.seen.keys))
+
+    def run_out(*arguments: object) -> torch.Tensor:
+        found = predict(*arguments)
+        if fails and not held:
+            raise torch.OutOfMemoryError
+        return found
+
+    monkeypatch.setattr(Run, "_passes", watch)
+    monkeypatch.setattr(run, "predict", run_out)
+    train(base, left_half(concept), BAND, replace(SHORT, steps=2, attention=1.0))
+    assert held == [0] * (3 if fails else 2)
 
 
 @pytest.mark.parametrize("memory_saved", [False, True])

@@ -13,7 +13,7 @@ from spectral_diffusion.base import Base
 from spectral_diffusion.concept import Concept
 from spectral_diffusion.errors import TrainingError
 from spectral_diffusion.training import train
-from spectral_diffusion.training.memory import Plan, choose_plan, in_bfloat16
+from spectral_diffusion.training.memory import Plan, choose_plan, in_bfloat16, lightened
 from spectral_diffusion.training.run import Run
 
 SETTINGS = replace(SHORT, steps=2, batch=2, inert_batch=2)
@@ -68,6 +68,16 @@ def test_when_memory_does_not_suffice_a_smaller_plan_is_tried_once(
     run_out.extend([1, 1])
     with pytest.raises(TrainingError, match=r"does not suffice for each batch in 2 passes, with .* choose a smaller batch"):
         train(base, concept, BAND, SETTINGS)
+
+
+@pytest.mark.parametrize(("device", "computing"), [("cpu", torch.float32), ("mps", torch.bfloat16), ("cuda", torch.bfloat16)])
+def test_only_a_cpu_trains_in_the_precision_of_the_base(
+    device: str, computing: torch.dtype, tiny_base: Base, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Base, "device", torch.device(device))
+    with lightened(tiny_base):
+        assert {model.dtype for model in (tiny_base.pipeline.unet, *tiny_base.text_encoders.values())} == {computing}
+    assert tiny_base.pipeline.unet.dtype == torch.float32
 
 
 @pytest.mark.parametrize("fails", [False, True])

@@ -72,6 +72,49 @@ def test_the_concept_stands_in_its_place_as_it_is_and_the_base_draws_the_rest(
     assert len(places) > 3
 
 
+@pytest.mark.parametrize("box", [(30, 30, 89, 79), (0, 0, 119, 89), (100, 5, 119, 60), (50, 70, 52, 89)])
+def test_only_what_shows_is_resized_and_comes_out_as_of_the_whole(box: tuple[int, int, int, int]) -> None:
+    rng = np.random.default_rng(1)
+    photo = Image.fromarray(rng.integers(0, 255, (9, 12, 3), dtype=np.uint8)).resize((120, 90), Image.Resampling.BICUBIC)
+    mask, side = Image.new("L", photo.size), 64
+    ImageDraw.Draw(mask).rectangle(box, fill=255)
+    for scale in (0.2, 0.7, 1.6, 4.0):
+        size = round(photo.width * scale), round(photo.height * scale)
+        corner = round(21 - box[0] * scale), round(0.88 * side - box[3] * scale)
+        picture, place = scenes._placed(photo, mask, size, corner, side)
+        columns, rows = (np.clip(np.arange(side) - start, 0, limit - 1) for start, limit in zip(corner, size, strict=True))
+        whole = np.asarray(photo.resize(size, Image.Resampling.LANCZOS))[rows][:, columns]
+        pasted = Image.new("L", (side, side))
+        pasted.paste(mask.resize(size, Image.Resampling.LANCZOS), corner)
+        for found, wanted in ((picture, whole), (place, np.asarray(pasted))):
+            assert np.abs(found.astype(int) - wanted).max() <= 1
+
+
+def test_a_dot_on_a_large_photo_is_enlarged_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    picture, mask = Image.new("RGB", (2048, 2048), GREY), Image.new("L", (2048, 2048))
+    mask.putpixel((3, 5), 255)
+    (example,) = thing().examples
+    dotted = replace(example, photo=replace(example.photo, image=picture), mask=mask)
+    sizes: list[tuple[int, int]] = []
+    resize = Image.Image.resize
+
+    def watch(image: Image.Image, size: tuple[int, int], *arguments: Any, **options: Any) -> Image.Image:
+        sizes.append(size)
+        assert max(size) <= 64
+        return resize(image, size, *arguments, **options)
+
+    monkeypatch.setattr(Image.Image, "resize", watch)
+    begun = scenes._begin(dotted, thing(), 2, 64, np.random.default_rng(0))
+    assert begun.crop.picture.size == begun.crop.place.size == (64, 64) and sizes
+
+
+def test_what_is_cut_out_reaches_as_far_around_it_on_every_side() -> None:
+    (example,) = thing().examples
+    begun = scenes._begin(example, thing(), 2, 64, np.random.default_rng(0))
+    reach = ImageFilter.MaxFilter(2 * round(scenes.MARGIN * 64) + 1)
+    assert np.array_equal(np.asarray(begun.cut), np.asarray(begun.crop.place.filter(reach)))
+
+
 def test_the_embedded_base_draws_around_a_concept_too(monkeypatch: pytest.MonkeyPatch) -> None:
     fewer(monkeypatch)
     found = scene_examples(load_base(), thing(), seed=0)

@@ -6,10 +6,12 @@ import math
 from dataclasses import replace
 
 import pytest
+import torch
 
 from spectral_diffusion.base import Base
 from spectral_diffusion.errors import InputError
 from spectral_diffusion.training import PRESETS, TrainingSettings, preset
+from spectral_diffusion.training.settings import LARGEST_SEED, SEED_STRIDE
 
 
 @pytest.mark.parametrize(
@@ -27,11 +29,25 @@ from spectral_diffusion.training import PRESETS, TrainingSettings, preset
         ({"caption_dropout": 1.5}, "caption_dropout must be from 0 to 1, got 1.5"),
         ({"scenes": 2.0}, "scenes must be from 0 to 1, got 2.0"),
         ({"background": -0.1}, "background must not be negative"),
+        ({"gradient_norm": 0.0}, "gradient_norm must be above 0, got 0.0"),
+        ({"gradient_norm": math.nan}, "gradient_norm must be above 0, got nan"),
+        ({"weight_decay": math.inf}, "weight_decay must be a finite number, got inf"),
+        ({"seed": -1}, "seed must be from 0 to [0-9]+, got -1"),
+        ({"seed": LARGEST_SEED + 1}, f"seed must be from 0 to {LARGEST_SEED}, got"),
+        (
+            {"layers": ("to_q", "text_projection")},
+            "layers names text_projection, whose change no other tool reads; choose others",
+        ),
     ],
 )
 def test_a_setting_out_of_range_is_named(wrong: dict[str, object], message: str) -> None:
     with pytest.raises(InputError, match=message):
         TrainingSettings(**wrong)
+
+
+def test_the_largest_seed_draws_in_every_step() -> None:
+    generator = torch.Generator().manual_seed(LARGEST_SEED * SEED_STRIDE + SEED_STRIDE - 1)
+    assert torch.rand(1, generator=generator).isfinite()
 
 
 def test_presets_are_chosen_by_name_and_take_longer_in_turn(base: Base) -> None:

@@ -20,31 +20,42 @@ from spectral_diffusion.cross_attention import cross_attention_layers
 
 @dataclass
 class CrossAttention:
-    """What the queries and keys of a UNet's cross-attention gave in the last forward pass, by layer.
+    """What the queries and keys of a UNet's cross-attention give in a forward pass that is watched, by layer.
 
     Attributes:
         heads: number of heads of each layer.
         queries: `(batch, positions, width)`.
         keys: `(batch, words, width)`.
+        watching: whether what they give is written down.
     """
 
     heads: dict[str, int] = field(default_factory=dict)
     queries: dict[str, torch.Tensor] = field(default_factory=dict)
     keys: dict[str, torch.Tensor] = field(default_factory=dict)
+    watching: bool = False
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """While entered, what the layers give is written down; afterwards it is forgotten, however the pass ended.
+
+        A backward pass that computes activations again is not watched: nobody would ask for them, and they hold its graph.
+        """
+        self.watching = True
+        try:
+            yield
+        finally:
+            self.watching = False
+            self.queries.clear()
+            self.keys.clear()
 
     def outside(self, tokens: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
         """Return per sample the share of the tokens' attention outside the mask, mean over heads and layers, `(batch)`.
-
-        What was written down is forgotten.
 
         Args:
             tokens: `(batch, words)`, which words are the concept's; a sample without any counts 0.
             masks: `(batch, 1, h, w)` in [0, 1], 1 where the concept is.
         """
-        shares = [self._outside(name, tokens, masks) for name in self.queries]
-        self.queries.clear()
-        self.keys.clear()
-        return torch.stack(shares).mean(0)
+        return torch.stack([self._outside(name, tokens, masks) for name in self.queries]).mean(0)
 
     def _outside(self, name: str, tokens: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
         query, key = (
@@ -67,12 +78,13 @@ def _grid(positions: int, rows: int, columns: int) -> tuple[int, int]:
 
 @contextmanager
 def watched_attention(unet: nn.Module) -> Iterator[CrossAttention]:
-    """While entered, the cross-attention of `unet` is written down; enter it after adapters are attached, to see what they do."""
+    """While entered, the cross-attention of `unet` can be watched; enter it after adapters are attached, to see what they do."""
     seen = CrossAttention()
 
     def keep(place: dict[str, torch.Tensor], name: str) -> Callable[[nn.Module, object, torch.Tensor], None]:
         def hook(module: nn.Module, inputs: object, output: torch.Tensor) -> None:
-            place[name] = output
+            if seen.watching:
+                place[name] = output
 
         return hook
 

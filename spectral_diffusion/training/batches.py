@@ -12,7 +12,7 @@ from spectral_diffusion.base import Base
 from spectral_diffusion.training.company import draw_company
 from spectral_diffusion.training.examples import EncodedExamples
 from spectral_diffusion.training.prediction import target
-from spectral_diffusion.training.settings import TrainingSettings
+from spectral_diffusion.training.settings import SEED_STRIDE, TrainingSettings
 
 
 class Source(Protocol):
@@ -185,7 +185,7 @@ def draw_batch(base: Base, concepts: Sequence[Shown], settings: TrainingSettings
 def _share(
     base: Base, concepts: Sequence[Shown], number: int, settings: TrainingSettings, step: int, among: bool
 ) -> dict[str, torch.Tensor]:
-    concept, generator = concepts[number], torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
+    concept, generator = concepts[number], torch.Generator().manual_seed(settings.seed * SEED_STRIDE + step)
     count, pool = settings.batch, concept.pool_among if among else concept.pool
     learnt = concept.learnt.samples(base, settings, count, generator, among=among)
     inert = pool.samples(base, settings, settings.inert_batch if settings.inertness else 0, generator, among=among)

@@ -93,8 +93,11 @@ def checkpointing(unet: nn.Module, on: bool) -> Iterator[None]:
 
 @contextmanager
 def lightened(base: Base) -> Iterator[None]:
-    """While entered, a base on a GPU computes in bfloat16, and its autoencoder is on the CPU; afterwards it is as it was."""
-    if base.device.type != "cuda":
+    """While entered, a base on a GPU computes in bfloat16, and its autoencoder is on the CPU; afterwards it is as it was.
+
+    Gradients in float16 would need their loss scaled.
+    """
+    if base.device.type == "cpu":
         yield
         return
     with elsewhere(base.pipeline.vae, torch.device("cpu")), in_bfloat16(base.pipeline.unet, *base.text_encoders.values()):

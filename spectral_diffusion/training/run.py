@@ -8,6 +8,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -230,11 +231,12 @@ class Run:
         company = batch.company.flatten(0, 1) if batch.among else None
         self.trainable.adaptation.show(self.base.pipeline.unet.dtype, company=company)
         inputs = (tensor.flatten(0, 1) for tensor in (batch.noisy, batch.times, batch.ids))
-        predicted = predict(self.base, *inputs).view(batch.targets.shape)
-        errors = ((predicted - batch.targets) ** 2 * batch.weights).mean((2, 3, 4))
-        if self.seen is not None:
-            outside = self.seen.outside(batch.tokens.flatten(0, 1), batch.places.flatten(0, 1))
-            errors = errors + self.settings.attention * outside.view(errors.shape)
+        with self.seen.watched() if self.seen else nullcontext():
+            predicted = predict(self.base, *inputs).view(batch.targets.shape)
+            errors = ((predicted - batch.targets) ** 2 * batch.weights).mean((2, 3, 4))
+            if self.seen:
+                outside = self.seen.outside(batch.tokens.flatten(0, 1), batch.places.flatten(0, 1))
+                errors = errors + self.settings.attention * outside.view(errors.shape)
         return (errors[..., None] * batch.shares).sum(1)
 
     def _trial(self, plan: Plan) -> None:

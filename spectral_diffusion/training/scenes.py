@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageFilter
+from PIL import Image
 
 from spectral_diffusion.base import Base
 from spectral_diffusion.concept import PLACEHOLDER, Concept, Example
@@ -66,18 +66,18 @@ def scene_examples(base: Base, concept: Concept, seed: int) -> EncodedExamples |
 
 
 def _begin(example: Example, concept: Concept, things: int, side: int, rng: np.random.Generator) -> _Begun:
+    import cv2
+
     photo, mask = example.photo.image.convert("RGB"), mask_of(example)
     left, top, right, bottom = box_of(mask)
     slot, own = side / things, int(rng.integers(things))
     scale = rng.uniform(LEAST, MOST) * slot / max(right - left, bottom - top)
     size = max(1, round(photo.width * scale)), max(1, round(photo.height * scale))
     corner = round((own + 0.5) * slot - (left + right) / 2 * scale), round(GROUND * side - bottom * scale)
-    columns, rows = (np.clip(np.arange(side) - start, 0, limit - 1) for start, limit in zip(corner, size, strict=True))
-    small = np.asarray(photo.resize(size, Image.Resampling.LANCZOS))
-    place = Image.new("L", (side, side))
-    place.paste(mask.resize(size, Image.Resampling.LANCZOS), corner)
-    cut = place.filter(ImageFilter.MaxFilter(2 * round(MARGIN * side) + 1))
-    known = np.array(cut)
+    picture, place = _placed(photo, mask, size, corner, side)
+    reach = 2 * round(MARGIN * side) + 1
+    cut = cv2.dilate(place, np.ones((reach, reach), np.uint8))
+    known = cut.copy()
     across = np.flatnonzero((known > 127).any(0))
     known[:, : min([round(own * slot), *across[:1]])] = 255
     known[:, max([round((own + 1) * slot), *(across[-1:] + 1)]) :] = 255
@@ -86,15 +86,33 @@ def _begin(example: Example, concept: Concept, things: int, side: int, rng: np.r
     caption = example.caption.replace(PLACEHOLDER, listed([*names[:own], concept.token, *names[own:]]))
     return _Begun(
         crop=Crop(
-            picture=Image.fromarray(small[rows][:, columns]),
-            mask=place,
-            place=place,
+            picture=Image.fromarray(picture),
+            mask=Image.fromarray(place),
+            place=Image.fromarray(place),
             caption=caption,
             known=Image.fromarray(known),
         ),
-        cut=cut,
+        cut=Image.fromarray(cut),
         request=name_by_class(caption, {concept.token: concept.class_word}),
     )
+
+
+def _placed(
+    photo: Image.Image, mask: Image.Image, size: tuple[int, int], corner: tuple[int, int], side: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return what a square of `side` pixels shows of `photo` and `mask` at `size` with their upper left at `corner`.
+
+    Beyond the photo its edges go on, and the mask is black. Only what shows is enlarged: around a tiny thing all would be huge.
+    """
+    shown = [(max(0, -start), min(limit, side - start)) for start, limit in zip(corner, size, strict=True)]
+    rims = [(max(0, start), max(0, side - start - limit)) for start, limit in zip(corner, size, strict=True)]
+    columns, rows = ([at * whole / limit for at in own] for own, whole, limit in zip(shown, photo.size, size, strict=True))
+    pixels = shown[0][1] - shown[0][0], shown[1][1] - shown[1][0]
+    picture, place = (
+        np.asarray(image.resize(pixels, Image.Resampling.LANCZOS, box=(columns[0], rows[0], columns[1], rows[1])))
+        for image in (photo, mask)
+    )
+    return np.pad(picture, (rims[1], rims[0], (0, 0)), mode="edge"), np.pad(place, (rims[1], rims[0]))
 
 
 def _drawn(base: Base, latents: torch.Tensor, begun: Sequence[_Begun], seed: int) -> torch.Tensor:

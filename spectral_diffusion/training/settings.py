@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -14,9 +15,15 @@ from spectral_diffusion.parametrisations import PARAMETRISATIONS, TUNERS
 if TYPE_CHECKING:
     from spectral_diffusion.base import Base
 
+SEED_STRIDE = 1_000_003
+"""Step number `n` of seed `s` draws with the seed `s * SEED_STRIDE + n`."""
+LARGEST_SEED = 2**63 // SEED_STRIDE - 1
+"""The largest seed whose steps draw with seeds that torch takes."""
 SETTLING_STEPS = 600
 """Steps of a settling, see `settle`."""
 PRESETS = ("fast", "balanced", "best")
+NOT_ADAPTED = "text_projection"
+"""The one linear layer of SDXL's second text encoder that no other tool reads a change of."""
 
 
 def _setting(default: object, help: str) -> object:
@@ -119,6 +126,16 @@ class TrainingSettings:
                 raise InputError(f"{name} must be from 0 to 1, got {getattr(self, name)}.")
         if not 0 <= self.presence < 1:
             raise InputError(f"presence must be at least 0 and below 1, got {self.presence}; at 1 none learns to stand alone.")
+        if not self.gradient_norm > 0:
+            raise InputError(f"gradient_norm must be above 0, got {self.gradient_norm}; at 0 nothing is learnt.")
+        if not 0 <= self.seed <= LARGEST_SEED:
+            raise InputError(f"seed must be from 0 to {LARGEST_SEED}, got {self.seed}.")
+        for own in fields(self):
+            value = getattr(self, own.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise InputError(f"{own.name} must be a finite number, got {value}.")
+        if NOT_ADAPTED in self.layers:
+            raise InputError(f"layers names {NOT_ADAPTED}, whose change no other tool reads; choose others.")
 
 
 _PAPER = TrainingSettings()

@@ -90,11 +90,12 @@ class TunedLayers:
     def _delta(self, key: str) -> LowRank:
         layer = self.wrapped(key)
         if self.rank is None:
-            before = layer.base_layer.weight.detach().clone()
+            shell, weight = layer.base_layer, self.layers[key].weight
+            shell.weight = _in_float32(weight)  # half precision would round the change away, and unmerging rounds too
             layer.merge()
-            matrix = layer.base_layer.weight - before
+            matrix = shell.weight - weight.float()
             layer.unmerge()
-            layer.base_layer.weight.copy_(before)  # unmerging rounds
+            shell.weight = weight
         else:
             matrix = layer.get_delta_weight(_NAME)
         rank = min(self.rank or min(matrix.shape), min(matrix.shape))
@@ -127,14 +128,21 @@ def tuned_layers(method: str, layers: dict[str, nn.Linear], rank: int, steps: in
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         tuner = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type](shells, config, _NAME)
-    return TunedLayers(tuner=tuner, layers=layers, method=method, rank=bound)
+    tuned = TunedLayers(tuner=tuner, layers=layers, method=method, rank=bound)
+    for key, layer in layers.items():
+        tuned.wrapped(key).base_layer.weight = layer.weight
+    return tuned
 
 
 def _shell(layer: nn.Linear) -> nn.Linear:
-    """Return another layer with the same weights."""
+    """Return another layer with the same weights, in float32: PEFT trains in the precision of what it wraps."""
     shell = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
-    shell.weight, shell.bias = layer.weight, layer.bias
+    shell.weight, shell.bias = _in_float32(layer.weight), layer.bias
     return shell
+
+
+def _in_float32(weight: nn.Parameter) -> nn.Parameter:
+    return nn.Parameter(weight.detach().to(torch.float32, copy=True), requires_grad=False)
 
 
 def _configuration(method: str, layers: dict[str, nn.Linear], rank: int, steps: int) -> tuple[Any, int | None]:
