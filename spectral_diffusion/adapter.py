@@ -214,10 +214,15 @@ class Adapter:
         return self._joined[key]
 
     def _having(self, key: str) -> tuple[int, ...]:
-        return tuple(index for index, concept in enumerate(self.concepts) if key in concept.layers)
+        """Return the numbers of the concepts that count in layer `key`: those that change it, in an average all."""
+        is_average = self.method == "average"
+        return tuple(index for index, concept in enumerate(self.concepts) if is_average or key in concept.layers)
 
     def _parts(self, key: str, having: tuple[int, ...]) -> tuple[list[LowRank], list[float]]:
-        return [self.concepts[index].delta(key) for index in having], [self.weights[index] for index in having]
+        changes = {index: self.concepts[index].delta(key) for index in having if key in self.concepts[index].layers}
+        some = next(iter(changes.values()))
+        none = LowRank(up=some.up[:, :0], down=some.down[:, :0])
+        return [changes.get(index, none) for index in having], [self.weights[index] for index in having]
 
     def _join_readers_of(self, group: str) -> dict[str, LowRank]:
         """Return the joined changes of all layers that read the input `group`: what was measured of it is worked up once."""

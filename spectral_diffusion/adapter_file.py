@@ -31,6 +31,7 @@ FORMAT_VERSION = 1
 _LAYER = re.compile(r"(unet|text_encoder|text_encoder_2)(\.[A-Za-z0-9_]+)+|text")
 _LIBRARIES = ("torch", "diffusers", "transformers")
 _TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
+_FAMILIES = ("sd1", "sd2", "sdxl", "mini")
 _TALL = ("U", "V", "A", "B", "up", "down", "matrix")
 
 
@@ -113,6 +114,8 @@ def load_adapter(path: Path) -> Adapter:
 def _assemble(description: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Adapter:
     if description["version"] > FORMAT_VERSION:
         raise AdapterError(f"it was written by a newer version (format {description['version']}); update this program.")
+    if description["family"] not in _FAMILIES:
+        raise AdapterError(f"its family '{description['family']}' is none of {', '.join(_FAMILIES)}; update this program.")
     remaining = _checked_numbers(tensors)
     concepts = tuple(_assemble_concept(number, record, remaining) for number, record in enumerate(description["concepts"]))
     if not concepts:
@@ -120,7 +123,7 @@ def _assemble(description: dict[str, Any], tensors: dict[str, torch.Tensor]) -> 
     if remaining:
         raise AdapterError(f"it holds tensors that do not belong there: {', '.join(sorted(remaining)[:3])}.")
     return Adapter(
-        family=str(description["family"]),
+        family=description["family"],
         fingerprint=str(description["fingerprint"]),
         prediction_type=str(description.get("prediction_type", "")),  # earlier files do not say it
         concepts=concepts,
@@ -178,8 +181,19 @@ def _assemble_concept(number: int, record: dict[str, Any], remaining: dict[str, 
         embeddings={part: embeddings[part] for part in _TEXT_ENCODERS if part in embeddings},
         layers=layers,
         activations=activations,
-        settings=dict(record["settings"]),
+        settings=_checked_settings(record["token"], dict(record["settings"])),
     )
+
+
+def _checked_settings(token: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """Return `settings`, which are a record but for those that fusing, drawing and further training read."""
+    among = settings.get("among", [])
+    if not isinstance(among, list) or not all(isinstance(other, str) for other in among):
+        raise AdapterError(f"its setting 'among' of '{token}' is {among!r}, expected a list of tokens; train it again.")
+    for name in ("mixing", "steps_done"):
+        if not isinstance(settings.get(name, 0), int | float):
+            raise AdapterError(f"its setting '{name}' of '{token}' is {settings[name]!r}, expected a number; train it again.")
+    return settings
 
 
 def _check_embeddings(token: str, embeddings: dict[str, torch.Tensor]) -> None:

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from transformers import CLIPTokenizer
 
 from spectral_diffusion.attach import layer_by_layer
 from spectral_diffusion.base import Base
 from spectral_diffusion.cross_attention import side_by_side
-from spectral_diffusion.prompt_tokens import expand_prompt
-from spectral_diffusion.prompt_weights import Piece, parse_prompt
+from spectral_diffusion.prompt_parts import empty_part, parts_of
+
+logger = logging.getLogger(__name__)
 
 
 def tokenize(base: Base, captions: Sequence[str]) -> torch.Tensor:
-    """Return token ids `(n, text encoders, context length)` of `captions`, padded and cut as the pipeline does."""
+    """Return token ids `(n, text encoders, context length)` of `captions`, padded and cut as the pipeline does.
+
+    One that is cut is named in a warning: a training, where all are of one length, can read no more.
+    """
+    _say_what_is_cut(base, captions)
     encoded = [
         tokenizer(
             list(captions),
@@ -28,6 +33,20 @@ def tokenize(base: Base, captions: Sequence[str]) -> torch.Tensor:
         for tokenizer in base.tokenizers.values()
     ]
     return torch.stack(encoded, dim=1).to(base.device)
+
+
+def _say_what_is_cut(base: Base, captions: Sequence[str]) -> None:
+    tokenizer = next(iter(base.tokenizers.values()))
+    longest = tokenizer.model_max_length
+    cut = [text for text in dict.fromkeys(captions) if len(tokenizer(text, verbose=False).input_ids) > longest]
+    if cut:
+        others = f" and {len(cut) - 1} others" if len(cut) > 1 else ""
+        logger.warning(
+            "The caption '%s'%s will be read up to its %dth token only; shorten it.",
+            cut[0],
+            others,
+            longest - 2,
+        )
 
 
 def word_ids(base: Base, words: str) -> torch.Tensor:
@@ -60,26 +79,31 @@ def encode(base: Base, ids: torch.Tensor) -> dict[str, Any]:
     }
 
 
-def encode_prompts(base: Base, texts: Sequence[str], words: Mapping[str, str]) -> dict[str, Any]:
-    """Return what `encode` does for prompts that may hold weights and `BREAK` (see `prompt_weights`).
+def encode_prompts(base: Base, texts: Sequence[str], words: Mapping[str, str], *, least: int = 1) -> dict[str, Any]:
+    """Return what `encode` does for prompts of any length that may hold weights and `BREAK` (see `prompt_weights`).
 
-    The parts between `BREAK`s are encoded each by itself and stand one behind the other, `(n, parts * length, width)`; prompts
-    with fewer parts than others are filled up with empty ones. A word's weight stretches how its state differs from that of no
-    words, as in ComfyUI; AUTOMATIC1111 multiplies the states and brings back their mean, which fails where that is near 0.
+    Their parts (see `prompt_parts`) are encoded each by itself and stand one behind the other, `(n, parts * length, width)`;
+    prompts with fewer parts than others are filled up with empty ones. A word's weight stretches how its state differs from that
+    of no words, as in ComfyUI; AUTOMATIC1111 multiplies the states and brings back their mean, which fails where that is near 0.
 
     Args:
         words: each token of the adapter to the words that stand for it.
+        least: fill up to so many parts.
 
     Raises:
         InputError: a weight is malformed.
     """
-    parsed = [parse_prompt(text, words) for text in texts]
-    most = max(1, *map(len, parsed))
-    parts = [part for own in parsed for part in (*own, *((),) * (most - len(own)))]
-    pieces = [[_pieces(tokenizer, part, words) for tokenizer in base.tokenizers.values()] for part in parts]
-    conditioning = encode(base, torch.tensor([[ids for ids, _ in part] for part in pieces], device=base.device))
+    tokenizers = list(base.tokenizers.values())
+    read = [[parts_of(tokenizer, text, words) for text in texts] for tokenizer in tokenizers]
+    most = max(least, *(len(parts) for own in read for parts in own))
+    filled = [
+        [part for parts in own for part in (*parts, *[empty_part(tokenizer)] * (most - len(parts)))]
+        for tokenizer, own in zip(tokenizers, read, strict=True)
+    ]
+    ids = torch.tensor([[part.ids for part in own] for own in filled], device=base.device).transpose(0, 1)
+    conditioning = encode(base, ids)
     states = conditioning["encoder_hidden_states"]
-    weights = torch.tensor([part[0][1] for part in pieces]).to(states)[..., None]
+    weights = torch.tensor([part.weights for part in filled[0]]).to(states)[..., None]
     if (weights != 1).any():
         empty = encode(base, tokenize(base, [""]))["encoder_hidden_states"]
         states = torch.where(weights == 1, states, torch.lerp(empty.expand_as(states), states, weights))
@@ -89,15 +113,9 @@ def encode_prompts(base: Base, texts: Sequence[str], words: Mapping[str, str]) -
     return conditioning
 
 
-def _pieces(tokenizer: CLIPTokenizer, part: Sequence[Piece], words: Mapping[str, str]) -> tuple[list[int], list[float]]:
-    """Return the token ids of one part of a prompt and their weights, padded and cut as the pipeline does."""
-    ids, weights, room = [], [], tokenizer.model_max_length - 2
-    for piece in part:
-        found = tokenizer(expand_prompt(piece.text, words), add_special_tokens=False, verbose=False).input_ids
-        ids, weights = ids + found, weights + [piece.weight] * len(found)
-    ids = [tokenizer.bos_token_id, *ids[:room], tokenizer.eos_token_id]
-    padding = tokenizer.model_max_length - len(ids)
-    return ids + [tokenizer.pad_token_id] * padding, [1.0, *weights[:room], 1.0] + [1.0] * padding
+def parts_needed(base: Base, texts: Sequence[str], words: Mapping[str, str]) -> int:
+    """Return how many parts the longest of `texts` has; see `encode_prompts`."""
+    return max(len(parts_of(tokenizer, text, words)) for tokenizer in base.tokenizers.values() for text in texts)
 
 
 def prompts(base: Base, captions: Sequence[str], negative: Sequence[str] | None = None) -> dict[str, torch.Tensor]:

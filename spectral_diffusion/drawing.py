@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,8 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "DPM++ SDE": ("DPMSolverSinglestepScheduler", {"lower_order_final": True}),
 }
 """Samplers by the names that users know."""
+MOST_STEPS = 1000
+"""Between so many degrees of noise every base of these families was trained (`num_train_timesteps`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +66,10 @@ class Drawing:
         for name in ("count", "steps"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if self.steps > MOST_STEPS:
+            raise InputError(f"steps must be at most {MOST_STEPS}, as many as a base was trained with, got {self.steps}.")
+        if self.guidance is not None and not math.isfinite(self.guidance):
+            raise InputError(f"guidance must be a number, got {self.guidance}.")
         if not 0 <= self.seed < 2**63:
             raise InputError(f"seed must be a whole number from 0 on, got {self.seed}.")
         if self.scheduler not in SCHEDULERS:

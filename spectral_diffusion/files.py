@@ -83,7 +83,7 @@ def write_folder_atomically(path: Path, write: Write) -> None:
             new.mkdir()
             write(new)
             # the old one lies under a name that `clear_leftovers` leaves alone: nothing else holds it for a moment
-            _exchange(new, path, path.with_name(f"{path.name}.replaced-{temporary.name.removeprefix(_WRITING)}"))
+            _exchange(new, path, path.parent / f"{path.name}.replaced-{temporary.name.removeprefix(_WRITING)}")
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)

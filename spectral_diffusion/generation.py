@@ -6,9 +6,11 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
+from inspect import signature
 
 import diffusers
 import torch
+from diffusers import DDIMScheduler, HeunDiscreteScheduler, SchedulerMixin
 from PIL import Image
 
 from spectral_diffusion.adapter import Adapter
@@ -23,6 +25,9 @@ from spectral_diffusion.own_models import own_models
 from spectral_diffusion.previews import OnPreview, decoded, watching
 from spectral_diffusion.prompt_tokens import tokens_in
 from spectral_diffusion.regional_attention import layout_of, regional_attention
+
+_NEARLY_NOTHING = 2**-24
+"""How much of a picture is left at the end of a schedule that ends in noise; at 0 its strength would be infinite, as in Euler."""
 
 
 def named_only(adapter: Adapter, prompt: str) -> Adapter:
@@ -172,10 +177,25 @@ class _scheduler:
     def __init__(self, base: Base, name: str):
         kind, options = SCHEDULERS[name]
         self.pipeline, self.kept = base.pipeline, base.pipeline.scheduler
-        self.chosen = getattr(diffusers, kind).from_config(self.kept.config, **options)
+        sampler = getattr(diffusers, kind)
+        self.chosen = sampler.from_config(self.kept.config, **_noise_of(self.kept, sampler), **options)
 
     def __enter__(self) -> None:
         self.pipeline.scheduler = self.chosen
 
     def __exit__(self, *exception: object) -> None:
         self.pipeline.scheduler = self.kept
+
+
+def _noise_of(kept: DDIMScheduler, sampler: type[SchedulerMixin]) -> dict[str, list[float]]:
+    """Return the noise that a base was trained with, if its end is nothing but noise and `sampler` cannot work that out.
+
+    Heun's begins with less: its first step averages slopes at both of its ends, and from so much noise it lands far off (on the
+    embedded base 25 steps end 9 levels of 255 from what 200 of DDIM give, 2 levels with less noise).
+    """
+    knows = "rescale_betas_zero_snr" in signature(sampler).parameters
+    if not kept.config.rescale_betas_zero_snr or knows or sampler is HeunDiscreteScheduler:
+        return {}
+    remaining = kept.alphas_cumprod.double()
+    remaining[-1] = _NEARLY_NOTHING
+    return {"trained_betas": [1 - remaining[0].item(), *(1 - remaining[1:] / remaining[:-1]).tolist()]}

@@ -18,7 +18,7 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from spectral_diffusion.adapter import Adapter
 from spectral_diffusion.attach import Factors, beside, fixed, hooked
 from spectral_diffusion.base import Base, adaptable_layers
-from spectral_diffusion.conditioning import encode_prompts
+from spectral_diffusion.conditioning import encode_prompts, parts_needed
 from spectral_diffusion.drawing import Drawing
 from spectral_diffusion.joining import LowRank
 from spectral_diffusion.prompt_tokens import name_by_class, tokens_in
@@ -76,25 +76,55 @@ def _halves(base: Base, drawing: Drawing, adapter: Adapter, layout: Layout) -> l
         sum((shares[n] for n, one in enumerate(named) if one and one | everywhere == group), 0 * shares[0]) for group in groups
     ]
     rest = (1 - sum(own)) / len(groups)
-    wanted = [_model(base, drawing, adapter, group, share + rest) for group, share in zip(groups, own, strict=True)]
-    return [[_model(base, drawing, adapter, frozenset.intersection(*groups), torch.ones_like(rest), negative=True)], wanted]
+    shared = frozenset.intersection(*groups)
+    prompts = _prompts(base, drawing, adapter, (shared, *groups))
+    wanted = [
+        _model(base, adapter, group, prompts[group], share + rest, negative=False)
+        for group, share in zip(groups, own, strict=True)
+    ]
+    return [[_model(base, adapter, shared, prompts[shared], torch.ones_like(rest), negative=True)], wanted]
+
+
+def _prompts(
+    base: Base, drawing: Drawing, adapter: Adapter, groups: Collection[frozenset[str]]
+) -> dict[frozenset[str], list[tuple[tuple[str, str], int]]]:
+    """Return what the model of each group of tokens reads, and what shall not be there, of the picture and of each region.
+
+    The other tokens stand there as class words. Beside each pair stands how many parts it has in the model where it has most, as
+    one pass of the UNet takes one number only.
+    """
+    both = [(drawing.prompt, drawing.negative_prompt)]
+    both += [(region.prompt, region.negative_prompt or drawing.negative_prompt) for region in drawing.regions]
+    written: dict[frozenset[str], list[tuple[str, str]]] = {}
+    for tokens in groups:
+        known = {token: token if token in tokens else word for token, word in adapter.class_words.items()}
+        written[tokens] = [(name_by_class(prompt, known), name_by_class(negative, known)) for prompt, negative in both]
+    words = _words(adapter)
+    parts = [parts_needed(base, [text for pair in same for text in pair], words) for same in zip(*written.values(), strict=True)]
+    return {tokens: list(zip(pairs, parts, strict=True)) for tokens, pairs in written.items()}
 
 
 @torch.no_grad()
 def _model(
-    base: Base, drawing: Drawing, adapter: Adapter, tokens: frozenset[str], share: torch.Tensor, *, negative: bool = False
+    base: Base,
+    adapter: Adapter,
+    tokens: frozenset[str],
+    prompts: Sequence[tuple[tuple[str, str], int]],
+    share: torch.Tensor,
+    *,
+    negative: bool,
 ) -> _Model:
-    """Return the model with `tokens` attached, which reads the others by class word, or if `negative` what shall not be there."""
-    words = {concept.token: concept.words for concept in adapter.concepts}
-    known = {token: token if token in tokens else word for token, word in adapter.class_words.items()}
-    both = [(drawing.prompt, drawing.negative_prompt)]
-    both += [(region.prompt, region.negative_prompt or drawing.negative_prompt) for region in drawing.regions]
+    """Return the model with `tokens` attached, which reads what `_prompts` gave, or if `negative` what shall not be there."""
     with beside(base, adapter.only(tokens)):
         whole, *inside = (
-            _row(encode_prompts(base, [name_by_class(prompt, known) for prompt in pair], words), int(negative)) for pair in both
+            _row(encode_prompts(base, pair, _words(adapter), least=parts), int(negative)) for pair, parts in prompts
         )
     texts = tuple(own["encoder_hidden_states"] for own in inside)
     return _Model(tokens=tokens, conditioning=whole, texts=texts, share=share)
+
+
+def _words(adapter: Adapter) -> dict[str, str]:
+    return {concept.token: concept.words for concept in adapter.concepts}
 
 
 def _row(conditioning: dict[str, Any], number: int) -> dict[str, Any]:

@@ -20,7 +20,7 @@ def tokens_in(prompt: str, tokens: Collection[str]) -> list[str]:
     if not tokens:
         return []
     written = {token.lower(): token for token in tokens}
-    return list(dict.fromkeys(written[match.group().lower()] for match in _any_of(tokens).finditer(prompt)))
+    return list(dict.fromkeys(written[match.group().lower()] for match in any_of(tokens).finditer(prompt)))
 
 
 def expand_prompt(prompt: str, words: Mapping[str, str]) -> str:
@@ -28,7 +28,7 @@ def expand_prompt(prompt: str, words: Mapping[str, str]) -> str:
     if not words:
         return prompt
     lowered = {token.lower(): written for token, written in words.items()}
-    return _any_of(words).sub(lambda match: lowered[match.group().lower()], prompt)
+    return any_of(words).sub(lambda match: lowered[match.group().lower()], prompt)
 
 
 def name_by_class(prompt: str, class_words: Mapping[str, str]) -> str:
@@ -48,8 +48,9 @@ def name_by_class(prompt: str, class_words: Mapping[str, str]) -> str:
     if not class_words:
         return prompt
     lowered = {token.lower(): found for token, found in class_words.items()}
-    return _any_of(class_words).sub(word, prompt)
+    return any_of(class_words).sub(word, prompt)
 
 
-def _any_of(tokens: Collection[str]) -> re.Pattern[str]:
+def any_of(tokens: Collection[str]) -> re.Pattern[str]:
+    """Return the pattern that finds each of `tokens`, of which there is one at least."""
     return re.compile("|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True)), re.IGNORECASE)

@@ -66,6 +66,15 @@ def parse_prompt(prompt: str, words: Collection[str] = ()) -> tuple[tuple[Piece,
     return tuple(_merged(parts) for is_break, parts in groupby(levels[0], lambda part: part[0] == _BREAK) if not is_break)
 
 
+def plain_words(prompt: str, words: Collection[str] = ()) -> str:
+    """Return `prompt` without weights and `BREAK`; as it stands where it cannot be parsed."""
+    try:
+        parts = parse_prompt(prompt, words)
+    except InputError:
+        return prompt
+    return " ".join("".join(piece.text for piece in part) for part in parts)
+
+
 def _weighed(inner: list[tuple[str, float]], bracket: str, prompt: str) -> tuple[list[tuple[str, float]], float]:
     """Return what stands in brackets without its number, and how much it counts."""
     colons = [index for index, (text, _) in enumerate(inner) if text == ":"]

@@ -96,8 +96,8 @@ def read_regions(file: Path) -> tuple[Region, ...]:
         InputError: the file cannot be read, or an entry is not a region; it is named by its number.
     """
     try:
-        entries = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        entries = json.loads(file.read_text(encoding="utf-8-sig"))  # Windows' editors put a mark before the text
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"The regions in '{file}' cannot be read ({error}); give a JSON file with a list of regions.") from error
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise InputError(f'\'{file}\' holds no list of regions; write [{{"prompt": "<V1>", "box": [0, 0, 0.5, 1]}}].')

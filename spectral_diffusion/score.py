@@ -16,6 +16,7 @@ from spectral_diffusion.errors import InputError, PhotoError
 from spectral_diffusion.photos import list_pictures, read_photo, read_photos, require_photos
 from spectral_diffusion.picture_file import OWN_CHUNK
 from spectral_diffusion.prompt_tokens import expand_prompt, tokens_in
+from spectral_diffusion.prompt_weights import plain_words
 from spectral_diffusion.stages import counted
 from spectral_diffusion.toyworld.judge import Judge, Sighting
 
@@ -39,7 +40,7 @@ class PictureScore:
     Attributes:
         path: the picture's file.
         prompt: what it was drawn from, None when its file does not say.
-        clip_text: cosine to the prompt with class words for tokens, None without a prompt.
+        clip_text: cosine to the prompt's plain words with class words for tokens, None without a prompt.
         clip_image: token to mean cosine to that concept's photos.
         judged: what the judge saw, most confident first; None without a judge.
     """
@@ -163,7 +164,8 @@ def _read(path: Path, tokens: Sequence[str], class_words: Mapping[str, str]) -> 
     prompt = prompt_in(chunks["parameters"]) if "parameters" in chunks else None
     if not prompt:
         return _Drawn(path=path, image=image, prompt=None, text=None)
-    text = expand_prompt(prompt, {**class_words, **_own_class_words(path, chunks)})
+    known = {**class_words, **_own_class_words(path, chunks)}
+    text = expand_prompt(plain_words(prompt, [*known, *tokens]), known)
     unknown = tokens_in(text, tokens)
     if unknown:
         raise InputError(

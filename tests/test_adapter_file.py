@@ -209,6 +209,12 @@ def drop_activations(tensors: Tensors, description: Description) -> None:
         (say_of_concept(weight="strong"), "description is damaged"),
         (say_of_concept(token="<v2>"), "Two concepts use the token '<v2>'"),
         (say_of_concept(settings="none"), "description is damaged"),
+        (say_of_concept(settings={"among": 5}), "setting 'among' of '.*' is 5, expected a list of tokens; train it again"),
+        (say_of_concept(settings={"among": [1]}), r"setting 'among' of '.*' is \[1\], expected a list"),
+        (say_of_concept(settings={"mixing": "much"}), "setting 'mixing' of '.*' is 'much', expected a number"),
+        (say_of_concept(settings={"steps_done": None}), "setting 'steps_done' of '.*' is None, expected a number"),
+        (say(family="flux"), "family 'flux' is none of sd1, sd2, sdxl, mini; update this program"),
+        (say(family=["sd1"]), r"family '\['sd1'\]' is none of"),
     ],
 )
 def test_a_hostile_file_is_refused_with_its_name_and_the_reason(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,16 @@ def test_exports_that_cannot_be_are_refused(
     monkeypatch.chdir(tmp_path)
     run("export", trained[0], *words, expect=1)
     assert sentence in run.error and not list(tmp_path.iterdir())
+
+
+def test_a_checkpoint_never_overwrites_the_base_that_it_is_made_of(
+    run: Commands, trained: tuple[Path, Path], tmp_path: Path
+) -> None:
+    base = Path(shutil.copytree(run.base, tmp_path / "base"))
+    merge = ("--format", "checkpoint", "--base", base, "--out", base, "--force")
+    run("export", trained[0], *merge, expect=1)
+    assert f"'{base}' would overwrite the base '{base}', which is read by this export; choose another --out" in run.error
+    assert list(tmp_path.iterdir()) == [base]
 
 
 def test_an_exported_lora_is_imported_again(run: Commands, adapters: tuple[Path, Path], tmp_path: Path) -> None:

@@ -256,6 +256,9 @@ def test_a_preview_picture_stands_beside_the_lora(pair: Adapter, tmp_path: Path)
     with pytest.raises(InputError, match=r"preview .* cannot be read as a picture"):
         export_kohya(pair, tmp_path / "b.safetensors", preview=tmp_path / "text.png")
     assert not (tmp_path / "b.safetensors").exists()
+    preview = tmp_path / "lora" / "a.png"
+    with pytest.raises(InputError, match=r"preview '.*a\.png' lies where its copy is written"):
+        export_kohya(pair, tmp_path / "lora" / "a.safetensors", preview=preview, overwrite=True)
 
 
 def test_the_diffusers_file_holds_its_keys_and_nothing_else(pair: Adapter, tmp_path: Path) -> None:
@@ -278,7 +281,11 @@ def test_the_lines_say_where_the_files_go_and_what_to_type(pair: Adapter, tmp_pa
     )
     for line in places(export_embeddings(pair, tmp_path / "tokens")):
         assert files in line and "V1" in line.partition("type: ")[2]
-    assert "--format kohya" in places(export_diffusers(pair, tmp_path / "b.safetensors", overwrite=True))[0]
+    export = export_diffusers(pair, tmp_path / "b.safetensors", overwrite=True)
+    assert "--format kohya" in places(export)[0] and "clip_g" not in places(export)[1]
+    loaded = places(replace(export, family="sdxl"))[1]  # as `test_export_readers` loads them
+    assert 'f["clip_l"] with text_encoder=pipeline.text_encoder, tokenizer=pipeline.tokenizer, and' in loaded
+    assert 'f["clip_g"] with text_encoder=pipeline.text_encoder_2, tokenizer=pipeline.tokenizer_2' in loaded
 
 
 @pytest.mark.parametrize("name", ["pair.safetensors", "pair.json", "V1.safetensors"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -25,10 +27,12 @@ from test_export_readers import (
 )
 from test_layer_names import ENDINGS, PROJECTIONS
 from test_parametrisations import random_adapter
+from tokenizers.models import BPE
+from transformers import CLIPTokenizer
 
 from spectral_diffusion.adapter import Adapter
 from spectral_diffusion.attach import attached
-from spectral_diffusion.base import Base, load_base
+from spectral_diffusion.base import Base, load_base, tokenizer_name
 from spectral_diffusion.errors import AdapterError, BaseError, InputError, StorageError
 from spectral_diffusion.export import export_checkpoint, places
 from spectral_diffusion.export.checkpoint import merged_pipeline
@@ -110,6 +114,16 @@ def test_diffusers_loads_the_base_plus_the_adapter(
     assert relative(picture(base, None), expected) > 0.01
 
 
+def assert_read_by_transformers_4(tokenizer: CLIPTokenizer, folder: Path) -> None:
+    """Check that the files of which transformers 4 makes its tokenizer make the one that transformers 5 has."""
+    assert json.loads((folder / "vocab.json").read_text(encoding="utf-8")) == tokenizer.get_vocab()
+    byte_pairs = BPE.from_file(
+        str(folder / "vocab.json"), str(folder / "merges.txt"), end_of_word_suffix="</w>", unk_token="<|endoftext|>"
+    )
+    for word in ("dog", "unbelievably", "wxyz"):
+        assert [token.id for token in byte_pairs.tokenize(word)] == tokenizer(word, add_special_tokens=False).input_ids
+
+
 def test_what_nobody_changes_stays_bit_for_bit_and_loads_here(base: Base, tmp_path: Path) -> None:
     adapter = random_adapter(base)
     export = export_checkpoint(adapter, base, tmp_path / "merged", dtype=torch.float32)
@@ -117,6 +131,7 @@ def test_what_nobody_changes_stays_bit_for_bit_and_loads_here(base: Base, tmp_pa
     for part in base.text_encoders:
         names = load_file(export.path / part / "model.safetensors").keys()
         assert all(name.startswith(("text_model.", "text_projection.")) for name in names)
+        assert_read_by_transformers_4(base.tokenizers[part], export.path / tokenizer_name(part))
     assert again.family == base.family
     changed = {key for key in adapter.layer_keys() if key.startswith("unet.")}
     original = base.pipeline.unet.state_dict()
@@ -154,6 +169,28 @@ def test_what_exists_is_replaced_only_when_asked_and_never_a_strange_folder(sd1:
     with pytest.raises(InputError, match="is no diffusers folder, so it is never replaced"):
         export_checkpoint(adapter, sd1, tmp_path / "photos", overwrite=True)
     assert (tmp_path / "photos" / "1.jpg").read_text() == "precious"
+
+
+@pytest.mark.parametrize("out", ["base", "base/../base/", "base/unet/a.safetensors", "base.safetensors", "V1.safetensors"])
+def test_the_base_that_is_read_is_never_overwritten(out: str, narrow_bases: dict[str, NarrowBase], tmp_path: Path) -> None:
+    narrow = narrow_bases["sd1"]
+    source = tmp_path / ("base" if out.startswith("base/") or out == "base" else out)
+    shutil.copytree(narrow.folder, source) if source.name == "base" else shutil.copy(narrow.file, source)
+    base = replace(narrow_base("sd1", narrow.folder), source=str(source))
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    path = tmp_path / ("merged.safetensors" if out == "V1.safetensors" else out)  # of which the embedding stands beside it
+    with pytest.raises(InputError, match=r"would overwrite the base '.*', which is read by this export; choose another --out"):
+        export_checkpoint(random_adapter(base), base, path, overwrite=True)
+    assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
+
+
+def test_a_folder_that_holds_the_base_is_not_replaced(narrow_bases: dict[str, NarrowBase], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(narrow_bases["sd1"].folder, tmp_path / "released"))
+    file = Path(shutil.copy(narrow_bases["sd1"].file, folder / "released.safetensors"))
+    base = replace(narrow_base("sd1", folder), source=str(file))
+    with pytest.raises(InputError, match="would overwrite the base"):
+        export_checkpoint(random_adapter(base), base, folder, overwrite=True)
+    assert file.is_file()
 
 
 @contextmanager

@@ -145,9 +145,8 @@ def load_tokens(base: Base, export: Export) -> None:
             base.pipeline.load_textual_inversion(file, token=token)
             continue
         for name, part in (("clip_l", "text_encoder"), ("clip_g", "text_encoder_2")):
-            vectors = load_file(file)[name]
             base.pipeline.load_textual_inversion(
-                {token: vectors}, token=token, text_encoder=base.text_encoders[part], tokenizer=base.tokenizers[part]
+                load_file(file)[name], token=token, text_encoder=base.text_encoders[part], tokenizer=base.tokenizers[part]
             )
 
 

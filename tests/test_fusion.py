@@ -112,6 +112,18 @@ def test_every_method_joins_concepts_of_any_parametrisation(method: str, forms: 
     assert all(torch.isfinite(delta.up).all() and 0 < delta.rank <= 8 for delta in deltas.values())
 
 
+def test_the_average_divides_by_the_number_of_concepts_in_every_layer(base: Base) -> None:
+    one, two, three = (random_adapter(base, token=f"<V{n}>", start=2 * n, seed=n) for n in range(3))
+    key, other = one.layer_keys()[:2]
+    (part,) = two.concepts
+    two = replace(two, concepts=(replace(part, layers={name: own for name, own in part.layers.items() if name != key}),))
+    for adapters in ([one, two], [one, two, three]):
+        fused = fuse(adapters, method="average")
+        for layer in (key, other):
+            expected = sum(adapter.delta(layer).dense() for adapter in adapters if layer in adapter.layer_keys()) / len(adapters)
+            torch.testing.assert_close(fused.delta(layer).dense(), expected)
+
+
 def test_a_layer_that_a_method_cannot_join_is_named(base: Base) -> None:
     adapters = on_bands_of_their_own(base, ["additive"] * 2, measured=True)
     key = adapters[0].layer_keys()[0]

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import DDIMScheduler
 from PIL import Image
 from shared_bases import BASES, shared_base
 from test_parametrisations import random_adapter
@@ -55,6 +56,23 @@ def test_every_sampler_draws(scheduler: str, base: Base) -> None:
     assert base.pipeline.scheduler is kept
 
 
+@pytest.mark.parametrize("scheduler", [name for name in SCHEDULERS if name != "Heun"])
+@pytest.mark.parametrize("ends_in_noise", [False, True])
+def test_every_sampler_has_the_noise_that_the_base_was_trained_with(
+    scheduler: str, ends_in_noise: bool, base: Base, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = DDIMScheduler.from_config(base.pipeline.scheduler.config, rescale_betas_zero_snr=ends_in_noise)
+    monkeypatch.setattr(base.pipeline, "scheduler", kept)
+    remaining: list[torch.Tensor] = []
+
+    def look(picture: Picture) -> None:
+        remaining.append(base.pipeline.scheduler.alphas_cumprod)
+
+    generate(base, Drawing(prompt="a dog", steps=3, scheduler=scheduler), on_picture=look)
+    torch.testing.assert_close(remaining[0], kept.alphas_cumprod, rtol=1e-4, atol=1e-6)
+    assert (remaining[0][-1] < 1e-6) == ends_in_noise
+
+
 @pytest.mark.parametrize("which", BASES)
 def test_pictures_have_the_size_asked_for(which: str, tiny_base_folder: Path) -> None:
     base = shared_base(which, tiny_base_folder)
@@ -93,6 +111,9 @@ def test_what_the_settings_say_is_what_is_drawn(base: Base) -> None:
         ({"prompt": " "}, "The prompt is empty"),
         ({"count": 0}, "count must be at least 1, got 0"),
         ({"steps": 0}, "steps must be at least 1"),
+        ({"steps": 1001}, "steps must be at most 1000, as many as a base was trained with, got 1001"),
+        ({"guidance": float("nan")}, "guidance must be a number, got nan"),
+        ({"guidance": float("inf")}, "guidance must be a number, got inf"),
         ({"seed": -1}, "seed must be a whole number from 0 on, got -1"),
         ({"scheduler": "Bob Ross"}, "no sampler 'Bob Ross'; choose one of DDIM, "),
         ({"size": (60, 64)}, "size must be multiples of 8 pixels, got 60 x 64"),

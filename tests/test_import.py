@@ -88,12 +88,15 @@ def test_alphas_and_ranks_that_differ_are_read_right(tmp_path: Path) -> None:
         (f"{PEFT_Q}.up.weight", f"{PEFT_Q}.down.weight"),
         (f"{OLD_Q}_lora.up.weight", f"{OLD_Q}_lora.down.weight"),
         (f"base_model.model.{PEFT_Q[5:]}_B.weight", f"base_model.model.{PEFT_Q[5:]}_A.weight"),
+        (f"{PEFT_Q[5:]}_B.weight", f"{PEFT_Q[5:]}_A.weight"),
     ],
 )
-def test_every_naming_is_read(up_name: str, down_name: str, tmp_path: Path) -> None:
+def test_every_naming_is_read(up_name: str, down_name: str, base: Base, tmp_path: Path) -> None:
     up, down = pair_of(3)
     save_file({up_name: up, down_name: down}, tmp_path / "a.safetensors")
-    torch.testing.assert_close(imported(tmp_path / "a.safetensors").delta(Q_KEY).dense(), up @ down, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        imported(tmp_path / "a.safetensors", base=base).delta(Q_KEY).dense(), up @ down, rtol=1e-5, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize(
@@ -106,7 +109,9 @@ def test_every_naming_is_read(up_name: str, down_name: str, tmp_path: Path) -> N
     ],
 )
 @pytest.mark.parametrize("place", ["metadata", "file"])
-def test_peft_says_its_alpha_apart(configuration: dict[str, object], scale: float, place: str, tmp_path: Path) -> None:
+def test_peft_says_its_alpha_apart(
+    configuration: dict[str, object], scale: float, place: str, base: Base, tmp_path: Path
+) -> None:
     up, down = pair_of(4)
     path, metadata = tmp_path / "adapter_model.safetensors", {}
     if place == "file":
@@ -114,18 +119,60 @@ def test_peft_says_its_alpha_apart(configuration: dict[str, object], scale: floa
     else:
         metadata["lora_adapter_metadata"] = json.dumps({f"unet.{name}": value for name, value in configuration.items()})
     save_file({f"{PEFT_Q}_B.weight": up, f"{PEFT_Q}_A.weight": down}, path, metadata)
-    torch.testing.assert_close(imported(path).delta(Q_KEY).dense(), scale * up @ down, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(imported(path, base=base).delta(Q_KEY).dense(), scale * up @ down, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize(
     ("width", "prefix", "family"),
-    [(768, "lora_te", "sd1"), (1024, "lora_te", "sd2"), (1280, "lora_te2", "sdxl"), (40, "lora_te", "mini")],
+    [
+        (768, "lora_te", "sd1"),
+        (1024, "lora_te", "sd2"),
+        (768, "lora_te1", "sdxl"),
+        (1280, "lora_te2", "sdxl"),
+        (40, "lora_te", "mini"),
+    ],
 )
 def test_the_family_is_told_from_the_shapes(width: int, prefix: str, family: str, tmp_path: Path) -> None:
     up, down = pair_of(2, out=width, width=width)
     name = f"{prefix}_text_model_encoder_layers_0_self_attn_q_proj"
     save_file({f"{name}.lora_up.weight": up, f"{name}.lora_down.weight": down}, tmp_path / "a.safetensors")
     assert imported(tmp_path / "a.safetensors").family == family
+
+
+@pytest.mark.parametrize(
+    ("module", "width", "metadata", "family"),
+    [
+        ("lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q", 640, {}, "sdxl"),
+        ("lora_unet_middle_block_1_transformer_blocks_0_attn1_to_q", 1280, {"ss_base_model_version": "sd_v1"}, "sdxl"),
+        ("lora_unet_output_blocks_0_1_transformer_blocks_0_attn1_to_q", 1280, {}, "sdxl"),
+        ("lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_k", 768, {}, "sd1"),
+        (f"unet.{Q_KEY[5:].replace('blocks.0', 'blocks.3')}", 1280, {}, "sdxl"),
+        (Q, 1280, {"ss_base_model_version": "sdxl_base_v1-0"}, "sdxl"),
+        (Q, 1280, {"modelspec.architecture": "stable-diffusion-xl-v1-base/lora"}, "sdxl"),
+        (Q, 1280, {"ss_base_model_version": "sd_v2_v"}, "sd2"),
+        (Q, 1280, {"modelspec.architecture": "stable-diffusion-v1/lora"}, "sd1"),
+    ],
+)
+def test_without_layers_that_read_text_the_family_is_told_from_names_or_metadata(
+    module: str, width: int, metadata: dict[str, str], family: str, tmp_path: Path
+) -> None:
+    up, down = pair_of(2, out=64, width=width)
+    save_file({f"{module}.lora_up.weight": up, f"{module}.lora_down.weight": down}, tmp_path / "a.safetensors", metadata)
+    assert imported(tmp_path / "a.safetensors").family == family
+
+
+def test_a_family_that_nothing_tells_is_asked_for(base: Base, tmp_path: Path) -> None:
+    save_file(GOOD, tmp_path / "slider.safetensors", {"ss_base_model_version": "unknown"})
+    with pytest.raises(InputError, match=r"Nothing in '.*slider\.safetensors' tells which .* give that one as --base"):
+        imported(tmp_path / "slider.safetensors")
+    assert imported(tmp_path / "slider.safetensors", base=base).family == base.family
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8, torch.bfloat16, torch.float64])
+def test_alphas_are_read_in_every_type(dtype: torch.dtype, base: Base, tmp_path: Path) -> None:
+    save_file(GOOD | {f"{Q}.alpha": torch.tensor(4, dtype=dtype)}, tmp_path / "a.safetensors")
+    delta = imported(tmp_path / "a.safetensors", base=base).delta(Q_KEY)
+    torch.testing.assert_close(delta.dense(), torch.full((64, 64), 4.0))
 
 
 def test_an_embedding_belongs_to_it(base: Base, lora: Adapter, tmp_path: Path) -> None:
@@ -194,11 +241,11 @@ def test_an_imported_lora_goes_round_through_files_fusing_and_export(base: Base,
     assert_same_deltas(again, fused, 1e-3)
 
 
-def test_embeddings_inside_are_left_out_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_embeddings_inside_are_left_out_with_a_warning(base: Base, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     up, down = pair_of(2)
     tensors = {f"{Q}.lora_up.weight": up, f"{Q}.lora_down.weight": down}
     save_file(tensors | {"bundle_emb.cat.string_to_param.*": torch.ones(1, 768)}, tmp_path / "a.safetensors")
-    imported(tmp_path / "a.safetensors")
+    imported(tmp_path / "a.safetensors", base=base)
     assert "holds embeddings (cat), which are not read" in caplog.text
 
 
@@ -302,6 +349,9 @@ def test_wrong_words_embeddings_and_bases_are_said(base: Base, lora: Adapter, tm
         imported(tmp_path / "c.safetensors", embedding=tmp_path / "e.safetensors")
     save_file({"emb_params": torch.full((1, 768), torch.nan)}, tmp_path / "e.safetensors")
     with pytest.raises(InputError, match="holds NaN"):
+        imported(tmp_path / "c.safetensors", embedding=tmp_path / "e.safetensors")
+    save_file({"clip_l": torch.ones(2, 768), "clip_g": torch.ones(3, 1280)}, tmp_path / "e.safetensors")
+    with pytest.raises(InputError, match=r"e\.safetensors' has .*3 vectors in 'clip_g'.*, which must be as many"):
         imported(tmp_path / "c.safetensors", embedding=tmp_path / "e.safetensors")
     with pytest.raises(InputError, match=r"is not the embedding of one token: it holds \d+ tensors"):
         imported(tmp_path / "c.safetensors", embedding=path)

@@ -16,7 +16,7 @@ from spectral_diffusion.conditioning import encode, encode_prompts, tokenize
 from spectral_diffusion.drawing import Drawing
 from spectral_diffusion.errors import InputError
 from spectral_diffusion.generation import generate
-from spectral_diffusion.prompt_weights import parse_prompt
+from spectral_diffusion.prompt_weights import parse_prompt, plain_words
 from spectral_diffusion.regions import Region
 
 
@@ -44,6 +44,20 @@ def test_prompts_are_read_as_other_tools_write_them(prompt: str, expected: list[
 
 def test_a_token_with_brackets_or_a_colon_stays_a_word() -> None:
     assert parsed("([V]:1.2) and <a:b>", ("[V]", "<a:b>")) == [[("[V]", 1.2), (" and <a:b>", 1)]]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "plain"),
+    [
+        ("a (red:1.3) [[car]]", "a red car"),
+        ("a dog BREAK (at night:0.8)", "a dog at night"),
+        (r"a dog \(wet\)", "a dog (wet)"),
+        ("a (dog", "a (dog"),
+        ("([V]:1.2) asleep", "[V] asleep"),
+    ],
+)
+def test_a_prompt_has_plain_words(prompt: str, plain: str) -> None:
+    assert plain_words(prompt, ("[V]",)) == plain
 
 
 @pytest.mark.parametrize(
@@ -94,6 +108,22 @@ def test_break_puts_prompts_behind_each_other(family: str, loaded_bases: dict[st
     if family == "sdxl":
         pooled = encode(base, tokenize(base, ["a dog", "snow"]))["added_cond_kwargs"]["text_embeds"]
         torch.testing.assert_close(read["added_cond_kwargs"]["text_embeds"], pooled)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_a_long_prompt_goes_on_in_a_new_part(family: str, loaded_bases: dict[str, Base]) -> None:
+    base = loaded_bases[family]
+    first, second = " ".join(["dog"] * 75), "cat at unbelievably night"
+    long, broken, other, negative = (
+        encode_prompts(base, [text, "snow"], {})
+        for text in (f"{first} {second}", f"{first} BREAK {second}", f"{first} cat by day", "snow")
+    )
+    assert long["encoder_hidden_states"].shape[1] == 2 * 77 and negative["encoder_hidden_states"].shape[1] == 77
+    assert torch.equal(long["encoder_hidden_states"], broken["encoder_hidden_states"])
+    assert not torch.equal(long["encoder_hidden_states"], other["encoder_hidden_states"])
+    if family == "sdxl":
+        assert torch.equal(long["added_cond_kwargs"]["text_embeds"], broken["added_cond_kwargs"]["text_embeds"])
 
 
 @torch.no_grad()

@@ -273,6 +273,8 @@ def test_regions_are_read_from_text_and_file(tmp_path: Path) -> None:
     assert first.mask is not None and first.box == LEFT and second == Region(prompt="a cat")
     file.write_text(json.dumps([region_record(region) for region in (first, second)]), encoding="utf-8")
     assert read_regions(file) == (first, second)
+    file.write_text(file.read_text(encoding="utf-8"), encoding="utf-8-sig")  # as Windows' editors save it
+    assert read_regions(file) == (first, second)
 
 
 @pytest.mark.parametrize(
@@ -299,6 +301,7 @@ def test_an_impossible_region_is_named(text: str, message: str) -> None:
     ("content", "message"),
     [
         ("{", "cannot be read"),
+        ("[" * 100_000, "cannot be read"),
         ('{"prompt": "a"}', "holds no list of regions"),
         ('[{"prompt": "a"}, {"box": [0, 0, 1, 1]}]', "Region 2 of .* is not complete"),
         ('[{"prompt": "a", "box": [0, 0, 1]}]', "Region 1 of .* is not complete"),

@@ -106,6 +106,20 @@ def test_a_report_scores_text_images_and_judged_characters(scorer: ClipScorer, t
     assert json.loads(json.dumps(report.to_json()))["pictures"][0]["judged"][0]["character"] in judge.characters
 
 
+def test_weights_are_not_words(tmp_path: Path) -> None:
+    read: list[str] = []
+
+    def tokenizer(texts: Sequence[str]) -> torch.Tensor:
+        read.extend(texts)
+        return colour_tokenizer(texts)
+
+    scorer = ClipScorer(ColourModel(), to_tensor, tokenizer, name="colours")
+    prompts = ("a ([V]:1.3) BREAK near a lake", "a red) car")
+    files = [save_picture(tmp_path / f"{number}.png", RED, prompt, {"[V]": "red"}) for number, prompt in enumerate(prompts)]
+    score_pictures(files, {}, scorer)
+    assert read == ["a red near a lake", "a red) car"]
+
+
 def test_class_words_come_from_the_picture_first(scorer: ClipScorer, tmp_path: Path) -> None:
     picture = save_picture(tmp_path / "1.png", RED, "<V1>", {"<V1>": "red"})
     other = save_picture(tmp_path / "2.png", RED, "<V1>")

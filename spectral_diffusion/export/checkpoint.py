@@ -6,6 +6,7 @@ The tokens are not inside: no checkpoint holds new words. Their embeddings are w
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from torch import nn
 
 from spectral_diffusion.adapter import Adapter
 from spectral_diffusion.attach import check_fits_base
-from spectral_diffusion.base import Base, adaptable_layers
+from spectral_diffusion.base import Base, adaptable_layers, tokenizer_name
 from spectral_diffusion.checkpoint import to_original_layout
 from spectral_diffusion.errors import InputError
 from spectral_diffusion.export.embedding import embedding_files, embedding_writers, words_to_type
@@ -40,12 +41,13 @@ def export_checkpoint(
     Raises:
         AdapterError: the adapter does not fit the base, or a weight is too large for `dtype`.
         BaseError: the base is of no family that has an original layout.
-        InputError: `path` exists and may not be overwritten.
+        InputError: `path` exists and may not be overwritten, or is the base itself.
         StorageError: it could not be written; everything is as it was.
     """
     check_fits_base(base, adapter)
     embeddings = embedding_files(adapter, path.parent, path)
     is_file = path.suffix.lower() == ".safetensors"
+    _check_not_the_base(base, [path, *embeddings.values()])
     check_targets([*([path] if is_file else []), *embeddings.values()], overwrite=overwrite)
     writers = embedding_writers(adapter, embeddings, dtype)
     if is_file:
@@ -56,7 +58,13 @@ def export_checkpoint(
         _check_folder(path, overwrite=overwrite)
         write_folder_atomically(path, lambda temporary: _save_folder(base, adapter, dtype, temporary))
         write_together(writers)
-    return Export(format="checkpoint", path=path, embeddings=embeddings, words=words_to_type(adapter, embeddings))
+    return Export(
+        format="checkpoint",
+        family=adapter.family,
+        path=path,
+        embeddings=embeddings,
+        words=words_to_type(adapter, embeddings),
+    )
 
 
 def merged_pipeline(base: Base, adapter: Adapter | None, dtype: torch.dtype, *parts: str) -> DiffusionPipeline:
@@ -96,6 +104,8 @@ def _save_folder(base: Base, adapter: Adapter, dtype: torch.dtype, folder: Path)
             component = getattr(merged_pipeline(base, adapter, dtype, part), part)
         if component is not None:
             component.save_pretrained(folder / part)
+        if part in map(tokenizer_name, base.text_encoders):  # vocab.json and merges.txt, which transformers 4 reads
+            component.backend_tokenizer.model.save(str(folder / part))
         if part in base.text_encoders:
             _write_with_old_names(component, folder / part / "model.safetensors")
     base.pipeline.save_config(folder)
@@ -129,6 +139,18 @@ def _marks(base: Base) -> dict[str, torch.Tensor]:
         "ztsnr": base.pipeline.scheduler.config.get("rescale_betas_zero_snr", False),
     }
     return {name: torch.zeros(0) for name, is_so in marks.items() if is_so}
+
+
+def _check_not_the_base(base: Base, targets: Sequence[Path]) -> None:
+    """Raise `InputError` when writing one of `targets` would replace files of `base`, which is merged into as they are."""
+    source = Path(base.source).resolve()
+    for target in targets if source.exists() else ():  # a hub id is no path
+        place = target.resolve()
+        within = any(folder.exists() and folder.samefile(source) for folder in (place, *place.parents))
+        if within or (place.exists() and any(folder.samefile(place) for folder in source.parents)):
+            raise InputError(
+                f"'{target}' would overwrite the base '{base.source}', which is read by this export; choose another --out."
+            )
 
 
 def _check_folder(path: Path, *, overwrite: bool) -> None:

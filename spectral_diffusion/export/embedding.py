@@ -42,7 +42,7 @@ def export_embeddings(adapter: Adapter, folder: Path, *, dtype: torch.dtype = to
         raise AdapterError(f"{', '.join(adapter.tokens)} has no embedding of its own; there is nothing to export.")
     check_targets(list(files.values()), overwrite=overwrite)
     write_together(embedding_writers(adapter, files, dtype))
-    return Export(format="embedding", path=folder, embeddings=files, words=words_to_type(adapter, files))
+    return Export(format="embedding", family=adapter.family, path=folder, embeddings=files, words=words_to_type(adapter, files))
 
 
 def embedding_file_name(token: str) -> str:

@@ -59,13 +59,14 @@ def export_kohya(
 
     Raises:
         AdapterError: a number is too large for `dtype`, or an embedding would overwrite an adapter of the same name.
-        InputError: a file exists and may not be overwritten, `preview` is no picture, or `rank` is out of range.
+        InputError: a file exists and may not be overwritten, `preview` is no picture or the one that would be written, or `rank`
+            is out of range.
         StorageError: a file could not be written; everything is as it was.
     """
     embeddings = embedding_files(adapter, path.parent, path)
     side_files = {path.with_suffix(".json"): _description(adapter, words_to_type(adapter, embeddings))}
     if preview is not None:
-        side_files[path.with_suffix(".png")] = _png(preview)
+        side_files[path.with_suffix(".png")] = _png(preview, path.with_suffix(".png"))
     check_targets([path, *side_files, *embeddings.values()], overwrite=overwrite)
     factors = lora_factors(adapter, rank)
     tensors: dict[str, torch.Tensor] = {}
@@ -80,6 +81,7 @@ def export_kohya(
     write_together(writers | {path: lambda temporary: save_file(tensors, temporary, metadata)})
     return Export(
         format="kohya",
+        family=adapter.family,
         path=path,
         embeddings=embeddings,
         words=words,
@@ -98,7 +100,12 @@ def _description(adapter: Adapter, words: dict[str, str]) -> bytes:
     return json.dumps(record, indent=2, ensure_ascii=False).encode()
 
 
-def _png(picture: Path) -> bytes:
+def _png(picture: Path, target: Path) -> bytes:
+    """Return `picture` as the PNG that is written to `target`."""
+    if target.exists() and picture.exists() and target.samefile(picture):
+        raise InputError(
+            f"The preview '{picture}' lies where its copy is written, so how it was drawn would be lost; choose another --out."
+        )
     try:
         content = io.BytesIO()
         with Image.open(picture) as image:

@@ -38,6 +38,7 @@ def export_diffusers(
     write_together(writers | {path: lambda temporary: save_file(tensors, temporary, {"format": "pt"})})
     return Export(
         format="diffusers",
+        family=adapter.family,
         path=path,
         embeddings=embeddings,
         words=words_to_type(adapter, embeddings),

@@ -9,6 +9,12 @@ from pathlib import Path
 from spectral_diffusion.adapter import Adapter
 from spectral_diffusion.errors import InputError
 
+_OF_TWO_ENCODERS = (
+    ', once for each tensor in it: f["clip_l"] with text_encoder=pipeline.text_encoder, tokenizer=pipeline.tokenizer, and '
+    'f["clip_g"] with text_encoder=pipeline.text_encoder_2, tokenizer=pipeline.tokenizer_2, where f = load_file(...)'
+)
+"""How diffusers loads an embedding of SDXL; it refuses the file as a whole."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Export:
@@ -16,6 +22,7 @@ class Export:
 
     Attributes:
         format: `kohya`, `diffusers`, `embedding` or `checkpoint`.
+        family: that of the base which it is for.
         path: the LoRA or the checkpoint; for embeddings their folder.
         embeddings: the file of each token that has an embedding.
         words: by token, what is typed in AUTOMATIC1111 and ComfyUI: the name of the embedding's file, or the class word.
@@ -25,6 +32,7 @@ class Export:
     """
 
     format: str
+    family: str
     path: Path
     embeddings: dict[str, Path]
     words: dict[str, str]
@@ -67,8 +75,8 @@ def places(export: Export) -> tuple[str, str]:
         tokens = " and ".join(token if token in export.embeddings else word for token, word in export.words.items())
         return (
             "AUTOMATIC1111 and ComfyUI do not read all of this naming; give them what --format kohya writes.",
-            f"diffusers: load {export.path.name} with load_lora_weights, {files or 'nothing'} with load_textual_inversion; "
-            f"type: {tokens}",
+            f"diffusers: load {export.path.name} with load_lora_weights, {files or 'nothing'} with load_textual_inversion"
+            f"{_OF_TWO_ENCODERS if files and export.family == 'sdxl' else ''}; type: {tokens}",
         )
     a1111, comfy = _places_of_main_file(export)
     if files:

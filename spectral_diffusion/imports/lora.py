@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,19 @@ _ENDINGS = {
 """How the names of a module's tensors end in kohya's, PEFT's and diffusers' files, and what they are."""
 
 _FAMILY_OF_TEXT_WIDTH = {768: "sd1", 1024: "sd2", 2048: "sdxl"}
+"""By the width of what cross-attention reads; no released base is as narrow as the embedded one."""
+_ONLY_IN_SDXL = re.compile(r"(input|output)_blocks|middle_block|lora_te[12]_|text_encoder_2|transformer_blocks[._][1-9]")
+"""What stands in a module's name in files for SDXL alone."""
+_METADATA = ("ss_base_model_version", "modelspec.architecture")
+_FAMILY_OF_METADATA = {
+    "sdxl": "sdxl",
+    "stable-diffusion-xl": "sdxl",
+    "sd_v2": "sd2",
+    "stable-diffusion-v2": "sd2",
+    "sd_v1": "sd1",
+    "stable-diffusion-v1": "sd1",
+}
+"""How these fields begin, and what they mean."""
 _EMBEDDING_WIDTHS = {
     "sd1": {"text_encoder": 768},
     "sd2": {"text_encoder": 1024},
@@ -51,10 +65,11 @@ def import_lora(path: Path, *, token: str, class_word: str, embedding: Path | No
     Args:
         class_word: what the concept is, or all the words that call it; without an embedding the token stands for them.
         embedding: the file of the embedding that was trained with the LoRA.
-        base: one that the LoRA must fit; without it the family is told from the shapes.
+        base: one that the LoRA must fit; without it the family is told from the shapes, the names or the metadata.
 
     Raises:
-        InputError: a file is damaged, not what it should be, or a kind of LoRA that is not supported; or a word is none.
+        InputError: a file is damaged, not what it should be, or a kind of LoRA that is not supported; or a word is none; or
+            nothing tells the family.
         AdapterError: it does not fit `base`.
     """
     check_token(token)
@@ -65,13 +80,13 @@ def import_lora(path: Path, *, token: str, class_word: str, embedding: Path | No
     configuration = peft_scales(path, metadata)
     layers: dict[str, LayerPart] = {}
     for name, parts in modules.items():
-        key = layer_key_of(name)
+        key = layer_key_of(name) or layer_key_of(f"unet.{name}")  # a UNet that is saved by itself does not say what it is
         if key is None:
             raise InputError(f"'{path}' changes '{name}', which is no layer that a LoRA is known to change; give a plain LoRA.")
         if key in layers:
             raise InputError(f"'{path}' changes layer '{key}' twice, under two names; it cannot be used.")
         layers[key] = _layer(path, name, key, parts, configuration)
-    family = _family(layers, base)
+    family = _family(layers, modules, base) or _family_of_metadata(path, metadata)
     vectors = read_embedding(embedding) if embedding else {}
     if embedding:
         _check_embedding(embedding, vectors, family)
@@ -107,7 +122,8 @@ def _modules(path: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, dict[
         ending = next((ending for ending in _ENDINGS if name.endswith(ending)), None)
         if ending is None:
             raise InputError(f"'{path}' is not a LoRA that is known: it holds '{name}'.")
-        if not tensor.is_floating_point() or not torch.isfinite(tensor.float()).all():
+        is_number = not tensor.is_complex() if _ENDINGS[ending] == "alpha" else tensor.is_floating_point()  # some write integers
+        if not is_number or not torch.isfinite(tensor.float()).all():
             raise InputError(f"'{name}' in '{path}' holds NaN, infinite or no floating-point numbers; it cannot be used.")
         modules.setdefault(name.removesuffix(ending), {})[_ENDINGS[ending]] = tensor.float()
     if not modules:
@@ -166,14 +182,24 @@ def _peft_scale(path: Path, key: str, rank: int, configuration: Mapping[str, Any
     return alpha / (rank**0.5 if configuration.get(f"{prefix}use_rslora") else rank)
 
 
-def _family(layers: Mapping[str, LayerPart], base: Base | None) -> str:
-    """Return the family whose cross-attention or text encoder is as wide as that of `layers`, `base`'s when none is."""
-    if any(key.startswith("text_encoder_2.") for key in layers):
-        return "sdxl"
+def _family(layers: Mapping[str, LayerPart], names: Collection[str], base: Base | None) -> str | None:
+    """Return the family whose cross-attention is as wide as that of `layers`, or whose modules have such `names`, or whose text
+    encoder is as wide, or else `base`'s; None where nothing tells it."""
     reading_text = [part for key, part in layers.items() if key.endswith((".attn2.to_k", ".attn2.to_v"))]
     encoding_text = [part for key, part in layers.items() if key.startswith("text_encoder.") and "q_proj" in key]
+    if not reading_text and any(map(_ONLY_IN_SDXL.search, names)):
+        return "sdxl"
     widths = [part.shape[1] for part in (*reading_text, *encoding_text)]
-    return _FAMILY_OF_TEXT_WIDTH.get(widths[0] if widths else 0, base.family if base else "mini")
+    of_other_widths = base.family if base is not None else "mini" if widths else None
+    return _FAMILY_OF_TEXT_WIDTH.get(widths[0], of_other_widths) if widths else of_other_widths
+
+
+def _family_of_metadata(path: Path, metadata: Mapping[str, str]) -> str:
+    said = [metadata.get(field, "").lower() for field in _METADATA]
+    found = next((family for begin, family in _FAMILY_OF_METADATA.items() if any(one.startswith(begin) for one in said)), None)
+    if found is None:
+        raise InputError(f"Nothing in '{path}' tells which Stable Diffusion it was made for; give that one as --base.")
+    return found
 
 
 def _check_embedding(path: Path, vectors: Mapping[str, torch.Tensor], family: str) -> None:

@@ -71,6 +71,9 @@ def read_embedding(path: Path) -> dict[str, torch.Tensor]:
             raise InputError(f"'{path}' is not an embedding: its tensor has shape {tuple(tensor.shape)}, expected (n, width).")
         if not torch.isfinite(tensor).all():
             raise InputError(f"'{path}' holds NaN or infinite numbers; it cannot be used.")
+    if len({len(tensor) for tensor in vectors.values()}) > 1:
+        numbers = " and ".join(f"{len(tensor)} vectors in '{name}'" for name, tensor in tensors.items())
+        raise InputError(f"The embedding '{path}' has {numbers}, which must be as many; copy it again.")
     return vectors
 
 
@@ -97,7 +100,7 @@ def refuse_what_is_no_lora(path: Path, names: set[str], metadata: Mapping[str, s
         raise InputError(f"'{path}' is a whole checkpoint, not a LoRA; give it as --base.")
     if any(name.startswith(_VAE_STARTS) for name in names):
         raise InputError(f"'{path}' is a VAE, not a LoRA.")
-    if any(name.startswith(_UNET_STARTS) for name in names):
+    if any(name.startswith(_UNET_STARTS) and "lora" not in name for name in names):
         raise InputError(f"'{path}' is a whole UNet, not a LoRA; give the diffusers folder that it belongs to as --base.")
     if names and names <= _EMBEDDING_NAMES:
         raise InputError(f"'{path}' is an embedding, not a LoRA; give it as --embedding beside the LoRA.")

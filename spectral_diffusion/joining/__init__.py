@@ -21,7 +21,7 @@ class Fuser:
     """A way to join concepts.
 
     Attributes:
-        join: `(deltas, weights, inputs) -> LowRank`, one delta and weight per concept.
+        join: `(deltas, weights, inputs) -> LowRank`, one delta and weight per concept that counts in the layer.
         measured: whether it looks at the inputs.
         help: what it does, in a few words for the command line and the studio.
     """
