@@ -95,8 +95,7 @@ def pipeline_of(path: Path, base: Base) -> StableDiffusionPipeline | StableDiffu
 def test_diffusers_loads_the_base_plus_the_adapter(
     name: str, dtype: torch.dtype, endings: tuple[str, ...], base: Base, tmp_path: Path
 ) -> None:
-    base = in_precision_of(dtype, base)
-    adapter = adapter_for(base, endings)
+    adapter, base = adapter_for(base, endings), in_precision_of(dtype, base)  # its bands are those of the base as it came
     before = weights_of(base)
     export = export_checkpoint(adapter, base, tmp_path / name, dtype=dtype)
     assert all(torch.equal(tensor, before[key]) for key, tensor in weights_of(base).items())
