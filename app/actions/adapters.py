@@ -10,7 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from app.actions.studio import Studio, plain_name
+from app.actions.studio import Studio, numbered, plain_name
 from spectral_diffusion import fusion
 from spectral_diffusion.adapter import METHODS, Adapter
 from spectral_diffusion.adapter_file import load_adapter
@@ -141,8 +141,7 @@ def free_fused_name(studio: Studio, stem: str) -> str:
     outs = [job.arguments["out"] for job in studio.jobs.jobs() if job.kind == "fuse" and not job.state.ended]
     made = [path.name for path in files_in(studio.folder("fused"), ".safetensors")]
     taken = {Path(name).stem.lower() for name in [*outs, *made]}
-    stems = (stem, *(f"{stem}-{number}" for number in range(2, len(taken) + 3)))
-    return next(one for one in stems if one.lower() not in taken)
+    return next(one for one in numbered(stem) if one.lower() not in taken)
 
 
 def report(studio: Studio, name: str, settings: dict[str, Any] | None = None) -> str:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from app.actions.photos import PhotoCard, make_thumbnails, photo_card
-from app.actions.studio import Studio, concept_folder, concept_names, plain_name, put_away
+from app.actions.studio import Studio, concept_folder, concept_names, numbered, plain_name, put_away
 from app.jobs import Job
 from spectral_diffusion.concept import (
     SAMPLES_FOLDER,
@@ -96,8 +96,7 @@ def suggest_token(studio: Studio, class_word: str) -> str:
     """Return a token for a `class_word` that no concept has: `<dog>`, `<dog-2>` ..."""
     stem = plain_name("-".join(class_word.split())).lower() if class_word.strip() else "concept"
     taken = {token.lower() for token in _tokens(studio).values()}
-    tokens = (f"<{stem}>", *(f"<{stem}-{number}>" for number in range(2, len(taken) + 3)))
-    return next(token for token in tokens if token not in taken)
+    return next(token for name in numbered(stem) if (token := f"<{name}>") not in taken)
 
 
 def create_concept(studio: Studio, token: str, class_word: str) -> str:
@@ -113,11 +112,10 @@ def create_concept(studio: Studio, token: str, class_word: str) -> str:
             raise InputError(
                 f"Another concept has the token '{other}'; choose another, such as '{suggest_token(studio, class_word)}'."
             )
-    stem, folders = plain_name(token), studio.folder("concepts")
-    names = (stem, *(f"{stem}-{number}" for number in range(2, 1000)))
+    folders = studio.folder("concepts")
     trained = {name for job in studio.jobs.jobs() for name in trained_by(job)}  # by a removed concept of that name, too
-    free = (name for name in names if name not in trained and not (folders / name).exists() and not _adapter_files(studio, name))
-    name = next(free)
+    names = (name for name in numbered(plain_name(token)) if name not in trained)
+    name = next(name for name in names if not (folders / name).exists() and not _adapter_files(studio, name))
     text = f"token = {json.dumps(token)}\nclass_word = {json.dumps(class_word)}\n"
     write_atomically(folders / name / SETTINGS_FILE, lambda path: path.write_text(text, encoding="utf-8"))
     return name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Sequence
 from contextlib import suppress
@@ -11,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from app.actions.studio import Studio, concept_folder, plain_name, put_away
+from app.actions.studio import Studio, concept_folder, numbered, plain_name, put_away
 from spectral_diffusion.concept import DEFAULT_CAPTION, read_caption
 from spectral_diffusion.errors import InputError, PhotoError, StorageError
 from spectral_diffusion.files import write_atomically
@@ -205,8 +206,17 @@ def photo_card(studio: Studio, name: str, path: Path) -> PhotoCard:
 
 
 def _is_fresh(small: Path, path: Path) -> bool:
-    """Tell whether `small` was made from the file at `path` as it is now."""
-    return small.is_file() and small.stat().st_mtime_ns >= path.stat().st_mtime_ns
+    """Tell whether `small` was made from the file at `path` as it is now, whose time it then has."""
+    return small.is_file() and small.stat().st_mtime_ns == path.stat().st_mtime_ns
+
+
+def _keep_small(picture: Image.Image, side: int, small: Path, path: Path) -> None:
+    """Write a copy of `picture`, at most `side` pixels long, to `small`, with the time of the file at `path` that it shows."""
+    copy = picture.copy()
+    copy.thumbnail((side, side), Image.Resampling.LANCZOS)
+    times = path.stat()
+    write_atomically(small, lambda temporary: copy.save(temporary, "WEBP", quality=88))
+    os.utime(small, ns=(times.st_atime_ns, times.st_mtime_ns))
 
 
 def _thumbnail(studio: Studio, name: str, photo: Path) -> Path:
@@ -219,9 +229,7 @@ def _mask_thumbnail(studio: Studio, name: str, photo: Path) -> Path | None:
         return None
     if not _is_fresh(small, mask):
         with suppress(PhotoError):
-            picture = read_photo(mask, background=BLACK).image
-            picture.thumbnail((_MASK_THUMBNAIL, _MASK_THUMBNAIL))
-            write_atomically(small, lambda temporary: picture.save(temporary, "WEBP"))
+            _keep_small(read_photo(mask, background=BLACK).image, _MASK_THUMBNAIL, small, mask)
     return small
 
 
@@ -230,9 +238,7 @@ def make_thumbnails(studio: Studio, name: str, photos: Sequence[Photo]) -> None:
     for photo in photos:
         path = _thumbnail(studio, name, photo.path)
         if not _is_fresh(path, photo.path):
-            small = photo.image.copy()
-            small.thumbnail((_THUMBNAIL, _THUMBNAIL), Image.Resampling.LANCZOS)
-            write_atomically(path, lambda temporary, small=small: small.save(temporary, "WEBP", quality=88))
+            _keep_small(photo.image, _THUMBNAIL, path, photo.path)
 
 
 def _free_path(folder: Path, file: Path) -> Path:
@@ -240,8 +246,7 @@ def _free_path(folder: Path, file: Path) -> Path:
     stem, suffix = plain_name(file.stem).removesuffix(MASK_ENDING.partition(".")[0]) or "photo", file.suffix.lower()
     suffix = suffix if suffix[1:].isalnum() and len(suffix) <= 6 else ".image"
     taken = {path.stem for path in folder.iterdir()}
-    stems = (stem, *(f"{stem}-{number}" for number in range(2, 10_000)))
-    return folder / f"{next(stem for stem in stems if stem not in taken)}{suffix}"
+    return folder / f"{next(stem for stem in numbered(stem) if stem not in taken)}{suffix}"
 
 
 def _found(photo: Photo) -> str:
