@@ -87,6 +87,11 @@ def fewest_directions(base: Base, endings: tuple[str, ...]) -> int:
     return directions_of(layers)
 
 
+def owner_of(band: Band, taken: Sequence[TakenBand]) -> TakenBand | None:
+    """Return the first of `taken` that shares directions with `band`."""
+    return next((other for other in taken if band.overlaps(other.band)), None)
+
+
 def choose_band(
     start: int | None,
     rank: int,
@@ -107,7 +112,7 @@ def choose_band(
     if start is None:
         return next_free_band([other.band for other in taken], rank, directions, weakest_first=weakest_first)
     band = Band(start=start, rank=rank)
-    clash = next((other for other in taken if band.overlaps(other.band)), None)
+    clash = owner_of(band, taken)
     if clash is not None and not allow_overlap:
         raise BandError(
             f"Directions {band} overlap with those of '{clash.token}' ({clash.band}, '{clash.path}'); "
@@ -127,3 +132,17 @@ def _adapter_files(places: Sequence[Path]) -> Iterator[Path]:
 def band_again(part: ConceptPart, rank: int) -> Band:
     """Return the band on which `part` is trained longer; a form without one needs a rank only, and gets the first directions."""
     return part.band or Band(start=0, rank=rank)
+
+
+def who_has_of(part: ConceptPart, taken: Sequence[TakenBand]) -> str | None:
+    """Return a sentence that says which of `taken` has directions of `part` too, so that training it longer is of no use to both.
+
+    None where it has its band to itself, or needs none.
+    """
+    other = owner_of(part.band, taken) if part.band else None
+    if other is None:
+        return None
+    return (
+        f"'{part.token}' was trained on the directions {part.band} and '{other.token}' ('{other.path}') on {other.band}, "
+        "so the two cannot be summed; train one of them anew on a band of its own."
+    )

@@ -8,6 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
 
 from spectral_diffusion.errors import StorageError
@@ -23,6 +24,12 @@ _LEFT_OVER = 24 * 3600  # seconds after which nobody writes any more
 def files_in(folder: Path, ending: str) -> list[Path]:
     """Return the files of `folder` whose names end in `ending`, by name, without what is being written."""
     return sorted(path for path in folder.glob(f"*{ending}") if path.is_file() and not path.name.startswith(_WRITING))
+
+
+def numbered(stem: str) -> Iterator[str]:
+    """Yield names for what may have to be told from others: `stem`, `stem-2`, `stem-3` ..."""
+    yield stem
+    yield from (f"{stem}-{number}" for number in count(2))
 
 
 def clear_leftovers(folder: Path) -> None:

@@ -81,17 +81,27 @@ def fuse(
 
 def _check_one_base(adapters: Sequence[Adapter]) -> None:
     first = adapters[0]
-    for other in adapters[1:]:
+    known = next((adapter for adapter in adapters if adapter.fingerprint), first)
+    predicting = next((adapter for adapter in adapters if adapter.prediction_type), first)
+    for other in adapters:
         if other.family != first.family:
             raise AdapterError(
                 f"'{first.tokens[0]}' was trained on a base of family '{first.family}', '{other.tokens[0]}' on one of family "
                 f"'{other.family}'; fuse adapters of one family."
             )
-        if "" != other.fingerprint != first.fingerprint != "":
+        if "" != other.fingerprint != known.fingerprint:
             logger.warning(
                 "'%s' and '%s' were trained on different bases; their bands may not be disjoint.",
-                first.tokens[0],
+                known.tokens[0],
                 other.tokens[0],
+            )
+        if "" != other.prediction_type != predicting.prediction_type:
+            logger.warning(
+                "'%s' was trained on a base that predicts %s, '%s' on one that predicts %s; drawn together one of them is lost.",
+                predicting.tokens[0],
+                predicting.prediction_type,
+                other.tokens[0],
+                other.prediction_type,
             )
 
 

@@ -17,6 +17,9 @@ CONVOLUTION_LAYERS = ("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", 
 """Endings of the UNet's convolutions between and around the attention layers; later families project linearly (LoCon, LyCORIS,
 Yeh et al. 2024, arXiv 2309.14859)."""
 
+PEFT_START = "base_model.model."
+"""What the names in files that PEFT writes itself begin with."""
+
 _PREFIXES = {
     "lora_unet_": "unet",
     "lora_te_": "text_encoder",
@@ -73,8 +76,8 @@ def peft_name(key: str) -> str:
 
 def layer_key_of(name: str) -> str | None:
     """Return the layer key for a module's name in a kohya, diffusers or PEFT file, or None when it means no layer we know."""
-    if name.startswith("base_model.model."):  # PEFT's own files do not say which model they belong to
-        path = name.removeprefix("base_model.model.")
+    if name.startswith(PEFT_START):  # PEFT's own files do not say which model they belong to
+        path = name.removeprefix(PEFT_START)
         name = f"text_encoder.{path}" if ".layers." in path else f"unet.{path}"
     prefix = next((prefix for prefix in _PREFIXES if name.startswith(prefix)), None)
     if prefix is None:

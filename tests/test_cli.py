@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -89,6 +90,19 @@ def test_training_goes_on_from_an_adapter(run: Commands, adapters: tuple[Path, P
     assert (was.settings["steps_done"], now.settings["steps_done"], now.settings["among"]) == (2, 4, ["<V1>"])
     run.train(photo_folder, out, "--token", "<V3>", "--start", adapters[1], "--force", expect=1)
     assert "has no concept '<V3>'; its tokens are <V2>" in run.error
+
+
+def test_training_does_not_go_on_where_an_avoided_adapter_has_the_band(
+    run: Commands, adapters: tuple[Path, Path], photo_folder: Path, tmp_path: Path
+) -> None:
+    out, other = tmp_path / "longer.safetensors", tmp_path / "other.safetensors"
+    start = load_adapter(adapters[0]).concepts[0].band.start
+    run.train(photo_folder, other, "--token", "<V3>", "--band", start)
+    goes_on = (photo_folder, out, "--token", "<V1>", "--start", adapters[0], "--avoid", other)
+    run.train(*goes_on, expect=1)
+    assert re.search(r"'<V1>' was trained on the directions .* and '<V3>' \('.*other.*'\) on .*cannot be summed", run.error)
+    run.train(*goes_on, "--allow-overlap")
+    assert load_adapter(out).concepts[0].settings["among"] == ["<V3>"]
 
 
 def test_progress_and_text_do_not_mix_with_data(run: Commands, photo_folder: Path, tmp_path: Path) -> None:

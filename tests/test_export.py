@@ -188,7 +188,7 @@ def test_a_token_becomes_a_file_name_that_every_file_system_takes(token: str, na
 def test_tokens_and_the_lora_never_share_a_file(base: Base, tmp_path: Path) -> None:
     adapters = [random_adapter(base, token=token, start=2 * n) for n, token in enumerate(("<V1>", "V1", "<pair>"))]
     export = export_kohya(fuse(adapters, method="sum"), tmp_path / "Pair.safetensors")
-    assert export.words == {"<V1>": "V1", "V1": "V1-2", "<pair>": "pair-3"}
+    assert export.words == {"<V1>": "V1", "V1": "V1-2", "<pair>": "pair-2"}
     assert all(load_file(file).keys() == {"emb_params"} for file in export.embeddings.values())
     assert len(list(tmp_path.glob("*.safetensors"))) == 4
 
@@ -197,6 +197,14 @@ def test_numbers_too_large_for_half_precision_are_refused(pair: Adapter, tmp_pat
     with pytest.raises(AdapterError, match=r"too large for torch\.float16; lower the strengths"):
         export_kohya(pair.scaled(1e12), tmp_path / "a.safetensors")
     assert not list(tmp_path.iterdir())
+
+
+def test_every_embedding_has_a_file_of_its_own(pair: Adapter, tmp_path: Path) -> None:
+    one = pair.concepts[0]
+    tokens = ("cat-2", "<cat>", "cat")
+    adapter = replace(pair, concepts=tuple(replace(one, token=token) for token in tokens), weights=(1.0,) * 3)
+    files = export_embeddings(adapter, tmp_path).embeddings
+    assert [files[token].name for token in tokens] == ["cat-2.safetensors", "cat.safetensors", "cat-3.safetensors"]
 
 
 def test_an_embedding_never_overwrites_an_adapter_of_its_name(pair: Adapter, tmp_path: Path) -> None:

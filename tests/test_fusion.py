@@ -197,5 +197,11 @@ def test_bases_must_be_of_one_family(base: Base, caplog: pytest.LogCaptureFixtur
     with caplog.at_level(logging.WARNING):
         fuse([one, replace(two, fingerprint="0" * 16)], method="sum")
     assert "'<V1>' and '<V2>' were trained on different bases" in caplog.text
+    caplog.clear()
+    imported = replace(two, fingerprint="", prediction_type="")
+    (three,) = (adapter for adapter in on_bands_of_their_own(base, ["additive"] * 3) if adapter.tokens == ("<V3>",))
+    fuse([imported, one, replace(three, fingerprint="0" * 16, prediction_type="v_prediction")], method="sum")
+    assert "'<V1>' and '<V3>' were trained on different bases" in caplog.text
+    assert "'<V1>' was trained on a base that predicts epsilon, '<V3>' on one that predicts v_prediction" in caplog.text
     with pytest.raises(AdapterError, match="nothing to fuse"):
         fuse([])

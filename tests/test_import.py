@@ -29,6 +29,7 @@ Q = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
 K = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k"
 Q_KEY = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
 PEFT_Q = f"{Q_KEY}.lora"
+OWN_PEFT_Q = f"base_model.model.{Q_KEY.removeprefix('unet.')}.lora"
 OLD_Q = Q_KEY.replace("to_q", "processor.to_q")
 
 
@@ -118,8 +119,21 @@ def test_peft_says_its_alpha_apart(
         (tmp_path / "adapter_config.json").write_text(json.dumps(configuration))
     else:
         metadata["lora_adapter_metadata"] = json.dumps({f"unet.{name}": value for name, value in configuration.items()})
-    save_file({f"{PEFT_Q}_B.weight": up, f"{PEFT_Q}_A.weight": down}, path, metadata)
+    name = OWN_PEFT_Q if place == "file" else PEFT_Q
+    save_file({f"{name}_B.weight": up, f"{name}_A.weight": down}, path, metadata)
     torch.testing.assert_close(imported(path, base=base).delta(Q_KEY).dense(), scale * up @ down, rtol=1e-5, atol=1e-4)
+
+
+def test_a_peft_file_is_scaled_right_under_any_name(base: Base, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    up, down = pair_of(4)
+    path = tmp_path / "friend.safetensors"
+    save_file({f"{OWN_PEFT_Q}_B.weight": up, f"{OWN_PEFT_Q}_A.weight": down}, path)
+    torch.testing.assert_close(imported(path, base=base).delta(Q_KEY).dense(), up @ down, rtol=1e-5, atol=1e-4)
+    assert "does not say by what its change is scaled, 1 is taken" in caplog.text
+    caplog.clear()
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"lora_alpha": 16, "r": 4}))
+    torch.testing.assert_close(imported(path, base=base).delta(Q_KEY).dense(), 4 * up @ down, rtol=1e-5, atol=1e-4)
+    assert not caplog.text
 
 
 @pytest.mark.parametrize(

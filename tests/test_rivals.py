@@ -107,6 +107,11 @@ def test_a_stopped_adalora_goes_on_where_it_was(base: Base, concept: Concept, tm
     assert_bit_equal(train(base, concept, BAND, settings, checkpoint=file).adapter, undisturbed)
 
 
+def test_adalora_bears_layers_that_nothing_reads(loaded_bases: dict[str, Base], concept: Concept) -> None:
+    """SDXL reads its first text encoder before the last layer, which so gets no gradient."""
+    assert train(loaded_bases["sdxl"], concept, BAND, settings_of("adalora")).finished
+
+
 def test_adalora_moves_its_budget_and_keeps_its_vectors_orthogonal(base: Base) -> None:
     layers = dict(list(adaptable_layers(base).items())[:4])
     tuned = tuned_layers("adalora", layers, rank=2, steps=10, seed=0)

@@ -148,6 +148,14 @@ def test_a_stopped_settling_goes_on_where_it_was(
         assert_bit_equal(one.adapter, other.adapter)
 
 
+def test_bands_that_overlap_are_settled_if_asked_for(
+    base: Base, concepts: list[Concept], apart: list[Adapter], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare_less(monkeypatch)
+    other = train(base, concepts[1], Band(start=1, rank=2), replace(SHORT, steps=1)).adapter
+    assert all(result.finished for result in settle(base, [apart[0], other], steps=1))
+
+
 def test_what_cannot_be_settled_is_said(base: Base, concepts: list[Concept], apart: list[Adapter]) -> None:
     with pytest.raises(AdapterError, match="needs at least two concepts"):
         settle(base, apart[:1])

@@ -19,7 +19,7 @@ import torch
 from PIL import Image, ImageDraw
 from shared_bases import BASES, shared_base
 from short_trainings import BAND, SHORT, assert_bit_equal, first_step, prepare_less, trained_tensors
-from test_parametrisations import FORMS, band_of
+from test_parametrisations import FORMS, band_of, random_adapter
 from torch import nn
 
 from spectral_diffusion.activations import PROMPTS, measure_activations
@@ -28,7 +28,7 @@ from spectral_diffusion.attach import attached
 from spectral_diffusion.bands import Band, bands_in_order
 from spectral_diffusion.base import Base, adaptable_layers, load_base
 from spectral_diffusion.concept import Concept, Example, load_concept
-from spectral_diffusion.errors import BandError, InputError, TrainingError
+from spectral_diffusion.errors import AdapterError, BandError, InputError, TrainingError
 from spectral_diffusion.photos import Photo
 from spectral_diffusion.spectrum import base_spectrum
 from spectral_diffusion.training import TrainingProgress, measure_pace, train
@@ -294,7 +294,34 @@ def test_a_checkpoint_of_other_captions_is_not_gone_on_from(
     events: list[TrainingProgress] = []
     train(base, retold, BAND, one_step, checkpoint=tmp_path / "state", on_progress=events.append)
     assert events[0].step == 1
-    assert "belongs to other photos or settings; the training starts anew" in caplog.text
+    assert "has other photos, settings, neighbours or another base; the training starts anew" in caplog.text
+
+
+@pytest.mark.parametrize("what", ["prediction", "neighbours"])
+def test_a_checkpoint_of_another_prediction_or_of_other_neighbours_is_not_gone_on_from(
+    what: str, base: Base, concept: Concept, tmp_path: Path
+) -> None:
+    one_step = replace(SHORT, steps=2, checkpoint_every=1)
+    train(base, concept, BAND, one_step, checkpoint=tmp_path / "state")
+    events: list[TrainingProgress] = []
+    again = {"checkpoint": tmp_path / "state", "on_progress": events.append}
+    if what == "prediction":
+        train(load_base(base.source, device="cpu", prediction_type="v_prediction"), concept, BAND, one_step, **again)
+    else:
+        train(base, concept, BAND, one_step, among=random_adapter(base, token="<V2>", size=0.1), **again)
+    assert [event.step for event in events] == [1, 2]
+
+
+def test_a_training_does_not_go_on_from_another_prediction(base: Base, concept: Concept) -> None:
+    adapter = train(base, concept, BAND, replace(SHORT, steps=1)).adapter
+    other = load_base(base.source, device="cpu", prediction_type="v_prediction")
+    with pytest.raises(AdapterError, match=r"a base that predicts epsilon, not v_prediction; choose that as --prediction-type"):
+        train(other, concept, BAND, SHORT, start=adapter)
+
+
+def test_one_concept_says_that_it_was_shown_beside_none(base: Base, concept: Concept) -> None:
+    adapter = train(base, concept, BAND, replace(SHORT, steps=1, mixing=0.5)).adapter
+    assert adapter.concepts[0].settings["mixing"] == 0
 
 
 @pytest.mark.parametrize("content", [b"", b"nonsense", b"half", b"\x80\x02cos\nsystem\n."])

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from app.actions.photos import PhotoCard, make_thumbnails, photo_card
-from app.actions.studio import Studio, concept_folder, concept_names, numbered, plain_name, put_away
+from app.actions.studio import Studio, concept_folder, concept_names, plain_name, put_away
 from app.jobs import Job
 from spectral_diffusion.concept import (
     SAMPLES_FOLDER,
@@ -21,7 +21,7 @@ from spectral_diffusion.concept import (
     read_words,
 )
 from spectral_diffusion.errors import InputError
-from spectral_diffusion.files import write_atomically
+from spectral_diffusion.files import numbered, write_atomically
 from spectral_diffusion.photos import list_pictures, read_photos
 
 SAMPLES = ("poodle", "black-cat", "raccoon")

@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from app.actions.studio import Studio, concept_folder, numbered, plain_name, put_away
+from app.actions.studio import Studio, concept_folder, plain_name, put_away
 from spectral_diffusion.concept import DEFAULT_CAPTION, read_caption
 from spectral_diffusion.errors import InputError, PhotoError, StorageError
-from spectral_diffusion.files import write_atomically
+from spectral_diffusion.files import numbered, write_atomically
 from spectral_diffusion.masks import suggest_mask, write_suggested_masks
 from spectral_diffusion.photos import (
     BLACK,

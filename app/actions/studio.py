@@ -12,10 +12,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -138,12 +136,6 @@ def put_away(studio: Studio, path: Path) -> None:
     """Move what lies at `path`, if anything, to the removed things."""
     if path.exists():
         path.rename(studio.folder("removed") / f"{time.time_ns()}-{path.name}")
-
-
-def numbered(stem: str) -> Iterator[str]:
-    """Yield names for what may have to be told from others: `stem`, `stem-2`, `stem-3` ..."""
-    yield stem
-    yield from (f"{stem}-{number}" for number in count(2))
 
 
 def plain_name(text: str) -> str:

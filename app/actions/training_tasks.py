@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from spectral_diffusion.band_plan import (
     known_adapters,
     neighbours,
     taken_bands,
+    who_has_of,
 )
 from spectral_diffusion.bands import Band
 from spectral_diffusion.base import Base
@@ -40,6 +43,8 @@ from spectral_diffusion.training import (
     train_together,
     training_spectrum,
 )
+
+logger = logging.getLogger(__name__)
 
 _PACE_KNOWN = 20  # steps after which the pace of a training is noted for what is expected of the next ones
 
@@ -87,6 +92,8 @@ def train_task(arguments: dict[str, Any], context: TaskContext) -> dict[str, Any
     start = [load_adapter(out) for out in outs] if arguments["longer"] else []
     if start:
         parts = [adapter.concept(concept.token) for adapter, concept in zip(start, concepts, strict=True)]
+        for clash in filter(None, (who_has_of(part, taken_bands(known)) for part in parts)):
+            logger.warning(clash)
         bands = [band_again(part, settings.rank) for part in parts]
     else:
         bands = [
@@ -105,7 +112,7 @@ def train_task(arguments: dict[str, Any], context: TaskContext) -> dict[str, Any
         base,
         list(zip(concepts, bands, strict=True)),
         settings,
-        among=neighbours(known, [concept.token for concept in concepts]),
+        among=_kept_neighbours(context.folder, known, [concept.token for concept in concepts]),
         start=start,
         checkpoint=checkpoint,
         on_progress=report,
@@ -149,6 +156,17 @@ def _step(progress: TrainingProgress) -> dict[str, Any]:
         "speed": progress.steps_per_second,
         "remaining": progress.remaining_seconds,
     }
+
+
+def _kept_neighbours(job: Path, known: dict[Path, Adapter], tokens: Sequence[str]) -> Adapter | None:
+    """Return whom the job in the folder `job` began to train among: it goes on among the same, whatever came or went."""
+    said, kept = job / "among.json", job / "among.safetensors"
+    if not said.exists():
+        among = neighbours(known, tokens)
+        if among is not None:
+            save_adapter(among, kept)
+        write_json(said, list(among.tokens) if among else [])
+    return load_adapter(kept) if json.loads(said.read_text(encoding="utf-8")) else None
 
 
 def _reservation(out: Path) -> Path:

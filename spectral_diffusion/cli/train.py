@@ -21,10 +21,10 @@ from spectral_diffusion.cli.options import (
     safetensors_file,
 )
 from spectral_diffusion.cli.outputs import check_output, check_writable
-from spectral_diffusion.errors import InputError
+from spectral_diffusion.errors import BandError, InputError
 
 if TYPE_CHECKING:
-    from spectral_diffusion.adapter import Adapter
+    from spectral_diffusion.adapter import Adapter, ConceptPart
     from spectral_diffusion.bands import Band
     from spectral_diffusion.base import Base
     from spectral_diffusion.concept import Concept
@@ -75,7 +75,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--band", type=int, metavar="START", help="first singular direction; more concepts follow (default: free bands)"
     )
-    parser.add_argument("--allow-overlap", action="store_true", help="accept a --band that an avoided adapter has taken")
+    parser.add_argument(
+        "--allow-overlap", action="store_true", help="accept a --band, or that of --start, that an avoided adapter has taken"
+    )
     add_base_options(parser)
     add_device_option(parser)
     add_json_option(parser, "what was trained")
@@ -113,7 +115,7 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
         check_output(out, force=arguments.force)
     open_libraries()
     from spectral_diffusion.adapter_file import load_adapter, save_adapter
-    from spectral_diffusion.band_plan import band_again, known_adapters, neighbours
+    from spectral_diffusion.band_plan import known_adapters, neighbours
     from spectral_diffusion.concept import load_concept
 
     named = zip(arguments.photos, tokens, class_words, strict=True)
@@ -124,7 +126,8 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
     known = known_adapters(arguments.avoid, base, except_for=[*outs, *(arguments.start or ())])
     start = [load_adapter(path) for path in starts if path]
     if start:
-        bands = [band_again(adapter.concept(word), settings.rank) for adapter, word in zip(start, words, strict=True)]
+        parts = [adapter.concept(word) for adapter, word in zip(start, words, strict=True)]
+        bands = _bands_again(parts, settings.rank, known, arguments)
     else:
         bands = _chosen_bands(arguments, base, settings, words, known, console)
     among = neighbours(known, words)
@@ -162,6 +165,22 @@ def _chosen_settings(arguments: argparse.Namespace, base: Base) -> TrainingSetti
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     changes = {name: value for name, value in given.items() if value is not None}
     return preset(arguments.preset, base, together=len(arguments.photos) > 1, changes=changes)
+
+
+def _bands_again(
+    parts: Sequence[ConceptPart], rank: int, known: dict[Path, Adapter], arguments: argparse.Namespace
+) -> list[Band]:
+    """Return the bands that concepts trained longer have, none of which another one has unless that is allowed."""
+    from spectral_diffusion.band_plan import TakenBand, band_again, taken_bands, who_has_of
+
+    taken = taken_bands(known)
+    for part, path in zip(parts, arguments.start, strict=True):
+        clash = who_has_of(part, taken)
+        if clash is not None and not arguments.allow_overlap:
+            raise BandError(f"{clash} Or give --allow-overlap.")
+        if part.band:
+            taken.append(TakenBand(token=part.token, band=part.band, path=path))
+    return [band_again(part, rank) for part in parts]
 
 
 def _chosen_bands(

@@ -17,7 +17,7 @@ from spectral_diffusion.adapter_file import is_adapter_file
 from spectral_diffusion.errors import AdapterError
 from spectral_diffusion.export.factors import in_precision
 from spectral_diffusion.export.result import Export, check_targets
-from spectral_diffusion.files import Write, write_together
+from spectral_diffusion.files import Write, numbered, write_together
 
 _DEVICE = re.compile(r"con|prn|aux|nul|(com|lpt)\d", re.IGNORECASE)
 """Names that Windows keeps for itself."""
@@ -61,12 +61,11 @@ def embedding_files(adapter: Adapter, folder: Path, *others: Path) -> dict[str, 
         AdapterError: an adapter of this program stands there.
     """
     files: dict[str, Path] = {}
-    for number, concept in enumerate(adapter.concepts, start=1):
+    for concept in adapter.concepts:
         if not concept.embeddings:
             continue
-        stem = embedding_file_name(concept.token)
-        if stem.lower() in {other.stem.lower() for other in (*others, *files.values())}:
-            stem = f"{stem}-{number}"
+        taken = {other.stem.lower() for other in (*others, *files.values())}
+        stem = next(name for name in numbered(embedding_file_name(concept.token)) if name.lower() not in taken)
         file = files[concept.token] = folder / f"{stem}.safetensors"
         if file.is_file() and is_adapter_file(file):
             raise AdapterError(

@@ -17,7 +17,7 @@ from spectral_diffusion.concept import check_class_word, check_token
 from spectral_diffusion.errors import InputError
 from spectral_diffusion.imports.tensors import peft_scales, read_embedding, read_safetensors, refuse_what_is_no_lora
 from spectral_diffusion.joining import LowRank
-from spectral_diffusion.layer_names import layer_key_of, patch_side
+from spectral_diffusion.layer_names import PEFT_START, layer_key_of, patch_side
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +77,12 @@ def import_lora(path: Path, *, token: str, class_word: str, embedding: Path | No
     tensors, metadata = read_safetensors(path)
     refuse_what_is_no_lora(path, set(tensors), metadata)
     modules = _modules(path, tensors)
-    configuration = peft_scales(path, metadata)
+    configuration = peft_scales(path, tensors, metadata)
+    if not configuration and any(name.startswith(PEFT_START) and "alpha" not in parts for name, parts in modules.items()):
+        logger.warning(
+            "'%s' does not say by what its change is scaled, 1 is taken; PEFT's adapter_config.json says it: copy that here.",
+            path,
+        )
     layers: dict[str, LayerPart] = {}
     for name, parts in modules.items():
         key = layer_key_of(name) or layer_key_of(f"unet.{name}")  # a UNet that is saved by itself does not say what it is

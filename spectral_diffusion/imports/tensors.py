@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from spectral_diffusion.adapter_file import FORMAT
 from spectral_diffusion.errors import InputError
+from spectral_diffusion.layer_names import PEFT_START
 
 _CHECKPOINT_STARTS = ("model.diffusion_model.", "first_stage_model.", "cond_stage_model.", "conditioner.embedders.")
 _VAE_STARTS = ("encoder.conv_in.", "decoder.conv_in.")
@@ -109,8 +110,11 @@ def refuse_what_is_no_lora(path: Path, names: set[str], metadata: Mapping[str, s
         raise InputError(f"'{path}' is {kind}, which is not supported; give a plain LoRA.")
 
 
-def peft_scales(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+def peft_scales(path: Path, names: Collection[str], metadata: Mapping[str, str]) -> dict[str, Any]:
     """Return what PEFT wrote about `path`: its configuration, from the metadata that diffusers writes or the file beside it.
+
+    Args:
+        names: the tensors' names, which tell whether PEFT wrote the file itself, whatever it is called now.
 
     Raises:
         InputError: that is damaged.
@@ -119,7 +123,7 @@ def peft_scales(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     try:
         if "lora_adapter_metadata" in metadata:
             configuration = json.loads(metadata["lora_adapter_metadata"])
-        elif path.name == "adapter_model.safetensors" and beside.is_file():
+        elif any(name.startswith(PEFT_START) for name in names) and beside.is_file():
             configuration = json.loads(beside.read_text(encoding="utf-8"))
         else:
             return {}

@@ -30,7 +30,9 @@ def load_checkpoint(path: Path, run: str) -> dict[str, Any] | None:
         record = torch.load(path, map_location="cpu", weights_only=True)
         if record["run"] == run:
             return record["state"]
-        logger.warning("The checkpoint '%s' belongs to other photos or settings; the training starts anew.", path)
+        logger.warning(
+            "The checkpoint '%s' has other photos, settings, neighbours or another base; the training starts anew.", path
+        )
     except (OSError, RuntimeError, KeyError, TypeError, EOFError, ValueError, pickle.UnpicklingError):
         logger.warning("The checkpoint '%s' is damaged; the training starts anew.", path)
     return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -107,7 +107,9 @@ def train_together(
     if settings.scenes:
         scenes = [scene_examples(base, concept, settings.seed) for concept, _ in concepts]
         examples = [own.followed_by(more) if more else own for own, more in zip(examples, scenes, strict=True)]
-    if settings.mixing and settings.presence and len(concepts) > 1:
+    if len(concepts) == 1 or not settings.presence:
+        settings = replace(settings, mixing=0.0)  # what is kept of a training says what was done
+    if settings.mixing:
         beside_others = mixed_examples(base, [concept for concept, _ in concepts], settings.seed)
         examples = [own.followed_by(mixes) for own, mixes in zip(examples, beside_others, strict=True)]
 
@@ -190,7 +192,8 @@ def train_subjects(
             )
             for own, source, pool, beside in zip(subjects, sources(written), pools, pools_among, strict=True)
         ]
-        run = Run(base, trainable, settings, shown, others, checkpoint)
+        neighbours = list(zip(among.concepts, among.weights, strict=True)) if settings.presence else []
+        run = Run(base, trainable, settings, shown, neighbours, others, checkpoint)
         watched = watched_attention(base.pipeline.unet) if settings.attention else nullcontext()
         with trainable.adaptation.attached():
             with watched as run.seen:
@@ -244,6 +247,11 @@ def _started(base: Base, subject: Subject, settings: TrainingSettings, adapter: 
     part = adapter.concept(subject.token)
     if adapter.fingerprint != base.fingerprint:
         raise AdapterError(f"'{subject.token}' was trained on another base, whose directions are others; start it anew.")
+    if "" != adapter.prediction_type != base.prediction_type:
+        raise AdapterError(
+            f"'{subject.token}' was trained on a base that predicts {adapter.prediction_type}, not {base.prediction_type}; "
+            "choose that as --prediction-type, or start it anew."
+        )
     for what, was, wanted in (
         ("parametrisation", part.parametrisation, settings.parametrisation),
         ("directions", part.band, subject.band if part.band else None),

@@ -36,7 +36,8 @@ def measure_pace(base: Base, settings: TrainingSettings, should_stop: Callable[[
     trainable = build_trainable(base, [Band(start=0, rank=settings.rank)], [vectors], settings)
     ended: list[float] = []
     with lightened(base):
-        run = Run(base, trainable, replace(settings, steps=_STEPS, sample_every=0), [_nothing(base)], Switch(on=False), None)
+        short = replace(settings, steps=_STEPS, sample_every=0)
+        run = Run(base, trainable, short, [_nothing(base)], [], Switch(on=False), None)
         with trainable.adaptation.attached():
             run.loop(lambda progress: ended.append(time.monotonic()), should_stop)
     return (ended[-1] - ended[0]) / (_STEPS - 1) if run.finished else None

@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 from spectral_diffusion.activations import measure_activations
+from spectral_diffusion.adapter import ConceptPart
 from spectral_diffusion.attach import Switch
 from spectral_diffusion.base import Base
 from spectral_diffusion.conditioning import prompts
@@ -63,11 +64,12 @@ class Run:
         trainable: Trainable,
         settings: TrainingSettings,
         concepts: Sequence[Shown],
+        neighbours: Sequence[tuple[ConceptPart, float]],
         others: Switch,
         checkpoint: Path | None,
     ):
         self.base, self.trainable, self.settings, self.concepts = base, trainable, settings, concepts
-        self.others, self.checkpoint = others, checkpoint
+        self.neighbours, self.others, self.checkpoint = neighbours, others, checkpoint
         self.optimizer = torch.optim.AdamW(
             [
                 {"params": trainable.parameters("unet"), "rate": settings.unet_rate},
@@ -97,7 +99,13 @@ class Run:
 
     def _digest(self) -> str:
         outcome = asdict(self.settings) | {"checkpoint_every": None, "sample_every": None}
-        digest = hashlib.sha256(json.dumps([outcome, self.base.fingerprint, list(self.base.text_encoders)]).encode())
+        base = [self.base.fingerprint, self.base.prediction_type, list(self.base.text_encoders)]
+        digest = hashlib.sha256(json.dumps([outcome, base]).encode())
+        for other, weight in self.neighbours:
+            digest.update(json.dumps([other.token, weight]).encode())
+            for tensors in (other.embeddings, *(part.tensors for part in other.layers.values())):
+                for tensor in tensors.values():
+                    digest.update(tensor.cpu().numpy().tobytes())
         for concept in self.concepts:
             digest.update(json.dumps([concept.token, concept.class_word, concept.words]).encode())
             for tensor in concept.learnt.identity():

@@ -80,7 +80,8 @@ def settle(
     """Return the concepts of `adapters`, trained `steps` more so that their plain sum acts as each of them did alone.
 
     Args:
-        adapters: one concept each, trained on `base` in one parametrisation, spectral or LoRA, and rank; bands must be disjoint.
+        adapters: one concept each, trained on `base` in one parametrisation, spectral or LoRA, and rank; whether bands may
+            overlap, `fuse` asks.
         checkpoint, on_progress, should_stop: see `train_together`.
 
     Raises:
@@ -93,7 +94,7 @@ def settle(
 
     def own_pictures(written: dict[str, str]) -> list[Source]:
         sources = []
-        composed = composed_pools(base, fuse(adapters, method="sum"), written, settings.seed)
+        composed = composed_pools(base, fuse(adapters, method="sum", allow_overlap=True), written, settings.seed)
         for adapter, part, several in zip(adapters, parts, composed, strict=True):
             captions = [PROMPTS[number % PICTURES % len(PROMPTS)].format(written[part.token]) for number in range(SAMPLES)]
             with beside(base, adapter):

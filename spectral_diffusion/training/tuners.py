@@ -65,6 +65,9 @@ class TunedLayers:
     def after_step(self, step: int) -> None:
         """Let AdaLoRA move its budget between layers after step `step`, counted from 1, while the gradients are there."""
         if self.method == "adalora":
+            for tensor in (tensor for own in self.tensors().values() for tensor in own.values()):
+                if tensor.grad is None:  # of a layer that nothing reads, as SDXL's last one of its first text encoder
+                    tensor.grad = torch.zeros_like(tensor)
             self.tuner.update_and_allocate(step)
 
     def memory(self) -> dict[str, Any]:
