@@ -85,13 +85,14 @@ class ExtendedEmbedding(nn.Module):
     Those that are layer-wise, `(layers, n, width)`, count by their mean over the layers, but while `spread`.
 
     Attributes:
+        first: the number of the first new token; a table may have more rows than its tokenizer has words.
         layers: for how many cross-attention layers there are vectors of their own, 1 where all are shared.
         spread: whether a batch holds every sample `layers` times, one after the other, each to be read for the next layer.
     """
 
-    def __init__(self, frozen: nn.Embedding, vectors: list[torch.Tensor]):
+    def __init__(self, frozen: nn.Embedding, first: int, vectors: list[torch.Tensor]):
         super().__init__()
-        self.frozen, self.first = frozen, frozen.num_embeddings
+        self.frozen, self.first = frozen, first
         self.vectors = vectors
         self.layers = max((len(own) for own in vectors if own.ndim == 3), default=1)
         self.spread = False
@@ -107,7 +108,7 @@ class ExtendedEmbedding(nn.Module):
     @property
     def weight(self) -> torch.Tensor:
         """The whole table `(old + new, width)`."""
-        return torch.cat([self.frozen.weight, self.rows])
+        return torch.cat([self.frozen.weight[: self.first], self.rows])
 
     def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
         """Look up `token_ids (batch, length)`."""
@@ -170,7 +171,7 @@ def with_tokens(base: Base, embeddings: dict[str, dict[str, torch.Tensor]]) -> I
 def _one_encoder_with_tokens(base: Base, part: str, embeddings: dict[str, torch.Tensor]) -> Iterator[None]:
     tokenizer, holder = base.tokenizers[part], _embedding_holder(base.text_encoders[part])
     frozen = holder.token_embedding
-    extended_tokenizer = copy.deepcopy(tokenizer)
+    extended_tokenizer, new = copy.deepcopy(tokenizer), []
     for token, vectors in embeddings.items():
         if vectors.shape[-1] != frozen.embedding_dim:
             raise AdapterError(
@@ -180,8 +181,10 @@ def _one_encoder_with_tokens(base: Base, part: str, embeddings: dict[str, torch.
         words = token_words(token, vectors.shape[-2]).split()
         if extended_tokenizer.add_tokens(words) != len(words):
             raise InputError(f"Two concepts use the token '{token}'; train one of them again with another token.")
+        new += extended_tokenizer.convert_tokens_to_ids(words)
     setattr(base.pipeline, tokenizer_name(part), extended_tokenizer)
-    holder.token_embedding = ExtendedEmbedding(frozen, [vectors.to(frozen.weight.device) for vectors in embeddings.values()])
+    rows = [vectors.to(frozen.weight.device) for vectors in embeddings.values()]
+    holder.token_embedding = ExtendedEmbedding(frozen, min(new, default=frozen.num_embeddings), rows)
     try:
         yield
     finally:
@@ -232,11 +235,16 @@ def beside(base: Base, adapter: Adapter, *, switch: Switch | None = None) -> Abs
 
 
 def check_fits_base(base: Base, adapter: Adapter) -> None:
-    """Raise `AdapterError` when `adapter` cannot be put on `base`: another family, a missing layer, another shape."""
+    """Raise `AdapterError` when `adapter` does not fit `base`: another family or prediction, a missing layer, another shape."""
     if adapter.family != base.family:
         raise AdapterError(
             f"The adapter belongs to a base of family '{adapter.family}', '{base.source}' is of family '{base.family}'; "
             "use it with a base of its own family."
+        )
+    if adapter.fingerprint == base.fingerprint and "" != adapter.prediction_type != base.prediction_type:
+        raise AdapterError(
+            f"'{', '.join(adapter.tokens)}' was trained where this base predicts {adapter.prediction_type}, and '{base.source}' "
+            f"is read as one that predicts {base.prediction_type}; give --prediction-type {adapter.prediction_type}."
         )
     layers = adaptable_layers(base, None)
     for concept in adapter.concepts:

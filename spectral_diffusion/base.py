@@ -6,6 +6,7 @@ import hashlib
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 
 import torch
@@ -170,13 +171,15 @@ def _load_pipeline(place: str, prediction_type: str | None, configuration: Path 
 
 
 def _training_scheduler(scheduler: SchedulerMixin, prediction_type: str | None) -> SchedulerMixin:
-    """Return a scheduler that adds noise as the base was trained with it; those of other kinds scale it in ways of their own."""
+    """Return a scheduler that adds noise as the base was trained with it; those of other kinds scale it in ways of their own.
+
+    What else a configuration says is how somebody liked to draw, and would go on into the samplers that are chosen here.
+    """
     changes = {} if prediction_type is None else {"prediction_type": prediction_type}
-    if isinstance(scheduler, DDIMScheduler) and not changes:
-        return scheduler
     if not isinstance(scheduler, DDIMScheduler):
         changes["clip_sample"] = False
-    return DDIMScheduler.from_config(scheduler.config, **changes)
+    own = {*signature(DDIMScheduler).parameters, "_use_default_values"}
+    return DDIMScheduler.from_config({key: value for key, value in scheduler.config.items() if key in own}, **changes)
 
 
 def _pool_at_the_end(pipeline: DiffusionPipeline) -> None:

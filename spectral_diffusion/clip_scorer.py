@@ -17,6 +17,8 @@ from spectral_diffusion.stages import counted
 DEFAULT_CLIP = Path(__file__).resolve().parents[1] / "assets" / "clip"
 _CONFIG_NAME = "open_clip_config.json"
 _WEIGHT_NAMES = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")
+logger = logging.getLogger(__name__)
+
 _BATCH = 16
 
 
@@ -105,7 +107,10 @@ def load_scorer(model: str | Path | None = None, *, device: torch.device | str =
     if folder is not None:
         return _load(f"local-dir:{folder}", None, {}, "embedded" if model is None else str(model), device)
     architecture, weights = _split_name(str(model))
-    file, settings = (Path(weights), {}) if Path(weights).is_file() else _cached_weights(architecture, weights)
+    if Path(weights).is_file():
+        file, settings = Path(weights), _shared_preprocessing(architecture)
+    else:
+        file, settings = _cached_weights(architecture, weights)
     return _load(architecture, file, settings, f"{architecture}:{weights}", device)
 
 
@@ -155,9 +160,30 @@ def _cached_weights(architecture: str, tag: str) -> tuple[Path, dict[str, Any]]:
             f"The weights of CLIP '{architecture}:{tag}' are not on this computer; {remedy}, or put the weights file "
             f"anywhere and give '{architecture}{'-quickgelu' if quick else ''}:FILE' with its path."
         )
-    renamed = {"mean": "image_mean", "std": "image_std", "interpolation": "image_interpolation"}
-    renamed |= {"resize_mode": "image_resize_mode", "quick_gelu": "force_quick_gelu"}
-    return file, {argument: source[key] for key, argument in renamed.items() if key in source}
+    activation = {"force_quick_gelu": source["quick_gelu"]} if "quick_gelu" in source else {}
+    return file, _preprocessing(source) | activation
+
+
+def _preprocessing(source: Mapping[str, Any]) -> dict[str, Any]:
+    """Return how published weights want pictures, as open_clip takes it."""
+    renamed = {key: f"image_{key}" for key in ("mean", "std", "interpolation", "resize_mode")}
+    return {argument: source[key] for key, argument in renamed.items() if key in source}
+
+
+def _shared_preprocessing(architecture: str) -> dict[str, Any]:
+    """Return how all published weights of an architecture want pictures, for a file of which nothing else is known."""
+    import open_clip
+
+    tags = open_clip.list_pretrained_tags_by_model(architecture)
+    wanted = [_preprocessing(open_clip.get_pretrained_cfg(architecture, tag)) for tag in tags]
+    if any(other != wanted[0] for other in wanted):
+        logger.warning(
+            "Weights of CLIP '%s' want pictures in different ways, OpenAI's is taken; a folder with %s says its own.",
+            architecture,
+            _CONFIG_NAME,
+        )
+        return {}
+    return wanted[0] if wanted else {}
 
 
 def _cached_file(source: Mapping[str, Any]) -> Path | None:

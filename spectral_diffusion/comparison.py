@@ -20,7 +20,7 @@ from spectral_diffusion.drawing import Drawing
 from spectral_diffusion.errors import InputError
 from spectral_diffusion.files import write_atomically
 from spectral_diffusion.generation import generate
-from spectral_diffusion.score import PictureScore, score_pictures
+from spectral_diffusion.score import PictureScore, check_can_be_scored, score_pictures
 from spectral_diffusion.toyworld.judge import Judge
 
 
@@ -96,18 +96,21 @@ def compare(
         on_picture: called with each picture's file.
 
     Raises:
-        InputError: there are too many pairs, or an axis names an adapter that is not there.
+        InputError: there are too many pairs, an axis names an adapter that is not there, or a prompt a token that has no
+            class word.
+        PhotoError: a folder of references has no usable photo.
     """
     if len(x.values) * len(y.values) > MOST_PICTURES:
         raise InputError(f"{len(x.values)} x {len(y.values)} pictures are too many; at most {MOST_PICTURES} are drawn.")
     choices = [_choose(drawing, adapters, {y.name: below, x.name: beside}) for below in y.values for beside in x.values]
+    class_words = {token: word for adapter in adapters.values() if adapter for token, word in adapter.class_words.items()}
+    check_can_be_scored(list(dict.fromkeys(chosen.prompt for chosen, _ in choices)), references, class_words)
     paths, images = [], []
     for chosen, adapter in choices:
         (picture,) = generate(base, chosen, adapter)
         paths.append(album.add(picture))
         images.append(picture.image)
         on_picture(paths[-1])
-    class_words = {token: word for adapter in adapters.values() if adapter for token, word in adapter.class_words.items()}
     report = score_pictures(paths, references, scorer, judge, class_words=class_words)
     return Comparison(x=x, y=y, scores=report.pictures, images=tuple(images))
 

@@ -20,7 +20,8 @@ from torch import nn
 from torchvision.transforms.functional import to_tensor
 
 from spectral_diffusion.base import EMBEDDED_BASE, Base
-from spectral_diffusion.errors import InputError
+from spectral_diffusion.errors import InputError, PhotoError
+from spectral_diffusion.photos import BLACK, WHITE, read_photo
 from spectral_diffusion.picture_text import picture_from_text, picture_text
 
 EMBEDDED_SKETCH_ADAPTER = EMBEDDED_BASE.parent / "sketch-adapter"
@@ -60,10 +61,10 @@ def read_condition(file: Path, adapter: str = "", strength: float = 1.0, *, phot
         InputError: it is not a picture that can be read.
     """
     try:
-        with Image.open(file) as opened:
-            return Condition(image=opened.convert("RGB"), adapter=adapter, strength=strength, photo=photo)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise InputError(f"The condition '{file}' cannot be read as a picture; give a PNG or JPEG.") from error
+        image = read_photo(file, background=WHITE if photo else BLACK).image
+    except PhotoError as error:
+        raise InputError(f"The condition cannot be read. {error}") from error
+    return Condition(image=image, adapter=adapter, strength=strength, photo=photo)
 
 
 def condition_record(condition: Condition) -> dict[str, Any]:

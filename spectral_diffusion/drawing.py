@@ -29,8 +29,9 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "DPM++ SDE": ("DPMSolverSinglestepScheduler", {"lower_order_final": True}),
 }
 """Samplers by the names that users know."""
-MOST_STEPS = 1000
-"""Between so many degrees of noise every base of these families was trained (`num_train_timesteps`)."""
+MOST_STEPS = 500
+"""Half of the degrees of noise that every base of these families was trained with (`num_train_timesteps`): samplers that leave
+out none of them begin far below pure noise, or beyond the last degree."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +68,7 @@ class Drawing:
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}.")
         if self.steps > MOST_STEPS:
-            raise InputError(f"steps must be at most {MOST_STEPS}, as many as a base was trained with, got {self.steps}.")
+            raise InputError(f"steps must be at most {MOST_STEPS}, got {self.steps}.")
         if self.guidance is not None and not math.isfinite(self.guidance):
             raise InputError(f"guidance must be a number, got {self.guidance}.")
         if not 0 <= self.seed < 2**63:

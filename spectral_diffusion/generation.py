@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -25,6 +26,8 @@ from spectral_diffusion.own_models import own_models
 from spectral_diffusion.previews import OnPreview, decoded, watching
 from spectral_diffusion.prompt_tokens import tokens_in
 from spectral_diffusion.regional_attention import layout_of, regional_attention
+
+logger = logging.getLogger(__name__)
 
 _NEARLY_NOTHING = 2**-24
 """How much of a picture is left at the end of a schedule that ends in noise; at 0 its strength would be infinite, as in Euler."""
@@ -57,11 +60,11 @@ def generate(
     Raises:
         AdapterError: the adapter does not fit the base.
         InputError: a region names a token that the adapter does not have, a weight in a prompt is malformed, or the condition
-            does not suit the picture or the base.
+            does not suit the picture or the base; or what is drawn is beyond all numbers.
     """
     _check_regions(drawing, adapter.tokens if adapter else ())
     if adapter is not None and not whole:
-        adapter = named_only(adapter, drawing.words)
+        adapter = _named_only_said(adapter, drawing)
     drawing = _decided(drawing, base, adapter)
     words = {concept.token: concept.words for concept in adapter.concepts} if adapter else {}
     class_words = adapter.class_words if adapter else {}
@@ -76,6 +79,19 @@ def generate(
                 on_picture(picture)
                 pictures.append(picture)
     return pictures
+
+
+def _named_only_said(adapter: Adapter, drawing: Drawing) -> Adapter:
+    """Return `named_only` and say which tokens mean nothing where they stand."""
+    named = named_only(adapter, drawing.words)
+    negative = "\n".join([drawing.negative_prompt, *(region.negative_prompt for region in drawing.regions)])
+    lost = [token for token in tokens_in(negative, adapter.tokens) if token not in named.tokens]
+    if lost:
+        logger.warning(
+            "Only the negative prompt names %s, which so means nothing there; draw with the whole adapter, or leave it out.",
+            ", ".join(lost),
+        )
+    return named
 
 
 def _decided(drawing: Drawing, base: Base, adapter: Adapter | None) -> Drawing:
@@ -155,6 +171,9 @@ def _draw(
         output_type="latent",
         **watched,
     ).images
+    if not torch.isfinite(latents).all():
+        numbers = str(unet.dtype).removeprefix("torch.")
+        raise InputError(f"The picture came to numbers that {numbers} does not hold; lower the strengths or the guidance.")
     return [image for one in latents.split(1) for image in decoded(base, one)]  # by itself: large pictures take gigabytes
 
 

@@ -142,17 +142,18 @@ def read_photos(folder: Path) -> PhotoReport:
     return PhotoReport(photos=tuple(photos), problems=tuple(problems))
 
 
-def read_photo(path: Path, *, background: tuple[int, int, int] = WHITE) -> Photo:
+def read_photo(path: Path, *, background: tuple[int, int, int] = WHITE, least: int = MIN_SIDE) -> Photo:
     """Read one picture file.
 
     Args:
         background: the RGB colour (0 to 255) that shows through where the picture is transparent.
+        least: how many pixels the shorter side must have, after scaling down.
 
     Raises:
         PhotoError: the file is not a usable picture.
     """
     try:
-        return _decode(path, background)
+        return _decode(path, background, least)
     except _Refused as refused:
         raise PhotoError(f"'{path}': {refused}") from refused
 
@@ -202,13 +203,13 @@ def _natural(path: Path) -> tuple[list[tuple[str, int]], str]:
     return [(text, int(digits or -1)) for text, digits in pieces], path.name
 
 
-def _decode(path: Path, background: tuple[int, int, int]) -> Photo:
+def _decode(path: Path, background: tuple[int, int, int], least: int = MIN_SIDE) -> Photo:
     _refuse_early(path)
     _register_heif()
     try:
         # Pillow's remarks on metadata and sizes do not concern the user; what matters becomes a reason below.
         with warnings.catch_warnings(action="ignore"), Image.open(path, formats=FORMATS) as opened:
-            return _prepare(path, opened, background)
+            return _prepare(path, opened, background, least)
     except _Refused:
         raise
     except Image.DecompressionBombError as error:
@@ -241,9 +242,9 @@ def _register_heif() -> None:
     pillow_heif.register_heif_opener()
 
 
-def _prepare(path: Path, opened: Image.Image, background: tuple[int, int, int]) -> Photo:
+def _prepare(path: Path, opened: Image.Image, background: tuple[int, int, int], least: int) -> Photo:
     size = opened.size
-    scaled = _scaled_size(size)
+    scaled = _scaled_size(size, least)
     notes = []
     if getattr(opened, "is_animated", False) and opened.format not in _STILL_FORMATS:
         notes.append("first frame of an animation")
@@ -261,16 +262,16 @@ def _advice(image: Image.Image) -> str | None:
     return "It looks blurred; a sharp photo teaches more." if blur_effect(image) > BLURRED else None
 
 
-def _scaled_size(size: tuple[int, int]) -> tuple[int, int]:
+def _scaled_size(size: tuple[int, int], least: int) -> tuple[int, int]:
     width, height = size
     if width * height > MAX_PIXELS:
         raise _Refused(_too_large(f"The picture of {width} x {height} pixels"))
     factor = min(1.0, MAX_SIDE / max(size))
     scaled = round(width * factor), round(height * factor)
-    if min(scaled) < MIN_SIDE:
+    if min(scaled) < least:
         raise _Refused(
             f"The picture is too small or too narrow ({width} x {height} pixels); "
-            f"use one whose shorter side has at least {MIN_SIDE} pixels."
+            f"use one whose shorter side has at least {least} pixels."
         )
     return scaled
 

@@ -27,7 +27,7 @@ def infotext(picture: Picture, base_name: str) -> str:
     pairs = {
         "Steps": drawing.steps,
         "Sampler": drawing.scheduler.removesuffix(" Karras"),
-        "Schedule type": "Karras" if drawing.scheduler.endswith(" Karras") else "Automatic",
+        "Schedule type": _schedule_type(drawing.scheduler),
         "CFG scale": f"{drawing.guidance:g}",
         "Seed": picture.seed,
         "Size": f"{picture.image.width}x{picture.image.height}",
@@ -36,6 +36,13 @@ def infotext(picture: Picture, base_name: str) -> str:
     }
     lines.append(", ".join(f"{key}: {_quoted(str(value))}" for key, value in pairs.items()))
     return "\n".join(lines)
+
+
+def _schedule_type(sampler: str) -> str:
+    """Return what AUTOMATIC1111 calls the spacing of a sampler's noise; by itself it takes another one for DPM++."""
+    if sampler.endswith(" Karras"):
+        return "Karras"
+    return "Uniform" if sampler.startswith("DPM++") else "Automatic"
 
 
 def _quoted(value: str) -> str:
@@ -82,7 +89,10 @@ def read_drawing(path: Path) -> Drawing:
     if not head or not {"Steps", "Sampler", "Seed"} <= values.keys():
         raise InputError(f"'{path.name}' does not say how it was drawn; give a PNG that was drawn here or in AUTOMATIC1111.")
     prompt, _, negative = head.partition("\nNegative prompt: ")
-    karras = " Karras" if values.get("Schedule type") == "Karras" else ""
+    automatic = {"DPM++ 2M": "Karras"} if OWN_CHUNK not in chunks else {}  # what AUTOMATIC1111 takes by itself
+    spacing = values.get("Schedule type")
+    spacing = automatic.get(values["Sampler"]) if spacing == "Automatic" else spacing
+    karras = " Karras" if spacing == "Karras" else ""
     width, _, height = values.get("Size", "").partition("x")
     try:
         values = {key: json.loads(value) if value.startswith('"') else value for key, value in values.items()}

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from spectral_diffusion.errors import InputError
+from spectral_diffusion.prompt_tokens import any_of
 
 STEP = 1.1
 """Round brackets multiply a weight by this, square brackets divide it."""
@@ -38,12 +39,13 @@ def parse_prompt(prompt: str, words: Collection[str] = ()) -> tuple[tuple[Piece,
     A backslash before a bracket makes it a plain one.
 
     Args:
-        words: words that are left as they are whatever brackets they contain, such as the tokens of an adapter.
+        words: words that are left as they are whatever brackets they contain, in any case, such as the tokens of an adapter.
 
     Raises:
         InputError: a bracket has no partner or a weight is no number; the prompt and the place are named.
     """
-    atoms = [re.escape(word) for word in sorted(words, key=len, reverse=True)]
+    atoms = [f"(?i:{any_of(words).pattern})"] if words else []
+    lowered = {word.lower() for word in words}
     levels: list[list[tuple[str, float]]] = [[]]
     opened: list[str] = []
     for match in re.finditer("|".join((*atoms, *_PARTS)), prompt, re.DOTALL):
@@ -59,7 +61,7 @@ def parse_prompt(prompt: str, words: Collection[str] = ()) -> tuple[tuple[Piece,
         elif part.strip() == _BREAK:
             levels[-1].append((_BREAK, 1.0))
         else:
-            plain = part[1:] if len(part) == 2 and part[0] == "\\" and part not in words else part
+            plain = part[1:] if len(part) == 2 and part[0] == "\\" and part.lower() not in lowered else part
             levels[-1].append((plain, 1.0))
     if opened:
         raise InputError(f"The prompt '{prompt}' does not close '{opened[-1]}'; write '\\{opened[-1]}' for a plain one.")

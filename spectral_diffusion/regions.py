@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageFilter
 
-from spectral_diffusion.errors import InputError
+from spectral_diffusion.errors import InputError, PhotoError
+from spectral_diffusion.photos import BLACK, read_photo
 from spectral_diffusion.picture_text import is_picture_text, picture_from_text, picture_text
 from spectral_diffusion.prompt_tokens import name_by_class, tokens_in
 
@@ -110,6 +111,8 @@ def _entry(entry: dict[str, Any], number: int, file: Path) -> Region:
         raise InputError(f"Region {number} of '{file}' has a field '{min(unknown)}', which no region has; remove it.")
     try:
         return region_from_record(entry, file.parent)
+    except PhotoError as error:
+        raise InputError(f"The mask of region {number} in '{file}' cannot be read. {error}") from error
     except (KeyError, TypeError, ValueError, OSError, SyntaxError) as error:
         raise InputError(f"Region {number} of '{file}' is not complete ({error}); it needs a prompt and a box.") from error
 
@@ -129,7 +132,7 @@ def region_from_record(record: dict[str, Any], folder: Path | None = None) -> Re
         folder: where a mask lies that is given by its path; only one inside the record is read without.
 
     Raises:
-        InputError: the region is not possible.
+        InputError: the region is not possible, or its mask cannot be read.
         KeyError, TypeError, ValueError, OSError, SyntaxError: the record is not one of a region, or its mask no picture.
     """
     left, top, right, bottom = (float(edge) for edge in record.get("box", (0, 0, 1, 1)))
@@ -147,8 +150,7 @@ def _read_mask(written: str, folder: Path | None) -> Image.Image:
         return picture_from_text(written).convert("L")
     if folder is None:
         raise ValueError("its mask is no PNG")
-    with Image.open(folder / written) as opened:
-        return opened.convert("L")
+    return read_photo(folder / written, background=BLACK, least=1).image.convert("L")
 
 
 def suggest_regions(prompt: str, class_words: Mapping[str, str]) -> tuple[Region, ...]:

@@ -165,14 +165,27 @@ def _read(path: Path, tokens: Sequence[str], class_words: Mapping[str, str]) -> 
     if not prompt:
         return _Drawn(path=path, image=image, prompt=None, text=None)
     known = {**class_words, **_own_class_words(path, chunks)}
-    text = expand_prompt(plain_words(prompt, [*known, *tokens]), known)
+    return _Drawn(path=path, image=image, prompt=prompt, text=_in_class_words(prompt, tokens, known, f"of '{path}'"))
+
+
+def check_can_be_scored(prompts: Sequence[str], references: Mapping[str, Path], class_words: Mapping[str, str]) -> None:
+    """Raise what `score_pictures` would raise of pictures that are still to be drawn from `prompts`."""
+    for folder in references.values():
+        _reference_images(folder)
+    for prompt in prompts:
+        _in_class_words(prompt, list(references), class_words, f"'{prompt}'")
+
+
+def _in_class_words(prompt: str, tokens: Sequence[str], class_words: Mapping[str, str], which: str) -> str:
+    """Return `prompt` in words that CLIP knows."""
+    text = expand_prompt(plain_words(prompt, [*class_words, *tokens]), class_words)
     unknown = tokens_in(text, tokens)
     if unknown:
         raise InputError(
-            f"The prompt of '{path}' holds {', '.join(unknown)}, for which no class word is known; "
-            f"give one, as in class_words={{'{unknown[0]}': 'dog'}}."
+            f"The prompt {which} holds {', '.join(unknown)}, for which no class word is known; "
+            f"give one, as in class_words={{'{unknown[0]}': 'dog'}}, or leave its reference photos out."
         )
-    return _Drawn(path=path, image=image, prompt=prompt, text=text)
+    return text
 
 
 def _text_chunks(path: Path) -> dict[str, str]:

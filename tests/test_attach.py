@@ -9,10 +9,11 @@ import pytest
 import torch
 from shared_bases import BASES, shared_base
 from test_parametrisations import FORMS, random_adapter
+from torch import nn
 
 from spectral_diffusion.adapter import Adapter, token_words
-from spectral_diffusion.attach import Switch, attached, beside, check_new_tokens, hooked, with_tokens
-from spectral_diffusion.base import Base, adaptable_layers
+from spectral_diffusion.attach import Switch, attached, beside, check_fits_base, check_new_tokens, hooked, with_tokens
+from spectral_diffusion.base import Base, adaptable_layers, load_base
 from spectral_diffusion.errors import AdapterError, InputError
 from spectral_diffusion.fusion import fuse
 from spectral_diffusion.layer_names import ATTENTION_LAYERS, CONVOLUTION_LAYERS
@@ -99,8 +100,18 @@ def test_a_token_stands_for_its_vectors(base: Base) -> None:
     vectors = base.pipeline.text_encoder.get_input_embeddings().weight[dog]
     before = outputs(base, "a dog near a lake")
     with with_tokens(base, {"<V1>": {"text_encoder": vectors}}):
+        assert torch.equal(base.pipeline.text_encoder.get_input_embeddings().weight[-1:], vectors)
         for prompt in ("a <V1> near a lake", "a <v1> near a lake"):
             assert same(outputs(base, prompt), before)
+
+
+def test_a_table_with_more_rows_than_there_are_words_is_no_hindrance(tiny_base_folder: Path) -> None:
+    """As in a base whose table was padded to a round number of rows."""
+    base = load_base(tiny_base_folder, device="cpu")
+    holder = base.pipeline.text_encoder.get_input_embeddings()
+    padded = nn.Embedding.from_pretrained(torch.cat([holder.weight, torch.zeros(5, holder.embedding_dim)]))
+    base.pipeline.text_encoder.set_input_embeddings(padded)
+    test_a_token_stands_for_its_vectors(base)
 
 
 def test_a_token_of_several_vectors_is_written_as_that_many_words(base: Base) -> None:
@@ -165,6 +176,13 @@ def test_an_adapter_of_another_family_is_refused(base: Base) -> None:
         attached(base, stranger),
     ):
         pass
+
+
+def test_what_was_trained_to_predict_otherwise_is_refused(base: Base) -> None:
+    adapter = replace(random_adapter(base), prediction_type="v_prediction")
+    with pytest.raises(AdapterError, match=r"where this base predicts v_prediction, .* give --prediction-type v_prediction"):
+        check_fits_base(base, adapter)
+    check_fits_base(base, replace(adapter, fingerprint="another"))  # of whose prediction nothing is known here
 
 
 def test_layers_that_do_not_fit_are_named(base: Base) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import EulerDiscreteScheduler, PNDMScheduler
+from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler, PNDMScheduler
 from narrow_bases import FAMILIES, NarrowBase
 from short_trainings import BAND, SHORT, assert_bit_equal
 from test_adapter_file import assert_same_in_half_precision
@@ -75,6 +75,23 @@ def test_noise_is_added_as_in_the_training_whatever_the_folders_sampler(
         base.pipeline.scheduler.add_noise(clean, noise, times) for base in (load_base(folder, device="cpu"), loaded_bases["sdxl"])
     ]
     torch.testing.assert_close(*noisy, rtol=0, atol=1e-6)
+
+
+def test_how_a_folder_likes_to_draw_does_not_go_on_into_other_samplers(
+    loaded_bases: dict[str, Base], narrow_bases: dict[str, NarrowBase], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(narrow_bases["sd1"].folder, tmp_path / "folder"))
+    shutil.rmtree(folder / "scheduler")
+    liking = {"use_karras_sigmas": True, "algorithm_type": "sde-dpmsolver++"}
+    plain = narrow_bases["sd1"].pipeline.scheduler.config
+    DPMSolverMultistepScheduler.from_config(plain, **liking).save_pretrained(folder / "scheduler")
+    index = (folder / "model_index.json").read_text().replace("DDIMScheduler", "DPMSolverMultistepScheduler")
+    (folder / "model_index.json").write_text(index)
+    pictures = [
+        generate(base, Drawing(prompt="a dog", steps=3, scheduler="DPM++ 2M"))[0].image
+        for base in (load_base(folder, device="cpu"), loaded_bases["sd1"])
+    ]
+    assert pictures[0] == pictures[1]
 
 
 @torch.no_grad()

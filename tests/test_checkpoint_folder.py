@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import diffusers
 import pytest
 import torch
 from checkpoints import Trap, assert_same_weights
@@ -95,6 +96,29 @@ def test_a_folder_in_half_precision_only_is_read(narrow_bases: dict[str, NarrowB
     loaded = load_base(folder, device="cpu")
     assert_same_weights(loaded.pipeline.unet.state_dict(), {name: tensor.float() for name, tensor in expected.items()})
     assert loaded.pipeline.text_encoder.dtype == loaded.pipeline.vae.dtype == torch.float32
+
+
+def test_where_both_precisions_are_the_whole_one_is_read(narrow_bases: dict[str, NarrowBase], tmp_path: Path) -> None:
+    folder = copied(narrow_bases["sd1"], tmp_path)
+    plain = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    half = {name: tensor.half() for name, tensor in load_file(plain).items()}
+    save_file(half, plain.with_name("diffusion_pytorch_model.fp16.safetensors"), {"format": "pt"})
+    assert_same_weights(load_folder(folder).unet.state_dict(), narrow_bases["sd1"].pipeline.unet.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("kind", "values"),
+    [("EDMDPMSolverMultistepScheduler", {}), ("EulerDiscreteScheduler", {"timestep_type": "continuous"})],
+)
+def test_another_noise_schedule_is_refused(
+    kind: str, values: dict[str, str], narrow_bases: dict[str, NarrowBase], tmp_path: Path
+) -> None:
+    folder = copied(narrow_bases["sdxl"], tmp_path)
+    shutil.rmtree(folder / "scheduler")
+    getattr(diffusers, kind)(**values).save_pretrained(folder / "scheduler")
+    change_json(folder / "model_index.json", scheduler=["diffusers", kind])
+    with pytest.raises(BaseError, match=rf"is a base for another noise schedule \({kind}\); give one of the plain kind"):
+        load_folder(folder)
 
 
 def test_a_hub_id_that_is_not_here_says_what_to_download() -> None:

@@ -63,6 +63,15 @@ def test_axes_that_make_no_sense_are_refused(name: str, values: list[str], sente
         Axis.parse(name, values)
 
 
+def test_what_cannot_be_scored_is_said_before_anything_is_drawn(tiny_base: Base, photo_folder: Path, tmp_path: Path) -> None:
+    drawing, album = Drawing(prompt="<V1>", steps=1), Album(tmp_path / "album", "tiny")
+    axes = Axis.parse("seed", ["1"]), Axis.parse("steps", ["1"])
+    for references, sentence in (({"<V1>": tmp_path / "nowhere"}, "does not exist"), ({"<V1>": photo_folder}, "no class word")):
+        with pytest.raises(InputError, match=sentence):
+            compare(tiny_base, drawing, {"a": None}, *axes, album, load_scorer(), references=references)
+    assert not list(tmp_path.rglob("*.png"))
+
+
 def test_unknown_adapters_and_too_many_pictures_are_refused(tiny_base: Base, tmp_path: Path) -> None:
     drawing, album, scorer = Drawing(prompt="x"), Album(tmp_path, "tiny"), load_scorer()
     one, other = Axis.parse("adapter", ["b"]), Axis.parse("seed", ["1"])

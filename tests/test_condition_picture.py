@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionAdapterPipeline, StableDiffusionXLAdapterPipeline, T2IAdapter
-from PIL import Image, ImageDraw
+from PIL import ExifTags, Image, ImageDraw
 from shared_bases import shared_base
 from studios import work
 from test_parametrisations import random_adapter
@@ -22,7 +22,7 @@ from app.actions.studio import Studio
 from app.jobs import State
 from spectral_diffusion.base import Base, load_base
 from spectral_diffusion.cli import main
-from spectral_diffusion.condition_picture import Condition, read_condition, traced
+from spectral_diffusion.condition_picture import Condition, condition_from_record, condition_record, read_condition, traced
 from spectral_diffusion.conditioning import prompts
 from spectral_diffusion.drawing import Drawing
 from spectral_diffusion.errors import InputError
@@ -139,8 +139,22 @@ def test_a_condition_that_does_not_suit_is_one_sentence(
     with pytest.raises(InputError, match="strength must not be negative, got -1"):
         Condition(image=sketch(), adapter=folder, strength=-1)
     for file in (tmp_path / "text.png", tmp_path / "missing.png", tmp_path):
-        with pytest.raises(InputError, match="cannot be read as a picture"):
+        with pytest.raises(InputError, match="The condition cannot be read"):
             read_condition(file, folder)
+
+
+def test_a_condition_is_read_like_a_photo(tmp_path: Path) -> None:
+    upright, exif = Image.new("RGB", (64, 96), (200, 30, 90)), Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "phone.jpg", exif=exif)
+    assert read_condition(tmp_path / "phone.jpg", photo=True).image.size == (64, 96)
+    lines = Image.new("RGBA", (64, 64), (255, 255, 255, 0))
+    lines.paste((255, 255, 255, 255), (0, 30, 64, 34))
+    lines.save(tmp_path / "lines.png")
+    assert np.asarray(read_condition(tmp_path / "lines.png").image).mean() == pytest.approx(255 / 16)
+    Image.new("RGB", (4608, 3456)).save(tmp_path / "camera.jpg")
+    condition = read_condition(tmp_path / "camera.jpg", photo=True)
+    assert condition_from_record(**condition_record(condition)).image.tobytes() == condition.image.tobytes()
 
 
 def test_the_command_line_takes_a_condition(
@@ -185,7 +199,7 @@ def test_the_studio_says_what_is_missing_beside_an_adapter(tmp_path: Path) -> No
     with pytest.raises(InputError, match="'folder' has nothing to read; give a sketch or pose too"):
         condition_from(None, False, " folder ", 1.0)
     (tmp_path / "a.png").write_text("no picture")
-    with pytest.raises(InputError, match=r"a\.png' cannot be read as a picture"):
+    with pytest.raises(InputError, match=r"The condition cannot be read. '.*a\.png': The file is damaged"):
         condition_from(str(tmp_path / "a.png"), False, "folder", 1.0)
 
 

@@ -111,7 +111,7 @@ def test_what_the_settings_say_is_what_is_drawn(base: Base) -> None:
         ({"prompt": " "}, "The prompt is empty"),
         ({"count": 0}, "count must be at least 1, got 0"),
         ({"steps": 0}, "steps must be at least 1"),
-        ({"steps": 1001}, "steps must be at most 1000, as many as a base was trained with, got 1001"),
+        ({"steps": 501}, "steps must be at most 500, got 501"),
         ({"guidance": float("nan")}, "guidance must be a number, got nan"),
         ({"guidance": float("inf")}, "guidance must be a number, got inf"),
         ({"seed": -1}, "seed must be a whole number from 0 on, got -1"),
@@ -158,6 +158,20 @@ def test_without_a_negative_prompt_there_is_no_such_line(tmp_path: Path) -> None
     with Image.open(tmp_path / "a.png") as saved:
         lines = saved.info["parameters"].split("\n")
     assert len(lines) == 2 and "Schedule type: Automatic" in lines[1]
+
+
+def test_numbers_too_large_for_a_picture_are_said(base: Base, pair: Adapter) -> None:
+    with pytest.raises(InputError, match=r"came to numbers that float32 does not hold; lower the strengths or the guidance"):
+        generate(base, Drawing(prompt="<V1>", steps=1), pair.scaled(1e30))
+
+
+def test_a_token_in_the_negative_prompt_alone_is_said(base: Base, pair: Adapter, caplog: pytest.LogCaptureFixture) -> None:
+    drawing = Drawing(prompt="<V1>", negative_prompt="<v2>, snow", steps=1)
+    generate(base, drawing, pair)
+    assert "Only the negative prompt names <V2>" in caplog.text
+    caplog.clear()
+    generate(base, drawing, pair, whole=True)
+    assert not caplog.text
 
 
 def test_a_picture_that_cannot_be_written_is_said(tmp_path: Path) -> None:

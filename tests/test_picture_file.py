@@ -16,6 +16,7 @@ FORM = Image.linear_gradient("L")
 DRAWINGS = [
     Drawing(prompt="a dog", seed=3, guidance=5.0),
     Drawing(prompt='<V1>, "big": 1\nSteps and stones', negative_prompt="blurred, bad", guidance=5.0, scheduler="DPM++ 2M Karras"),
+    Drawing(prompt="a dog", guidance=5.0, scheduler="DPM++ 2M"),
     Drawing(prompt="x", negative_prompt="two\nlines", steps=7, guidance=2.5, size=(48, 64)),
     Drawing(
         prompt="a lake",
@@ -43,6 +44,19 @@ def test_what_is_written_is_read_back(drawing: Drawing, tmp_path: Path) -> None:
     assert {name: getattr(read, name) for name in expected} == {name: getattr(drawing, name) for name in expected}
     assert (read.seed, read.size, read.count) == (9, image.size, 1)
     assert (read.regions, read.confined) == (drawing.regions, drawing.confined)
+
+
+@pytest.mark.parametrize(
+    ("pairs", "scheduler"),
+    [
+        ("Sampler: DPM++ 2M, Schedule type: Automatic", "DPM++ 2M Karras"),
+        ("Sampler: DPM++ 2M, Schedule type: Uniform", "DPM++ 2M"),
+        ("Sampler: DPM++ 2M", "DPM++ 2M"),
+        ("Sampler: Euler, Schedule type: Automatic", "Euler"),
+    ],
+)
+def test_a_sampler_of_automatic1111_is_the_one_that_it_means(pairs: str, scheduler: str, tmp_path: Path) -> None:
+    assert read_drawing(save_with(tmp_path / "p.png", f"a dog\nSteps: 3, {pairs}, Seed: 1")).scheduler == scheduler
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,7 @@ def test_prompts_are_read_as_other_tools_write_them(prompt: str, expected: list[
 
 def test_a_token_with_brackets_or_a_colon_stays_a_word() -> None:
     assert parsed("([V]:1.2) and <a:b>", ("[V]", "<a:b>")) == [[("[V]", 1.2), (" and <a:b>", 1)]]
+    assert parsed("[v] asleep", ("[V]",)) == [[("[v] asleep", 1)]]
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image, PngImagePlugin
+from PIL import ExifTags, Image, PngImagePlugin
 from shared_bases import shared_base
 from test_parametrisations import random_adapter
 
@@ -26,7 +26,15 @@ from spectral_diffusion.generation import generate
 from spectral_diffusion.own_models import own_models
 from spectral_diffusion.picture_file import save_picture
 from spectral_diffusion.regional_attention import Layout, layout_of, regional_attention
-from spectral_diffusion.regions import Region, parse_region, read_regions, region_record, suggest_regions
+from spectral_diffusion.regions import (
+    Region,
+    extent,
+    parse_region,
+    read_regions,
+    region_from_record,
+    region_record,
+    suggest_regions,
+)
 
 LEFT, RIGHT = (0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 1.0)
 
@@ -305,7 +313,10 @@ def test_an_impossible_region_is_named(text: str, message: str) -> None:
         ('{"prompt": "a"}', "holds no list of regions"),
         ('[{"prompt": "a"}, {"box": [0, 0, 1, 1]}]', "Region 2 of .* is not complete"),
         ('[{"prompt": "a", "box": [0, 0, 1]}]', "Region 1 of .* is not complete"),
-        ('[{"prompt": "a", "mask": "missing.png"}]', "Region 1 of .* is not complete"),
+        (
+            '[{"prompt": "a", "mask": "missing.png"}]',
+            r"mask of region 1 in .* cannot be read. '.*missing\.png': The file cannot",
+        ),
         ('[{"prompt": "a", "mask": "data:image/png;base64,!"}]', "Region 1 of .* is not complete"),
         ('[{"prompt": "a", "colour": 1}]', "has a field 'colour', which no region has"),
     ],
@@ -315,6 +326,28 @@ def test_an_impossible_file_of_regions_is_named(content: str, message: str, tmp_
     file.write_text(content, encoding="utf-8")
     with pytest.raises(InputError, match=message):
         read_regions(file)
+
+
+@pytest.mark.parametrize("kind", ["turned", "transparent", "16 bits", "huge"])
+def test_a_mask_is_read_like_a_photo(kind: str, tmp_path: Path) -> None:
+    file, left = tmp_path / "form.png", Image.new("L", (64, 64), 0)
+    left.paste(255, (0, 0, 32, 64))
+    if kind == "turned":
+        exif = Image.Exif()
+        exif[ExifTags.Base.Orientation] = 6  # turned a quarter clockwise to stand upright
+        left.transpose(Image.Transpose.ROTATE_90).save(file, exif=exif)
+    elif kind == "transparent":
+        Image.merge("LA", (Image.new("L", (64, 64), 255), left)).save(file)
+    elif kind == "16 bits":
+        Image.fromarray(np.asarray(left).astype(np.uint16) * 257).save(file)
+    else:
+        left.resize((5000, 5000), Image.Resampling.NEAREST).save(file)
+    regions = tmp_path / "regions.json"
+    regions.write_text(json.dumps([{"prompt": "<V1>", "mask": "form.png"}]), encoding="utf-8")
+    (region,) = read_regions(regions)
+    expected = extent(Region(prompt="<V1>", mask=left), 16, 16)
+    np.testing.assert_allclose(extent(region, 16, 16), expected, atol=0.02)
+    assert region_from_record(region_record(region)).mask.tobytes() == region.mask.tobytes()
 
 
 def test_a_mask_with_nothing_in_its_box_and_too_many_regions_are_refused(base: Base, pair: Adapter) -> None:

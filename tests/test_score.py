@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image, PngImagePlugin
 
+from spectral_diffusion import clip_scorer
 from spectral_diffusion.errors import BaseError, InputError, PhotoError
 from spectral_diffusion.photos import read_photos
 from spectral_diffusion.score import DEFAULT_CLIP, ClipScorer, load_scorer, prompt_in, score_pictures
@@ -207,6 +208,17 @@ def test_a_weights_file_loads_by_architecture(tmp_path: Path, monkeypatch: pytes
     scorer = load_scorer(f"Tiny:{tmp_path / 'weights.pt'}")
     assert scorer.name == f"Tiny:{tmp_path / 'weights.pt'}"
     assert -1 <= scorer.text_alignment([RED], ["a dog"])[0] <= 1
+
+
+@pytest.mark.parametrize(
+    ("architecture", "mean", "said"),
+    [("MobileCLIP-S1", (0.0, 0.0, 0.0), False), ("ViT-B-16-SigLIP", (0.5, 0.5, 0.5), False), ("ViT-L-14", None, True)],
+)
+def test_a_weights_file_gets_pictures_as_all_published_weights_of_its_kind(
+    architecture: str, mean: tuple[float, ...] | None, said: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert clip_scorer._shared_preprocessing(architecture).get("image_mean") == mean
+    assert ("want pictures in different ways" in caplog.text) == said
 
 
 def test_the_contrastive_loss_is_least_for_matching_pairs() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import DiffusionPipeline, SchedulerMixin, StableDiffusionPipeline, StableDiffusionXLPipeline
 from safetensors import SafetensorError, safe_open
 
 from spectral_diffusion.checkpoint.recognition import check_channels
@@ -34,10 +34,21 @@ def load_folder(folder: Path) -> DiffusionPipeline:
     options: dict[str, Any] = {"variant": variant, "dtype": precisions, "low_cpu_mem_usage": True}
     try:
         if "text_encoder_2" in parts:
-            return StableDiffusionXLPipeline.from_pretrained(folder, **options, add_watermarker=False)
-        return StableDiffusionPipeline.from_pretrained(folder, **options, **_NOT_NEEDED, requires_safety_checker=False)
+            pipeline = StableDiffusionXLPipeline.from_pretrained(folder, **options, add_watermarker=False)
+        else:
+            pipeline = StableDiffusionPipeline.from_pretrained(folder, **options, **_NOT_NEEDED, requires_safety_checker=False)
     except Exception as error:  # three libraries read the parts, and each fails in its own ways
         raise BaseError(f"The base '{folder}' is damaged ({_first_line(error)}); fetch the folder again.") from error
+    _check_noise(folder, pipeline.scheduler)
+    return pipeline
+
+
+def _check_noise(folder: Path, scheduler: SchedulerMixin) -> None:
+    """Raise `BaseError` where the noise is not that of steps with a variance each (Ho et al. 2020), as all else here reckons."""
+    if not hasattr(scheduler, "betas") or scheduler.config.get("timestep_type") == "continuous":
+        raise BaseError(
+            f"'{folder}' is a base for another noise schedule ({type(scheduler).__name__}); give one of the plain kind."
+        )
 
 
 def _checked_parts(folder: Path, declared: dict[str, list[str]], kind: str) -> tuple[str, ...]:
@@ -73,7 +84,8 @@ def _variant(folder: Path) -> str | None:
 
 def _precision(folder: Path, variant: str | None) -> torch.dtype:
     """Return the precision of a model's weights, told by their first tensor; float32 for other files than safetensors."""
-    for file in sorted(folder.glob(f"*.{variant}*.safetensors" if variant else "*.safetensors")):
+    files = sorted(folder.glob("*.safetensors"))
+    for file in files if variant else (file for file in files if "." not in file.stem):  # of several, the plain one is loaded
         try:
             with safe_open(file, "pt") as weights:
                 dtype = weights.get_tensor(next(iter(weights.keys()))).dtype

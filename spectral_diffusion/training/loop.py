@@ -247,11 +247,6 @@ def _started(base: Base, subject: Subject, settings: TrainingSettings, adapter: 
     part = adapter.concept(subject.token)
     if adapter.fingerprint != base.fingerprint:
         raise AdapterError(f"'{subject.token}' was trained on another base, whose directions are others; start it anew.")
-    if "" != adapter.prediction_type != base.prediction_type:
-        raise AdapterError(
-            f"'{subject.token}' was trained on a base that predicts {adapter.prediction_type}, not {base.prediction_type}; "
-            "choose that as --prediction-type, or start it anew."
-        )
     for what, was, wanted in (
         ("parametrisation", part.parametrisation, settings.parametrisation),
         ("directions", part.band, subject.band if part.band else None),
