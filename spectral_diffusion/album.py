@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 
 from PIL import Image
 
 from spectral_diffusion.drawing import Picture
-from spectral_diffusion.files import write_atomically
+from spectral_diffusion.files import reserve, write_atomically
 from spectral_diffusion.picture_file import save_picture
 
 
@@ -27,10 +27,18 @@ class Album:
         Raises:
             StorageError: the file could not be written.
         """
-        self.last += 1
-        path = self.folder / f"{self.last:04d}-{picture.seed}.png"
-        save_picture(picture, path, self.base_name)
+        path = next(path for path in self._next_paths(picture.seed) if reserve(path))
+        try:
+            save_picture(picture, path, self.base_name)
+        except BaseException:
+            path.unlink(missing_ok=True)
+            raise
         return path
+
+    def _next_paths(self, seed: int) -> Iterator[Path]:
+        while True:
+            self.last += 1
+            yield self.folder / f"{self.last:04d}-{seed}.png"
 
 
 def _last_number(folder: Path) -> int:

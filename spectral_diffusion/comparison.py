@@ -96,13 +96,18 @@ def compare(
         on_picture: called with each picture's file.
 
     Raises:
-        InputError: there are too many pairs, an axis names an adapter that is not there, or a prompt a token that has no
-            class word.
+        InputError: there are too many pairs, an axis counts for nothing or names an adapter that is not there, or a prompt a
+            token that has no class word.
         PhotoError: a folder of references has no usable photo.
     """
     if len(x.values) * len(y.values) > MOST_PICTURES:
         raise InputError(f"{len(x.values)} x {len(y.values)} pictures are too many; at most {MOST_PICTURES} are drawn.")
+    if x.name == y.name:
+        raise InputError(f"Both axes are '{x.name}', so one of them would count for nothing; let another thing differ.")
     choices = [_choose(drawing, adapters, {y.name: below, x.name: beside}) for below in y.values for beside in x.values]
+    without = next((axis.name for axis in (x, y) if axis.name in _OF_ADAPTERS), None)
+    if without and not any(adapter for _, adapter in choices):
+        raise InputError(f"The bare base has no {without}, so all its pictures would be the same; give an adapter.")
     class_words = {token: word for adapter in adapters.values() if adapter for token, word in adapter.class_words.items()}
     check_can_be_scored(list(dict.fromkeys(chosen.prompt for chosen, _ in choices)), references, class_words)
     paths, images = [], []
@@ -115,6 +120,9 @@ def compare(
     return Comparison(x=x, y=y, scores=report.pictures, images=tuple(images))
 
 
+_OF_ADAPTERS = ("strength", "method")
+
+
 def _choose(
     drawing: Drawing, adapters: Mapping[str, Adapter | None], values: Mapping[str, object]
 ) -> tuple[Drawing, Adapter | None]:
@@ -124,7 +132,7 @@ def _choose(
         raise InputError(f"There is no adapter '{name}' to compare; choose one of {', '.join(adapters)}.")
     adapter = adapters[str(name)]
     fields = {"sampler": "scheduler"}
-    changes = {fields.get(key, key): value for key, value in values.items() if key not in ("adapter", "strength", "method")}
+    changes = {fields.get(key, key): value for key, value in values.items() if key not in ("adapter", *_OF_ADAPTERS)}
     if adapter is not None and "strength" in values:
         adapter = adapter.scaled(float(str(values["strength"])))
     if adapter is not None and "method" in values:

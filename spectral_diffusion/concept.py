@@ -17,8 +17,10 @@ from spectral_diffusion.photos import (
     BLACK,
     Photo,
     PhotoProblem,
+    caption_path,
     list_pictures,
     mask_path,
+    of_no_photo,
     read_photo,
     read_photos,
     require_folder,
@@ -111,6 +113,8 @@ def load_concept(folder: Path, *, token: str | None = None, class_word: str | No
     photos = require_photos(report, photo_folder)
     for problem in report.problems:
         _logger.warning("%s", problem)
+    for path in of_no_photo(photo_folder):
+        _logger.warning("'%s' belongs to no photo: none is called so; give it the name of its photo.", path)
     for photo in photos:
         if photo.advice is not None:
             _logger.warning("'%s': %s", photo.path, photo.advice)
@@ -134,7 +138,7 @@ def read_caption(photo: Path) -> str:
     Raises:
         InputError: it cannot be read or is not UTF-8.
     """
-    path = photo.with_suffix(".txt")
+    path = caption_path(photo)
     return " ".join(_read_text(path).split()) if path.is_file() else ""
 
 

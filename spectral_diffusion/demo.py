@@ -22,6 +22,7 @@ from spectral_diffusion.clip_scorer import ClipScorer, load_scorer
 from spectral_diffusion.concept import SAMPLES_FOLDER, Concept, load_concept
 from spectral_diffusion.contact_sheet import Cell, Row, contact_sheet
 from spectral_diffusion.drawing import Drawing, Picture
+from spectral_diffusion.errors import InputError
 from spectral_diffusion.exactness import export_error, fusion_error
 from spectral_diffusion.export import export_kohya
 from spectral_diffusion.files import write_atomically
@@ -44,6 +45,7 @@ PROMPTS = (
 TOGETHER = "{} and {} near a lake"
 PICTURES_PER_PROMPT = 4
 PICTURES_TOGETHER = 20
+FUSED, REPORT, CHECKPOINT = "fused", "report.json", "training.checkpoint"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +131,14 @@ def run_demo(
 
     Returns:
         What stands in `report.json`.
+
+    Raises:
+        InputError: an adapter that it would overwrite stands in `out` and was not made by it.
     """
+    made_here = any((out / name).exists() for name in (REPORT, CHECKPOINT))
+    foreign = [out / f"{name}.safetensors" for name in (*names, FUSED) if (out / f"{name}.safetensors").exists()]
+    if foreign and not made_here:
+        raise InputError(f"'{foreign[0]}' was not made by the demo and would be overwritten; choose another folder.")
     started = time.monotonic()
     base = load_base()
     settings = settings or preset("balanced", base, together=True)
@@ -137,7 +146,7 @@ def run_demo(
     characters = dict(zip(concepts, names, strict=True))
     trained, training_seconds = _train_all(base, concepts, settings, out, on_line, on_progress)
     fused = fuse(list(trained.values()))
-    save_adapter(fused, out / "fused.safetensors")
+    save_adapter(fused, out / f"{FUSED}.safetensors")
     export = export_kohya(fused, out / "export" / "fused-lora.safetensors", overwrite=True)
     on_line("Drawing and judging ...")
     drawing_started = time.monotonic()
@@ -182,7 +191,8 @@ def run_demo(
         },
     }
     text = json.dumps(report, indent=2, ensure_ascii=False)
-    write_atomically(out / "report.json", lambda path: path.write_text(text, encoding="utf-8"))
+    write_atomically(out / REPORT, lambda path: path.write_text(text, encoding="utf-8"))
+    (out / CHECKPOINT).unlink(missing_ok=True)
     for line in _table(report):
         on_line(line)
     return report
@@ -201,11 +211,10 @@ def _train_all(
     for token, concept in concepts.items():
         bands.append(next_free_band(bands, settings.rank, directions, weakest_first=settings.weakest_first))
         on_line(f"Training {token} ({concept.class_word}) on singular directions {bands[-1]} ...")
-    together, checkpoint = list(zip(concepts.values(), bands, strict=True)), out / "training.checkpoint"
-    results = train_together(base, together, settings, checkpoint=checkpoint, on_progress=on_progress)
+    together = list(zip(concepts.values(), bands, strict=True))
+    results = train_together(base, together, settings, checkpoint=out / CHECKPOINT, on_progress=on_progress)
     for concept, result in zip(concepts.values(), results, strict=True):
         save_adapter(result.adapter, out / f"{concept.source.name}.safetensors")
-    checkpoint.unlink(missing_ok=True)
     trained = {token: result.adapter for token, result in zip(concepts, results, strict=True)}
     return trained, round(results[0].seconds, 1)
 

@@ -32,6 +32,19 @@ def numbered(stem: str) -> Iterator[str]:
     yield from (f"{stem}-{number}" for number in count(2))
 
 
+def reserve(path: Path) -> bool:
+    """Make an empty file at `path`, to be overwritten; return whether it is ours: false where another process was first.
+
+    Raises:
+        StorageError: the folder cannot be made or written.
+    """
+    with _storage_failures(path), suppress(FileExistsError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch(exist_ok=False)
+        return True
+    return False
+
+
 def clear_leftovers(folder: Path) -> None:
     """Remove from `folder` what a process that was killed while it wrote left there a day ago or before."""
     for path in folder.glob(f"{_WRITING}*"):

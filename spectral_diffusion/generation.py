@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
@@ -24,7 +23,7 @@ from spectral_diffusion.errors import InputError
 from spectral_diffusion.fusion import shown_together
 from spectral_diffusion.own_models import own_models
 from spectral_diffusion.previews import OnPreview, decoded, watching
-from spectral_diffusion.prompt_tokens import tokens_in
+from spectral_diffusion.prompt_tokens import marked_words, tokens_in
 from spectral_diffusion.regional_attention import layout_of, regional_attention
 
 logger = logging.getLogger(__name__)
@@ -105,7 +104,7 @@ def _decided(drawing: Drawing, base: Base, adapter: Adapter | None) -> Drawing:
 
 def _check_regions(drawing: Drawing, tokens: Sequence[str]) -> None:
     for region in drawing.regions:
-        unknown = [word for word in re.findall(r"<[^<>\s]+>", region.prompt) if not tokens_in(word, tokens)]
+        unknown = marked_words(region.prompt, tokens)
         if unknown:
             having = f"has {', '.join(tokens)}" if tokens else "is missing"
             raise InputError(f"A region names '{unknown[0]}', but the adapter {having}; name one of its tokens or a plain word.")

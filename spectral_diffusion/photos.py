@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -25,6 +26,8 @@ MAX_PHOTOS = 200
 """Most photos that are read from one folder."""
 MASK_ENDING = "-mask.png"
 """How the name of a mask ends, after the stem of its photo."""
+CAPTION_ENDING = ".txt"
+"""How the name of a caption ends, after the stem of its photo."""
 
 IGNORED_SUFFIXES = frozenset(
     ".txt .caption .toml .json .jsonl .yaml .yml .csv .md .html .htm .pdf .docx .zip .tar .gz .7z .ini .db .log .py "
@@ -37,6 +40,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "HEIF", "AVIF", "GIF", "TIFF", "BMP", "PPM", "
 """Pillow's names of the formats that are decoded; others (EPS runs Ghostscript, for one) are not tried."""
 
 WHITE, BLACK = (255, 255, 255), (0, 0, 0)
+_LIKE_A_MASK = re.compile(r"(.+)[-_]mask", re.IGNORECASE)
 _STILL_FORMATS = frozenset({"MPO", "HEIF"})
 # Measured: copies at a quarter of the size or of low quality differ by up to 12 bits and 2 levels; other pictures of
 # the same concept, and characters drawn again on the same scene, by 26 bits or more and 10 levels or more.
@@ -125,15 +129,18 @@ def read_photos(folder: Path) -> PhotoReport:
     fingerprints: list[_Fingerprint] = []
     problems: list[PhotoProblem] = []
     pictures = list_pictures(folder)
+    by_stem = {path.stem.casefold(): path for path in reversed(pictures)}
     for index, path in enumerate(pictures):
         if len(photos) == MAX_PHOTOS:
             many = f"{len(pictures) - index} more files were left out, as at most {MAX_PHOTOS} photos are used"
             problems.append(PhotoProblem(path=folder, reason=f"{many}; keep the best ones only."))
             break
         try:
+            _refuse_a_mask(path, by_stem)
             photo = _decode(path, WHITE)
             fingerprint = _fingerprint(photo.image)
             _refuse_duplicate(fingerprint, photos, fingerprints)
+            _refuse_a_taken_name(path, [photo.path for photo in photos])
         except _Refused as refused:
             problems.append(PhotoProblem(path=path, reason=str(refused), same_as=refused.same_as))
         else:
@@ -179,7 +186,33 @@ def same_picture(photo: Path) -> str:
 
 def mask_path(photo: Path) -> Path:
     """Return where the mask of the photo at `photo` lies."""
-    return photo.with_name(photo.stem + MASK_ENDING)
+    return _beside(photo, MASK_ENDING)
+
+
+def caption_path(photo: Path) -> Path:
+    """Return where the caption of the photo at `photo` lies."""
+    return _beside(photo, CAPTION_ENDING)
+
+
+def of_no_photo(folder: Path) -> list[Path]:
+    """Return the masks and captions in `folder` that are called as no picture there."""
+    stems = {picture.stem.casefold() for picture in list_pictures(folder)}
+    named = ((path, path.name.casefold()) for path in sorted(folder.iterdir()))
+    return [
+        path
+        for path, name in named
+        for ending in (MASK_ENDING, CAPTION_ENDING)
+        if name.endswith(ending) and name.removesuffix(ending) not in stems | IGNORED_NAMES
+    ]
+
+
+def _beside(photo: Path, ending: str) -> Path:
+    """Return the file that is called as `photo` but for `ending`, in whatever case it is written there."""
+    path = photo.with_name(photo.stem + ending)
+    if path.exists() or not photo.parent.is_dir():
+        return path
+    written = (name for name in os.listdir(photo.parent) if name.casefold() == path.name.casefold())
+    return path.with_name(next(written, path.name))
 
 
 class _Refused(Exception):
@@ -323,6 +356,19 @@ def _refuse_duplicate(new: _Fingerprint, photos: list[Photo], fingerprints: list
     for photo, known in zip(photos, fingerprints, strict=True):
         if _same_picture(new, known):
             raise _Refused(same_picture(photo.path), photo.path)
+
+
+def _refuse_a_mask(path: Path, by_stem: Mapping[str, Path]) -> None:
+    name = _LIKE_A_MASK.fullmatch(path.stem)
+    if name and name[1].casefold() in by_stem:
+        photo = by_stem[name[1].casefold()]
+        raise _Refused(f"It looks like the mask of '{photo.name}'; save it as '{photo.stem}{MASK_ENDING}'.")
+
+
+def _refuse_a_taken_name(path: Path, others: Sequence[Path]) -> None:
+    other = next((other for other in others if other.stem.casefold() == path.stem.casefold()), None)
+    if other is not None:
+        raise _Refused(f"It is called as '{other.name}' is, so that captions and masks cannot be told apart; rename one of them.")
 
 
 def _same_picture(one: _Fingerprint, other: _Fingerprint) -> bool:

@@ -82,6 +82,8 @@ def read_drawing(path: Path) -> Drawing:
         with Image.open(path, formats=("PNG",)) as opened:
             opened.load()
             chunks = {key: str(value) for key, value in getattr(opened, "text", {}).items()}
+    except FileNotFoundError as error:
+        raise InputError(f"There is no picture '{path}'.") from error
     except Exception as error:  # a damaged file can make a decoder raise anything
         raise InputError(f"'{path.name}' is no PNG picture; give one that was drawn here or in AUTOMATIC1111.") from error
     head, _, last = chunks.get("parameters", "").rpartition("\n")

@@ -23,6 +23,11 @@ def tokens_in(prompt: str, tokens: Collection[str]) -> list[str]:
     return list(dict.fromkeys(written[match.group().lower()] for match in any_of(tokens).finditer(prompt)))
 
 
+def marked_words(prompt: str, tokens: Collection[str]) -> list[str]:
+    """Return the words between angle brackets in `prompt` that are none of `tokens`, such as a token that is misspelt."""
+    return [word for word in dict.fromkeys(re.findall(r"<[^<>\s]+>", prompt)) if not tokens_in(word, tokens)]
+
+
 def expand_prompt(prompt: str, words: Mapping[str, str]) -> str:
     """Write every token as the words that stand for it: `<V1>` becomes `<V1> <V1>_1`, or its class word."""
     if not words:

@@ -183,7 +183,7 @@ def _in_class_words(prompt: str, tokens: Sequence[str], class_words: Mapping[str
     if unknown:
         raise InputError(
             f"The prompt {which} holds {', '.join(unknown)}, for which no class word is known; "
-            f"give one, as in class_words={{'{unknown[0]}': 'dog'}}, or leave its reference photos out."
+            f"give one, as in --class-word \"{unknown[0]}=dog\" of 'score', or leave its reference photos out."
         )
     return text
 

@@ -255,3 +255,21 @@ def test_class_words() -> None:
 def test_a_concept_is_checked_when_made(tmp_path: Path) -> None:
     with pytest.raises(PhotoError, match="The concept '<V1>' has no examples"):
         Concept(token="<V1>", class_word="dog", examples=(), source=tmp_path)
+
+
+def test_captions_and_masks_are_found_in_any_case(tmp_path: Path) -> None:
+    save_photo(tmp_path, "One.jpg")
+    (tmp_path / "one.TXT").write_text("<V1> asleep", encoding="utf-8")
+    Image.new("L", (64, 48), 255).save(tmp_path / "One-Mask.PNG")
+    (example,) = load(tmp_path).examples
+    assert example.caption == "<TOK> asleep" and example.mask is not None
+
+
+def test_captions_and_masks_of_no_photo_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    save_photo(tmp_path, "1.jpg")
+    Image.new("L", (64, 64), 255).save(tmp_path / "2-mask.png")
+    for name in ("1.txt", "3.txt", "README.txt"):
+        (tmp_path / name).write_text("<V1> asleep", encoding="utf-8")
+    load(tmp_path)
+    named = [record.getMessage() for record in caplog.records if "belongs to no photo" in record.getMessage()]
+    assert len(named) == 2 and "2-mask.png" in named[0] and "3.txt" in named[1]

@@ -282,3 +282,20 @@ def test_a_blurred_photo_is_used_and_named_with_the_remedy(tmp_path: Path) -> No
     advice = {photo.path.name: photo.advice for photo in read_photos(tmp_path).photos}
     assert advice["sharp.png"] is None
     assert "blurred; a sharp photo teaches more" in (advice["soft.png"] or "")
+
+
+def test_two_photos_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    picture(1).save(tmp_path / "a.jpg")
+    picture(2).save(tmp_path / "A.png")
+    report = read_photos(tmp_path)
+    assert len(report.photos) == 1
+    assert "so that captions and masks cannot be told apart; rename one of them" in str(report.problems[0])
+
+
+@pytest.mark.parametrize("name", ["a-mask.jpg", "a_mask.png", "A_Mask.webp"])
+def test_a_mask_of_another_spelling_is_no_photo(name: str, tmp_path: Path) -> None:
+    picture(1).save(tmp_path / "a.jpg")
+    picture(2).save(tmp_path / name)
+    report = read_photos(tmp_path)
+    assert [photo.path.name for photo in report.photos] == ["a.jpg"]
+    assert "It looks like the mask of 'a.jpg'; save it as 'a-mask.png'." in str(report.problems[0])

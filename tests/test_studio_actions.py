@@ -141,6 +141,8 @@ def test_from_photos_to_a_file_that_diffusers_loads(tiny_studio: Studio, photo_f
     both = drawing_from({"prompt": "<one> and <two>", "count": 2, "steps": 1, "seed": 7})
     with pytest.raises(InputError, match="The chosen adapter has no <two>; fuse <one> and <two> first"):
         generate(studio, adapters[0], both)
+    with pytest.raises(InputError, match="No concept here is called <onee>; the chosen adapter has <one>"):
+        generate(studio, adapters[0], drawing_from({"prompt": "<one> beside <onee>"}))
     fuse(studio, adapters, [1.0, 0.5], title="My pair!", settle=2)
     work(studio)
     pair = next(card for card in adapter_cards(studio) if card.name.startswith("fused/"))

@@ -22,6 +22,7 @@ from spectral_diffusion.photos import (
     MASK_ENDING,
     MAX_PHOTOS,
     Photo,
+    caption_path,
     list_pictures,
     mask_path,
     read_photo,
@@ -111,7 +112,7 @@ def check_count(files: Sequence[Path]) -> None:
 
 def set_caption(studio: Studio, name: str, photo: str, caption: str) -> None:
     """Write the caption of a photo; an empty one is the default again."""
-    path = _photo(studio, name, photo).with_suffix(".txt")
+    path = caption_path(_photo(studio, name, photo))
     text = " ".join(caption.split())
     if text and text != DEFAULT_CAPTION:
         write_atomically(path, lambda temporary: temporary.write_text(f"{text}\n", encoding="utf-8"))
@@ -172,7 +173,7 @@ def crop_previews(studio: Studio, name: str, photo: str, side: int, count: int =
 def remove_photo(studio: Studio, name: str, photo: str) -> None:
     """Move a photo with its caption and mask to the removed ones."""
     path = _photo(studio, name, photo)
-    for part in (path, path.with_suffix(".txt"), mask_path(path)):
+    for part in (path, caption_path(path), mask_path(path)):
         put_away(studio, part)
     _thumbnail(studio, name, path).unlink(missing_ok=True)
 

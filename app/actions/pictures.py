@@ -19,7 +19,7 @@ from spectral_diffusion.condition_picture import Condition, condition_from_recor
 from spectral_diffusion.drawing import Drawing, random_seed
 from spectral_diffusion.errors import InputError
 from spectral_diffusion.files import files_in
-from spectral_diffusion.prompt_tokens import listed, tokens_in
+from spectral_diffusion.prompt_tokens import listed, marked_words, tokens_in
 from spectral_diffusion.regions import region_from_record, region_record
 
 SORTS = ("newest", "text score", "likeness")
@@ -130,6 +130,8 @@ def _check_named(studio: Studio, name: str, drawing: Drawing) -> None:
         whole = next((card.label for card in cards if {*named} <= {*card.tokens}), None)
         remedy = f"choose '{whole}'" if whole else f"fuse {listed(named)} first"
         raise InputError(f"The chosen adapter has no {listed(missing)}; {remedy}.")
+    if unknown := marked_words(drawing.words, having):
+        raise InputError(f"No concept here is called {listed(unknown)}; the chosen adapter has {listed(having)}.")
 
 
 def compare(studio: Studio, adapters: Sequence[str], drawing: Drawing, x: Axis, y: Axis) -> str:

@@ -12,9 +12,10 @@ import argparse
 import sys
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from importlib.metadata import version
+from pathlib import Path
 from types import ModuleType
 
 from spectral_diffusion.cli import compare, demo, export, fuse, generate, import_lora, info, mask, score, studio, train
@@ -27,6 +28,7 @@ from spectral_diffusion.stages import listening
 __all__ = ["COMMANDS", "main"]
 
 FAILED, WRONG_USE = 1, 2
+_STOPPED = "Stopped by Ctrl-C."
 
 COMMANDS: dict[str, ModuleType] = {
     "mask": mask,
@@ -70,6 +72,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             arguments = _build_parser(words).parse_args(words)
         except SystemExit as leaving:
             return leaving.code if isinstance(leaving.code, int) else 0
+        except KeyboardInterrupt:
+            print(f"Error: {_STOPPED}", file=sys.stderr)
+            return FAILED
         return _run(arguments, display)
 
 
@@ -96,16 +101,24 @@ def _run(arguments: argparse.Namespace, display: StageDisplay) -> int:
     console = Console(json_target=arguments.json)
     try:
         console.check()
+        for path in _files_of(arguments):
+            console.keep_off(path)
         with closing(display), listening(display.show):
             return COMMANDS[arguments.command].run(arguments, console)
     except SpectralDiffusionError as error:
         return _fail(str(error), arguments)
     except KeyboardInterrupt:
-        return _fail("Stopped by Ctrl-C.", arguments)
+        return _fail(_STOPPED, arguments)
     except Exception as error:  # whatever happens, the user gets a sentence
         what = " ".join(f"{type(error).__name__}: {error}".split())[:300].rstrip(".: ")
         hint = "" if arguments.debug else "; run it again with --debug to see where"
         return _fail(f"Something unexpected went wrong ({what}){hint}.", arguments)
+
+
+def _files_of(arguments: argparse.Namespace) -> Iterator[Path]:
+    """Yield every file or folder that the user named."""
+    for value in vars(arguments).values():
+        yield from (one for one in (value if isinstance(value, list) else [value]) if isinstance(one, Path))
 
 
 def _fail(sentence: str, arguments: argparse.Namespace) -> int:

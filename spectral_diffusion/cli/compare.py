@@ -45,10 +45,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--prompt", default="", metavar="TEXT", help="what to draw, unless an axis says it")
     parser.add_argument("--negative-prompt", metavar="TEXT", help="what not to draw")
-    add_drawing_options(parser, without=("count",))
+    add_drawing_options(parser, without=("count",), seed="seed of every picture (default: any)")
     axis = pair_type('"seed=1,2,3"')
     names = f"one of {', '.join(AXES)}; prompts between |, other values between commas"
-    parser.add_argument("--x", type=axis, default=("seed", "1,2,3"), metavar="NAME=VALUES", help=f"what differs across: {names}")
+    parser.add_argument(
+        "--x",
+        type=axis,
+        default=("seed", "1,2,3"),
+        metavar="NAME=VALUES",
+        help=f"what differs across: {names} (default: seed=1,2,3)",
+    )
     parser.add_argument("--y", type=axis, required=True, metavar="NAME=VALUES", help="what differs down, written like --x")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.png", help="the grid; the table FILE.csv lies beside it")
     parser.add_argument("--force", action="store_true", help="replace a grid that is there")

@@ -19,6 +19,7 @@ from typing import Any
 from tqdm import tqdm
 
 from spectral_diffusion.cli.outputs import check_file
+from spectral_diffusion.errors import InputError
 from spectral_diffusion.files import write_atomically
 from spectral_diffusion.stages import counted
 
@@ -43,9 +44,17 @@ class Console:
         if self.json_target not in (None, STDOUT):
             check_file(Path(self.json_target), "--json")
 
+    def keep_off(self, path: Path) -> None:
+        """Raise `InputError` when the data would overwrite `path`, which the command reads or writes otherwise."""
+        if self.json_target not in (None, STDOUT) and Path(self.json_target).resolve() == path.resolve():
+            raise InputError(f"'{path}' is used by this command and would be overwritten; choose another --json.")
+
     def say(self, text: str) -> None:
-        """Write a line for people; to stderr when stdout is for data."""
-        tqdm.write(text, file=sys.stderr if self.json_target == STDOUT else sys.stdout)
+        """Write a line for people; to stderr when stdout is for data. Where nobody reads any more, the work goes on."""
+        try:
+            tqdm.write(text, file=sys.stderr if self.json_target == STDOUT else sys.stdout)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     def give(self, data: Any) -> None:
         """Write `data` as JSON where the user asked for it.

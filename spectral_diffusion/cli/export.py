@@ -52,13 +52,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--rank", type=int, metavar="R", help="compress a LoRA to this rank and print the errors (default: exact)"
     )
     parser.add_argument("--preview", type=Path, metavar="PICTURE", help="shown for a kohya LoRA, written beside it as a .png")
-    add_base_options(parser)
+    add_base_options(parser, "with --format checkpoint: the embedded base")
     add_json_option(parser, "the names of the files and words")
 
 
 def run(arguments: argparse.Namespace, console: Console) -> int:
     """Export, and say where the files go and what to type."""
     _check_use(arguments)
+    if arguments.format == "kohya":
+        console.keep_off(arguments.out.with_suffix(".json"))  # what AUTOMATIC1111 reads beside it
     open_libraries()
     from spectral_diffusion.adapter_file import load_adapter
     from spectral_diffusion.export import places, remarks
@@ -98,8 +100,9 @@ def _check_use(arguments: argparse.Namespace) -> None:
         raise InputError(f"--rank is for LoRAs; leave it out for --format {format}.")
     if arguments.preview is not None and format != "kohya":
         raise InputError(f"--preview is for kohya LoRAs; leave it out for --format {format}.")
-    if arguments.base is not None and format != "checkpoint":
-        raise InputError(f"--base is for checkpoints, which it is merged into; leave it out for --format {format}.")
+    for option, given in (("--base", arguments.base), ("--prediction-type", arguments.prediction_type)):
+        if given is not None and format != "checkpoint":
+            raise InputError(f"{option} is for checkpoints, which it is merged into; leave it out for --format {format}.")
 
 
 def _strengths(arguments: argparse.Namespace) -> dict[str, float]:

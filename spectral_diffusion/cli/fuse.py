@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -21,9 +22,12 @@ from spectral_diffusion.cli.options import (
     load_chosen_base,
     unique_pairs,
 )
-from spectral_diffusion.cli.outputs import check_file, check_output
+from spectral_diffusion.cli.outputs import check_output
+from spectral_diffusion.errors import InputError
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from spectral_diffusion.adapter import Adapter
     from spectral_diffusion.training import TrainingResult
 
@@ -49,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--allow-overlap", action="store_true", help="accept adapters trained on overlapping bands")
     parser.add_argument(
         "--settle",
-        type=int,
+        type=_steps,
         nargs="?",
         const=SETTLING_STEPS,
         metavar="STEPS",
@@ -65,16 +69,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_device_option(parser)
 
 
+def _steps(text: str) -> int:
+    """Return the number of steps; what follows `--settle` may be meant as an adapter."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"'{text}' is no number of steps; write --settle behind the adapters")
+    return int(text)
+
+
 def run(arguments: argparse.Namespace, console: Console) -> int:
     """Fuse, save, and say what was made."""
     check_output(arguments.out, force=arguments.force, inputs=arguments.adapters)
-    references = unique_pairs(arguments.references, "--references")
-    if arguments.report is not None:
-        check_file(arguments.report, "--report")
+    _check_use(arguments, console)
     from spectral_diffusion.adapter_file import load_adapter, save_adapter
     from spectral_diffusion.fusion import fuse, trained_apart
+    from spectral_diffusion.training import can_settle
 
     adapters = [load_adapter(path) for path in arguments.adapters]
+    photos = _photos(arguments, [token for adapter in adapters for token in adapter.tokens])
     checkpoint = arguments.out.with_name(f"{arguments.out.name}.checkpoint")
     join = partial(fuse, strengths=arguments.strength, allow_overlap=arguments.allow_overlap)
     if arguments.settle is not None:
@@ -85,16 +96,45 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
         adapters = [result.adapter for result in results]
     fused = join(adapters, method=arguments.method)
     save_adapter(fused, arguments.out)
-    checkpoint.unlink(missing_ok=True)
+    if arguments.settle is not None:
+        checkpoint.unlink(missing_ok=True)
     data = adapter_data(fused, arguments.out)
     for line in adapter_lines(data):
         console.say(line)
     if trained_apart(fused.concepts):
-        console.say("  These were trained apart and lose identity in one adapter; --settle teaches it back, without photos.")
+        remedy = "; --settle teaches it back, without photos" if can_settle(adapters) else ""
+        console.say(f"  These were trained apart and lose identity in one adapter{remedy}.")
     if arguments.report is not None:
-        data["report"] = _report(arguments, fused, references, console)
+        data["report"] = _report(arguments, fused, photos, console)
     console.give(data)
     return 0
+
+
+def _check_use(arguments: argparse.Namespace, console: Console) -> None:
+    if arguments.report is not None:
+        for path in (arguments.report, arguments.report.with_suffix(".json")):
+            check_output(path, force=arguments.force, inputs=[*arguments.adapters, arguments.out], option="--report")
+            console.keep_off(path)
+        return
+    for option, given in (("--references", arguments.references), ("--clip", arguments.clip)):
+        if given:
+            raise InputError(f"{option} is for the report; give --report too, or leave it out.")
+    if arguments.base is not None and arguments.settle is None:
+        raise InputError("--base is for --report and --settle, which draw on it; leave it out.")
+
+
+def _photos(arguments: argparse.Namespace, tokens: Sequence[str]) -> dict[str, list[Image.Image]]:
+    """Return the photos that the report compares with, read before anything takes long."""
+    from spectral_diffusion.clip_scorer import load_scorer
+    from spectral_diffusion.photos import read_photos, require_photos
+
+    folders = {token: Path(folder) for token, folder in unique_pairs(arguments.references, "--references").items()}
+    unknown = folders.keys() - set(tokens)
+    if unknown:
+        raise InputError(f"--references names '{min(unknown)}', which none of the adapters has; they have {', '.join(tokens)}.")
+    if arguments.clip is not None:
+        load_scorer(arguments.clip)  # one that is not here is said now
+    return {token: [photo.image for photo in require_photos(read_photos(folder), folder)] for token, folder in folders.items()}
 
 
 def _settle(arguments: argparse.Namespace, adapters: list[Adapter], checkpoint: Path) -> list[TrainingResult]:
@@ -109,15 +149,14 @@ def _settle(arguments: argparse.Namespace, adapters: list[Adapter], checkpoint: 
         )
 
 
-def _report(arguments: argparse.Namespace, fused: Adapter, references: dict[str, str], console: Console) -> dict[str, Any]:
+def _report(
+    arguments: argparse.Namespace, fused: Adapter, photos: dict[str, list[Image.Image]], console: Console
+) -> dict[str, Any]:
     """Write the report, say the verdicts, and return its figures."""
     open_libraries()
     from spectral_diffusion.clip_scorer import load_scorer
     from spectral_diffusion.fusion_report import report_fusion, save_report
-    from spectral_diffusion.photos import read_photos, require_photos
 
-    folders = {token: Path(folder) for token, folder in references.items()}
-    photos = {token: [photo.image for photo in require_photos(read_photos(folder), folder)] for token, folder in folders.items()}
     base, scorer = load_chosen_base(arguments), load_scorer(arguments.clip, device=arguments.device or "cpu")
     with closing(CountDisplay("report", "picture")) as display:
         report = report_fusion(base, fused, scorer, photos, on_picture=display.show)

@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PATH",
         help="the T2I-Adapter that reads it: a diffusers folder or a hub id (the embedded base has its own, for sketches)",
     )
-    parser.add_argument("--condition-strength", type=float, default=1.0, metavar="X", help="how strictly (default: %(default)g)")
+    parser.add_argument("--condition-strength", type=float, metavar="X", help="how strictly it is followed (default: 1)")
     parser.add_argument("--batch", type=int, default=8, metavar="N", help="pictures at once (default: %(default)s)")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where the pictures are added")
     parser.add_argument(
@@ -67,8 +67,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_json_option(parser, "the list of pictures")
 
 
-def add_drawing_options(parser: argparse.ArgumentParser, without: Sequence[str] = ()) -> None:
-    """Add the options whose defaults are those of `Drawing`, all but those called in `without`."""
+def add_drawing_options(
+    parser: argparse.ArgumentParser,
+    without: Sequence[str] = (),
+    seed: str = "seed of the first picture; each next has one more (default: any)",
+) -> None:
+    """Add the options whose defaults are those of `Drawing`, all but those called in `without`; `seed` is that one's help."""
     from spectral_diffusion.drawing import SCHEDULERS, Drawing
 
     default = {field.name: field.default for field in fields(Drawing)}
@@ -77,7 +81,7 @@ def add_drawing_options(parser: argparse.ArgumentParser, without: Sequence[str] 
         "seed": {
             "type": int,
             "metavar": "N",
-            "help": "seed of the first picture; each next has one more (default: any)",
+            "help": seed,
         },
         "steps": {"type": int, "metavar": "N", "help": f"denoising steps (default: {default['steps']})"},
         "guidance": {
@@ -104,6 +108,7 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
     from spectral_diffusion.adapter_file import load_adapter
     from spectral_diffusion.album import Album
     from spectral_diffusion.generation import generate
+    from spectral_diffusion.prompt_tokens import marked_words
 
     adapter = load_adapter(arguments.adapter) if arguments.adapter else None
     drawing = _drawing(arguments, adapter.class_words if adapter else {})
@@ -112,6 +117,10 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
     if adapter is not None:
         _check_fit(base, adapter)
         _warn_if_lost(adapter, drawing)
+    unknown = marked_words(drawing.words, adapter.tokens if adapter else ())
+    if unknown:
+        having = f"has {', '.join(adapter.tokens)}" if adapter else "is missing"
+        logger.warning("The prompt names %s, but the adapter %s; it is read as plain letters.", ", ".join(unknown), having)
     _show_steps(base)
     album = Album(arguments.out, Path(base.source).name)
     records: list[dict[str, Any]] = []
@@ -133,6 +142,8 @@ def _drawing(arguments: argparse.Namespace, class_words: Mapping[str, str]) -> D
     """Return what to draw: what was given goes before the defaults of `Drawing`."""
     from spectral_diffusion.drawing import Drawing, random_seed
 
+    if arguments.whole and arguments.adapter is None:
+        raise InputError("--whole is about an adapter's concepts; give --adapter too, or leave it out.")
     if arguments.batch < 1:
         raise InputError(f"batch must be at least 1, got {arguments.batch}.")
     given = {field.name: getattr(arguments, field.name) for field in fields(Drawing)}
@@ -148,20 +159,27 @@ def _regions(arguments: argparse.Namespace, class_words: Mapping[str, str]) -> t
     listed: tuple[Region, ...] = ()
     if arguments.regions == "auto":
         listed = suggest_regions(arguments.prompt, class_words)
+        if not listed:
+            having = f"of {', '.join(class_words)}" if class_words else "without --adapter"
+            raise InputError(f"--regions auto gives each token of the prompt a column, but it names none {having}.")
     elif arguments.regions is not None:
         listed = read_regions(Path(arguments.regions))
-    return (*listed, *(parse_region(text) for text in arguments.region))
+    listed = (*listed, *(parse_region(text) for text in arguments.region))
+    if arguments.confined is not None and not listed:
+        raise InputError("--confined and --no-confined say how regions are drawn; give --region or --regions too.")
+    return listed
 
 
 def _condition(arguments: argparse.Namespace) -> Condition | None:
     from spectral_diffusion.condition_picture import read_condition
 
-    adapter, photo = arguments.condition_adapter or "", arguments.condition_photo
-    if arguments.condition is None:
-        if adapter or photo:
-            raise InputError("--condition-adapter and --condition-photo say how --condition is read; give the picture too.")
-        return None
-    return read_condition(arguments.condition, adapter, arguments.condition_strength, photo=photo)
+    options = {"adapter": "condition_adapter", "strength": "condition_strength", "photo": "condition_photo"}
+    given = {name: value for name, option in options.items() if (value := getattr(arguments, option)) not in (None, False)}
+    if arguments.condition is not None:
+        return read_condition(arguments.condition, **given)
+    if given:
+        raise InputError(f"--condition-{next(iter(given))} says how --condition is read; give the picture too.")
+    return None
 
 
 def _check_fit(base: Base, adapter: Adapter) -> None:

@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--class-word", required=True, metavar="WORD", help="what it is; without --embedding the token stands for these words"
     )
     parser.add_argument("--embedding", type=Path, metavar="FILE", help="the embedding that was trained with the LoRA")
-    add_base_options(parser)
+    add_base_options(parser, "none, its family is told from the file")
     add_out_options(parser, "the adapter")
     add_json_option(parser, "what was made")
 

@@ -23,7 +23,7 @@ SUMMARY = "show what an adapter file holds, or how a picture was drawn"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.add_argument("file", type=Path, metavar="FILE", help="an adapter file, or a PNG drawn here or in AUTOMATIC1111")
-    add_base_options(parser)
+    add_base_options(parser, "none, it is compared with nothing")
     add_json_option(parser, "it")
 
 

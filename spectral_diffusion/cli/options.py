@@ -24,13 +24,13 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"Error: {message} (see '{self.prog} --help').\n")
 
 
-def add_base_options(parser: argparse.ArgumentParser) -> None:
-    """Add `--base` and `--prediction-type`."""
+def add_base_options(parser: argparse.ArgumentParser, default: str = "the embedded base, a small toy world") -> None:
+    """Add `--base` and `--prediction-type`; `default` says what stands where the former is left out."""
     parser.add_argument(
         "--base",
         metavar="BASE",
         help="Stable Diffusion 1, 2 or XL: one checkpoint file (.safetensors, .ckpt), a diffusers folder or a hub id "
-        "(default: the embedded base, a small toy world)",
+        f"(default: {default})",
     )
     parser.add_argument(
         "--prediction-type",
@@ -39,9 +39,9 @@ def add_base_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_device_option(parser: argparse.ArgumentParser) -> None:
-    """Add `--device`."""
-    parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps (default: a GPU if there is one)")
+def add_device_option(parser: argparse.ArgumentParser, default: str = "a GPU if there is one") -> None:
+    """Add `--device`; `default` says what stands where it is left out."""
+    parser.add_argument("--device", metavar="NAME", help=f"cpu, cuda, cuda:1, mps (default: {default})")
 
 
 def add_json_option(parser: argparse.ArgumentParser, what: str) -> None:

@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "(default: the embedded one, which knows the embedded base's toy world only)",
     )
     parser.add_argument("--judge", action="store_true", help="let the judge say which toy-world characters are there")
-    add_device_option(parser)
+    add_device_option(parser, "cpu")
     add_json_option(parser, "the scores")
 
 

@@ -126,6 +126,8 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
     known = known_adapters(arguments.avoid, base, except_for=[*outs, *(arguments.start or ())])
     start = [load_adapter(path) for path in starts if path]
     if start:
+        if arguments.band is not None:
+            raise InputError("--start goes on on the band that the adapter has; leave --band out.")
         parts = [adapter.concept(word) for adapter, word in zip(start, words, strict=True)]
         bands = _bands_again(parts, settings.rank, known, arguments)
     else:
