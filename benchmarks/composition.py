@@ -97,9 +97,9 @@ class Judged:
 
 
 def training_settings(base: Base, name: str, form: str, together: bool) -> TrainingSettings:
-    """Return how the concepts of a joining are trained: as the preset `name` says, whose rates are LoRA's best too."""
-    settings = preset(name, base, together=together)
-    return replace(settings, parametrisation=form, isolation=settings.isolation if together else len(CONCEPTS))
+    """Return how the concepts of a joining are trained: as the preset `name` says, at the rates that are best for the form."""
+    settings = preset(name, base, concepts=len(CONCEPTS) if together else 1, changes={"parametrisation": form})
+    return settings if together else replace(settings, isolation=len(CONCEPTS))
 
 
 def trained(base: Base, together: bool, settings: TrainingSettings, folder: Path) -> dict[str, Adapter]:

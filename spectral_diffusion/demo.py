@@ -141,7 +141,7 @@ def run_demo(
         raise InputError(f"'{foreign[0]}' was not made by the demo and would be overwritten; choose another folder.")
     started = time.monotonic()
     base = load_base()
-    settings = settings or preset("balanced", base, together=True)
+    settings = settings or preset("balanced", base, concepts=len(names))
     concepts = {concept.token: concept for concept in (load_concept(SAMPLES_FOLDER / name) for name in names)}
     characters = dict(zip(concepts, names, strict=True))
     trained, training_seconds = _train_all(base, concepts, settings, out, on_line, on_progress)

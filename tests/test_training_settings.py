@@ -55,10 +55,13 @@ def test_presets_are_chosen_by_name_and_take_longer_in_turn(base: Base) -> None:
         steps = [preset(name, family).steps for name in PRESETS]
         assert steps == sorted(set(steps))
     real = replace(base, family="sd1")
-    assert [preset("balanced", one, together=True).isolation for one in (base, real)] == [0, preset("balanced", real).isolation]
-    assert [preset("balanced", base, together=together).token_distance > 0 for together in (False, True)] == [True, False]
-    assert [preset("balanced", base, together=together).scenes > 0 for together in (False, True)] == [True, False]
-    assert [preset("balanced", base, together=together).inertness for together in (False, True)] == [2, 0.5]
+    assert [preset("balanced", one, concepts=2).isolation for one in (base, real)] == [0, preset("balanced", real).isolation]
+    assert [preset("balanced", base, concepts=concepts).token_distance > 0 for concepts in (1, 2)] == [True, False]
+    assert [preset("balanced", base, concepts=concepts).scenes > 0 for concepts in (1, 2)] == [True, False]
+    assert [preset("balanced", base, concepts=concepts).inertness for concepts in (1, 2)] == [2, 0.5]
+    assert [preset("balanced", base, concepts=concepts).unet_rate for concepts in (1, 2, 3)] == [3e-3, 3e-3, 1.5e-3]
+    for changes in ({"parametrisation": "lora"}, {"steps": 400}):
+        assert preset("balanced", base, concepts=3, changes=changes).unet_rate == 3e-3
     assert [preset("balanced", one).weakest_first for one in (base, real)] == [True, False]
     forms = [preset("balanced", base, changes={"parametrisation": form}) for form in ("additive", "lora", "dora")]
     assert ["conv1" in form.layers for form in forms] == [True, True, False]

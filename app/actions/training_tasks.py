@@ -85,7 +85,7 @@ def train_task(arguments: dict[str, Any], context: TaskContext) -> dict[str, Any
     studio, names = studio_of(context), arguments["concepts"]
     base = chosen_base(arguments["settings"])
     concepts = [load_concept(concept_folder(studio, name)) for name in names]
-    settings = preset(arguments["preset"], base, together=len(names) > 1, changes=arguments["changes"])
+    settings = preset(arguments["preset"], base, concepts=len(names), changes=arguments["changes"])
     outs = [studio.folder("adapters") / f"{name}.safetensors" for name in names]
     checkpoint = outs[0].with_name(f"{outs[0].name}.checkpoint")
     known = known_adapters([studio.folder("adapters")], base, except_for=outs)

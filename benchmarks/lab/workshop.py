@@ -81,15 +81,16 @@ class Workshop:
                 render_concept(folder, name, fetch_sprites(self.adapters.parent / "drawings"), seed)
         return load_concept(folder)
 
-    def settings(self, changes: Mapping[str, Any]) -> TrainingSettings:
+    def settings(self, changes: Mapping[str, Any], group: Sequence[str] = ()) -> TrainingSettings:
         """Return the preset `balanced` of the base with `changes`, on linear layers only: those that every rival can adapt.
 
         Two of the changes choose the preset: with `linear = false` it is on the layers and at the rank that ship, of whatever
-        parametrisation, with `together = true` it is that of several concepts in one go.
+        parametrisation, with `together = true` it is that of the concepts of `group` in one go.
         """
         chosen, ships = dict(changes), preset("balanced", self.base)
         layers = LINEAR if chosen.pop("linear", True) else {"rank": ships.rank, "layers": ships.layers}
-        return preset("balanced", self.base, together=chosen.pop("together", False), changes={**layers, **chosen})
+        concepts = len(group) if chosen.pop("together", False) else 1
+        return preset("balanced", self.base, concepts=concepts, changes={**layers, **chosen})
 
     def shapes(self, settings: TrainingSettings) -> list[tuple[int, int]]:
         """Return the shapes of the layers that `settings` adapt."""
@@ -104,7 +105,7 @@ class Workshop:
         Raises:
             Postponed: another process is training it.
         """
-        settings = self.settings(changes)
+        settings = self.settings(changes, group)
         if not group and settings.parametrisation not in BANDED:  # two LoRAs of one seed begin with the same random directions
             settings = replace(settings, seed=settings.seed + 1000 * slot)
         slots = dict(zip(group, range(len(group)), strict=True)) or {name: slot}

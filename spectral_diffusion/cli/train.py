@@ -166,7 +166,7 @@ def _chosen_settings(arguments: argparse.Namespace, base: Base) -> TrainingSetti
     given = {field.name: getattr(arguments, field.name) for field in fields(TrainingSettings)}
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     changes = {name: value for name, value in given.items() if value is not None}
-    return preset(arguments.preset, base, together=len(arguments.photos) > 1, changes=changes)
+    return preset(arguments.preset, base, concepts=len(arguments.photos), changes=changes)
 
 
 def _bands_again(
