@@ -171,7 +171,7 @@ def test_the_command_line_takes_a_condition(
     assert own["condition"] == {"adapter": str(condition_adapter("tiny")), "strength": 2, "photo": False}
     for options in (condition[2:], ["--condition-photo"]):
         assert main([*words, "--out", str(tmp_path / "plain"), *options]) == 1
-        assert "--condition-photo say how --condition is read; give the picture too" in capsys.readouterr().err
+        assert f"{options[0]} says how --condition is read; give the picture too" in capsys.readouterr().err
 
 
 def test_the_file_of_a_picture_without_a_condition_names_none(tiny_base_folder: Path, tmp_path: Path) -> None:
