@@ -134,7 +134,7 @@ def band_again(part: ConceptPart, rank: int) -> Band:
     return part.band or Band(start=0, rank=rank)
 
 
-def who_has_of(part: ConceptPart, taken: Sequence[TakenBand]) -> str | None:
+def band_clash(part: ConceptPart, taken: Sequence[TakenBand]) -> str | None:
     """Return a sentence that says which of `taken` has directions of `part` too, so that training it longer is of no use to both.
 
     None where it has its band to itself, or needs none.

@@ -23,6 +23,8 @@ from spectral_diffusion.generation import generate
 from spectral_diffusion.score import PictureScore, check_can_be_scored, score_pictures
 from spectral_diffusion.toyworld.judge import Judge
 
+_OF_ADAPTERS = ("strength", "method")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
@@ -118,9 +120,6 @@ def compare(
         on_picture(paths[-1])
     report = score_pictures(paths, references, scorer, judge, class_words=class_words)
     return Comparison(x=x, y=y, scores=report.pictures, images=tuple(images))
-
-
-_OF_ADAPTERS = ("strength", "method")
 
 
 def _choose(

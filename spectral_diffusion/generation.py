@@ -63,7 +63,7 @@ def generate(
     """
     _check_regions(drawing, adapter.tokens if adapter else ())
     if adapter is not None and not whole:
-        adapter = _named_only_said(adapter, drawing)
+        adapter = _asked_for(adapter, drawing)
     drawing = _decided(drawing, base, adapter)
     words = {concept.token: concept.words for concept in adapter.concepts} if adapter else {}
     class_words = adapter.class_words if adapter else {}
@@ -80,8 +80,8 @@ def generate(
     return pictures
 
 
-def _named_only_said(adapter: Adapter, drawing: Drawing) -> Adapter:
-    """Return `named_only` and say which tokens mean nothing where they stand."""
+def _asked_for(adapter: Adapter, drawing: Drawing) -> Adapter:
+    """Return what `named_only` does, and say which tokens mean nothing where they stand."""
     named = named_only(adapter, drawing.words)
     negative = "\n".join([drawing.negative_prompt, *(region.negative_prompt for region in drawing.regions)])
     lost = [token for token in tokens_in(negative, adapter.tokens) if token not in named.tokens]

@@ -22,12 +22,12 @@ from spectral_diffusion.album import save_samples
 from spectral_diffusion.band_plan import (
     TakenBand,
     band_again,
+    band_clash,
     choose_band,
     fewest_directions,
     known_adapters,
     neighbours,
     taken_bands,
-    who_has_of,
 )
 from spectral_diffusion.bands import Band
 from spectral_diffusion.base import Base
@@ -92,7 +92,7 @@ def train_task(arguments: dict[str, Any], context: TaskContext) -> dict[str, Any
     start = [load_adapter(out) for out in outs] if arguments["longer"] else []
     if start:
         parts = [adapter.concept(concept.token) for adapter, concept in zip(start, concepts, strict=True)]
-        for clash in filter(None, (who_has_of(part, taken_bands(known)) for part in parts)):
+        for clash in filter(None, (band_clash(part, taken_bands(known)) for part in parts)):
             logger.warning(clash)
         bands = [band_again(part, settings.rank) for part in parts]
     else:

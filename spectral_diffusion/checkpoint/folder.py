@@ -84,8 +84,9 @@ def _variant(folder: Path) -> str | None:
 
 def _precision(folder: Path, variant: str | None) -> torch.dtype:
     """Return the precision of a model's weights, told by their first tensor; float32 for other files than safetensors."""
-    files = sorted(folder.glob("*.safetensors"))
-    for file in files if variant else (file for file in files if "." not in file.stem):  # of several, the plain one is loaded
+    for file in sorted(folder.glob("*.safetensors")):
+        if not (f".{variant}" in file.name if variant else "." not in file.stem):
+            continue  # of several precisions another one is loaded
         try:
             with safe_open(file, "pt") as weights:
                 dtype = weights.get_tensor(next(iter(weights.keys()))).dtype

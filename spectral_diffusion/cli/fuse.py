@@ -18,6 +18,7 @@ from spectral_diffusion.cli.options import (
     add_json_option,
     add_out_options,
     add_references_option,
+    check_device,
     html_file,
     load_chosen_base,
     unique_pairs,
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from spectral_diffusion.adapter import Adapter
+    from spectral_diffusion.clip_scorer import ClipScorer
     from spectral_diffusion.training import TrainingResult
 
 SUMMARY = "join several adapters into one"
@@ -85,7 +87,8 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
     from spectral_diffusion.training import can_settle
 
     adapters = [load_adapter(path) for path in arguments.adapters]
-    photos = _photos(arguments, [token for adapter in adapters for token in adapter.tokens])
+    tokens = [token for adapter in adapters for token in adapter.tokens]
+    compared_with = _compared_with(arguments, tokens) if arguments.report is not None else None
     checkpoint = arguments.out.with_name(f"{arguments.out.name}.checkpoint")
     join = partial(fuse, strengths=arguments.strength, allow_overlap=arguments.allow_overlap)
     if arguments.settle is not None:
@@ -104,8 +107,8 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
     if trained_apart(fused.concepts):
         remedy = "; --settle teaches it back, without photos" if can_settle(adapters) else ""
         console.say(f"  These were trained apart and lose identity in one adapter{remedy}.")
-    if arguments.report is not None:
-        data["report"] = _report(arguments, fused, photos, console)
+    if compared_with is not None:
+        data["report"] = _report(arguments, fused, *compared_with, console)
     console.give(data)
     return 0
 
@@ -123,18 +126,19 @@ def _check_use(arguments: argparse.Namespace, console: Console) -> None:
         raise InputError("--base is for --report and --settle, which draw on it; leave it out.")
 
 
-def _photos(arguments: argparse.Namespace, tokens: Sequence[str]) -> dict[str, list[Image.Image]]:
-    """Return the photos that the report compares with, read before anything takes long."""
+def _compared_with(arguments: argparse.Namespace, tokens: Sequence[str]) -> tuple[ClipScorer, dict[str, list[Image.Image]]]:
+    """Return what the report is made with, the CLIP and photos by token, before anything takes long."""
+    open_libraries()
     from spectral_diffusion.clip_scorer import load_scorer
     from spectral_diffusion.photos import read_photos, require_photos
 
+    check_device(arguments.device)
     folders = {token: Path(folder) for token, folder in unique_pairs(arguments.references, "--references").items()}
     unknown = folders.keys() - set(tokens)
     if unknown:
         raise InputError(f"--references names '{min(unknown)}', which none of the adapters has; they have {', '.join(tokens)}.")
-    if arguments.clip is not None:
-        load_scorer(arguments.clip)  # one that is not here is said now
-    return {token: [photo.image for photo in require_photos(read_photos(folder), folder)] for token, folder in folders.items()}
+    photos = {token: [photo.image for photo in require_photos(read_photos(folder), folder)] for token, folder in folders.items()}
+    return load_scorer(arguments.clip, device=arguments.device or "cpu"), photos
 
 
 def _settle(arguments: argparse.Namespace, adapters: list[Adapter], checkpoint: Path) -> list[TrainingResult]:
@@ -150,14 +154,16 @@ def _settle(arguments: argparse.Namespace, adapters: list[Adapter], checkpoint: 
 
 
 def _report(
-    arguments: argparse.Namespace, fused: Adapter, photos: dict[str, list[Image.Image]], console: Console
+    arguments: argparse.Namespace,
+    fused: Adapter,
+    scorer: ClipScorer,
+    photos: dict[str, list[Image.Image]],
+    console: Console,
 ) -> dict[str, Any]:
     """Write the report, say the verdicts, and return its figures."""
-    open_libraries()
-    from spectral_diffusion.clip_scorer import load_scorer
     from spectral_diffusion.fusion_report import report_fusion, save_report
 
-    base, scorer = load_chosen_base(arguments), load_scorer(arguments.clip, device=arguments.device or "cpu")
+    base = load_chosen_base(arguments)
     with closing(CountDisplay("report", "picture")) as display:
         report = report_fusion(base, fused, scorer, photos, on_picture=display.show)
     save_report(report, arguments.report)

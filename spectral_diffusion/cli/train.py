@@ -173,11 +173,11 @@ def _bands_again(
     parts: Sequence[ConceptPart], rank: int, known: dict[Path, Adapter], arguments: argparse.Namespace
 ) -> list[Band]:
     """Return the bands that concepts trained longer have, none of which another one has unless that is allowed."""
-    from spectral_diffusion.band_plan import TakenBand, band_again, taken_bands, who_has_of
+    from spectral_diffusion.band_plan import TakenBand, band_again, band_clash, taken_bands
 
     taken = taken_bands(known)
     for part, path in zip(parts, arguments.start, strict=True):
-        clash = who_has_of(part, taken)
+        clash = band_clash(part, taken)
         if clash is not None and not arguments.allow_overlap:
             raise BandError(f"{clash} Or give --allow-overlap.")
         if part.band:
