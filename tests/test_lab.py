@@ -12,12 +12,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from filelock import FileLock
+from PIL import Image
 from shared_bases import shared_base
 from short_trainings import prepare_less
 
-from benchmarks.lab import alignment, bleeding, cost, language, theory
+from benchmarks.lab import alignment, bleeding, cost, fusion, language, theory
 from benchmarks.lab import bench as lab
 from benchmarks.lab.__main__ import main
+from benchmarks.lab.charts import packed
 from benchmarks.lab.record import Postponed, perform, source
 from benchmarks.lab.workshop import Workshop
 from spectral_diffusion.activations import measure_activations
@@ -128,6 +130,17 @@ def test_an_experiment_runs_resumes_and_shows_its_results(name: str, tmp_path: P
     assert (folder / "table.md").read_text(encoding="utf-8").count("\n") > 2
     assert lab.run([name], "quick", tmp_path) == 0
     assert written == {path: path.stat().st_mtime_ns for path in folder.glob("*.json")}
+
+
+def test_the_spread_over_seeds_is_that_of_a_sample() -> None:
+    found = []
+    for seed, identity in enumerate((0.5, 0.7)):
+        case = {"training": "spectral", "group": [], "settings": {"seed": seed}}
+        likeness = {"identity": identity, "clip_image": 0.6, "clip_text": 0.7}
+        found.append({"case": case | {"kind": "alone", "concept": "poodle"}, "result": likeness})
+        result = {"concepts": {"poodle": likeness | {"lost": 0.0}}, "joint": {}, "strip": packed([Image.new("RGB", (8, 8))])}
+        found.append({"case": case | {"kind": "fused", "method": "sum", "concepts": ["poodle"]}, "result": result})
+    assert "| 0.60 | 0.60 ± 0.14 |" in fusion.show(found)[1]
 
 
 def test_every_experiment_has_a_quick_and_a_full_size() -> None:

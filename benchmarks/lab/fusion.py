@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from itertools import pairwise, product
 from math import ceil
-from statistics import mean, pstdev
+from statistics import mean, stdev
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -109,7 +109,7 @@ def _together(workshop: Workshop, fused: Adapter, names: Sequence[str], things: 
 
 
 def show(records: Sequence[Record]) -> tuple[dict[str, Figure], str]:
-    """Return identity by number of concepts, and the table with the spread over seeds."""
+    """Return identity by number of concepts, and the table with the standard deviation over seeds, as of a sample."""
     alone = {_key(r["case"], r["case"]["concept"]): r["result"] for r in records if r["case"]["kind"] == "alone"}
     found: dict[tuple[int, str], list[dict[str, float]]] = {}
     for record in records:
@@ -125,7 +125,7 @@ def show(records: Sequence[Record]) -> tuple[dict[str, Figure], str]:
     rows = []
     for (count, method), runs in sorted(found.items()):
         value = {key: mean(run[key] for run in runs) for key in runs[0]}
-        spread = f" ± {pstdev(run['identity fused'] for run in runs):.2f}" if len(runs) > 1 else ""
+        spread = f" ± {stdev(run['identity fused'] for run in runs):.2f}" if len(runs) > 1 else ""
         images = f"{value['clip_image alone']:.3f} / {value['clip_image fused']:.3f}"
         texts = f"{value['clip_text alone']:.3f} / {value['clip_text fused']:.3f}"
         kept = f"{value['identity fused'] / value['identity alone']:.2f}" if value["identity alone"] else ""
