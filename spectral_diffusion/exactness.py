@@ -30,14 +30,10 @@ def fusion_error(base: Base, adapter: Adapter) -> float:
         plugged = weight.clone()
         for concept in parts:
             band, tensors = concept.layers[key].band, concept.layers[key].tensors
-            plugged -= band.U.double() @ torch.diag(band.s.double()) @ band.V.double().T
-            shifted = torch.diag(band.s.double() + tensors["c"].double())
-            plugged += (band.U + tensors["A"]).double() @ shifted @ (band.V + tensors["B"]).double().T
-        worst = max(
-            worst,
-            _relative(joined, summed),
-            _relative(weight + joined, plugged),
-        )
+            U, s, V = band.U.double(), band.s.double(), band.V.double()
+            A, B, c = (tensors[name].double() for name in ("A", "B", "c"))
+            plugged += (U + A) @ torch.diag(s + c) @ (V + B).T - U @ torch.diag(s) @ V.T
+        worst = max(worst, _relative(joined, summed), _relative(plugged - weight, summed))
     return worst
 
 

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_parametrisations import random_adapter
 
-from spectral_diffusion.adapter import Adapter
+from spectral_diffusion.adapter import Adapter, ConceptPart
 from spectral_diffusion.adapter_file import load_adapter, save_adapter
 from spectral_diffusion.base import Base
 from spectral_diffusion.errors import AdapterError, InputError, StorageError
@@ -25,6 +25,7 @@ from spectral_diffusion.export import Export, export_diffusers, export_embedding
 from spectral_diffusion.export.embedding import embedding_file_name
 from spectral_diffusion.fit import layer_group
 from spectral_diffusion.fusion import fuse
+from spectral_diffusion.joining import weighted_sum
 from spectral_diffusion.layer_names import kohya_name, peft_name
 
 HALF_PRECISION = 1e-3
@@ -154,6 +155,20 @@ def test_the_export_check_sees_a_wrong_file(base: Base, pair: Adapter, tmp_path:
 def test_the_fusion_check_is_exact(base: Base) -> None:
     adapters = [random_adapter(base, token=f"<V{n}>", start=2 * n, seed=n, measured=True) for n in (1, 2)]
     assert fusion_error(base, fuse(adapters)) < 1e-5
+
+
+def test_the_fusion_check_sees_a_wrong_change_however_small_it_is_beside_the_base(
+    base: Base, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = random_adapter(base)
+    (concept,) = adapter.concepts
+    for part in concept.layers.values():
+        for tensor in part.tensors.values():
+            tensor.mul_(1e-4)
+    assert fusion_error(base, adapter) < 1e-5
+    right = ConceptPart.delta
+    monkeypatch.setattr(ConceptPart, "delta", lambda self, key: weighted_sum([right(self, key)], [1.01]))
+    assert fusion_error(base, adapter) == pytest.approx(0.01, rel=0.1)
 
 
 def test_diffusers_loads_the_tokens(tiny_base: Base, pair: Adapter, export: Export) -> None:
