@@ -62,7 +62,7 @@ def spectral(form: str, concepts: int = 1) -> Callable[[Models, int], Iterator[M
         reserved = settings.isolation * rank
         spectra = {key: random_spectrum(layer, reserved) for key, layer in models.layers.items()}
         bands = [Band(start=number * rank, rank=rank) for number in range(concepts)]
-        adaptation = adapt(models.layers, spectra, bands, settings)
+        adaptation = adapt(models.layers, spectra, [str(band) for band in bands], bands, settings)
         dtype = next(models.unet.parameters()).dtype
         with adaptation.attached():
             parameters = list(adaptation.named().values())

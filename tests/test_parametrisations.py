@@ -178,7 +178,7 @@ def test_directions_that_a_layer_has_not_are_trained_too(form: str) -> None:
     layer.weight[:, 1:] = 0  # of rank 1
     spectra = {"unet.a": singular_directions(layer.weight)}
     settings = TrainingSettings(parametrisation=form, rank=RANK)
-    adaptation = adapt({"unet.a": layer}, spectra, [Band(start=1, rank=RANK)], settings)
+    adaptation = adapt({"unet.a": layer}, spectra, ["<V1>"], [Band(start=1, rank=RANK)], settings)
     for tensor in adaptation.named().values():
         tensor.data.normal_()
     part = adaptation.result(0).parts["unet.a"]

@@ -52,7 +52,7 @@ def text_states(base: Base) -> torch.Tensor:
 @pytest.mark.parametrize("form", PARAMETRISATIONS)
 def test_nothing_changes_at_the_start_and_the_count_is_right(form: str, base: Base) -> None:
     before, parameters = text_states(base), [tensor.clone() for tensor in base.pipeline.unet.parameters()]
-    trainable = build_trainable(base, [BAND], [class_word_vectors(base, "dog")], settings_of(form))
+    trainable = build_trainable(base, ["<V1>"], [BAND], [class_word_vectors(base, "dog")], settings_of(form))
     trainable.adaptation.show(torch.float32)
     with trainable.adaptation.attached():
         torch.testing.assert_close(text_states(base), before, rtol=0, atol=1e-5)  # DoRA divides by norms that it took itself
@@ -83,7 +83,7 @@ def test_what_was_trained_is_kept_thinly_or_says_that_it_is_dense(
 @pytest.mark.parametrize("form", OTHERS)
 def test_the_adapter_does_what_was_trained(form: str, concept: Concept, tiny_base_folder: Path) -> None:
     base = load_base(tiny_base_folder, device="cpu")
-    trainable = build_trainable(base, [BAND], [class_word_vectors(base, "dog")], settings_of(form))
+    trainable = build_trainable(base, ["<V1>"], [BAND], [class_word_vectors(base, "dog")], settings_of(form))
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for tensor in trainable.adaptation.named().values():
@@ -124,6 +124,16 @@ def test_adalora_moves_its_budget_and_keeps_its_vectors_orthogonal(base: Base) -
         tuned.after_step(step)
     kept = sum(int((tuned.wrapped(key).lora_E["default"] != 0).sum()) for key in layers)
     assert kept == 2 * len(layers) < 3 * len(layers)
+
+
+@pytest.mark.parametrize("form", ["lora", "adalora"])
+def test_concepts_of_one_seed_that_are_trained_apart_read_other_things(
+    form: str, base: Base, concept: Concept, adapters: dict[str, Adapter]
+) -> None:
+    other = train(base, replace(concept, token="<V2>"), BAND, settings_of(form)).adapter
+    key = next(key for key in other.layer_keys() if key.startswith("unet"))
+    one, two = (adapter.delta(key).dense().double() for adapter in (adapters[form], other))
+    assert torch.linalg.matrix_norm(one @ two.T) < 0.7 * torch.linalg.matrix_norm(one) * torch.linalg.matrix_norm(two)
 
 
 def test_orthogonal_concepts_read_orthogonal_inputs(base: Base, concept: Concept, adapters: dict[str, Adapter]) -> None:
@@ -180,7 +190,7 @@ def test_every_parametrisation_has_one_place() -> None:
 def test_several_concepts_stand_side_by_side(form: str) -> None:
     layers = {"unet.one": nn.Linear(12, 16, bias=False), "unet.two": nn.Linear(16, 12, bias=False)}
     bands = [Band(start=0, rank=2), Band(start=2, rank=2)]
-    adaptation = adapt(layers, {}, bands, TrainingSettings(parametrisation=form, rank=2))
+    adaptation = adapt(layers, {}, ["<V1>", "<V2>"], bands, TrainingSettings(parametrisation=form, rank=2))
     starts = {name: tensor.detach().clone() for name, tensor in adaptation.named().items()}
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -223,7 +233,9 @@ def test_a_base_in_half_precision_is_trained_as_a_whole_one_is(form: str, base: 
 
 def _changed(form: str, base: Base, computing: AbstractContextManager[None]) -> torch.Tensor:
     """Return what a few steps towards other text states changed in every layer, in one row."""
-    adaptation = build_trainable(base, [BAND], [class_word_vectors(base, "dog")], settings_of(form, steps=12)).adaptation
+    adaptation = build_trainable(
+        base, ["<V1>"], [BAND], [class_word_vectors(base, "dog")], settings_of(form, steps=12)
+    ).adaptation
     tensors = [tensor for name, tensor in adaptation.named().items() if name.startswith("text_encoder")]
     assert {tensor.dtype for tensor in tensors} == {torch.float32}
     optimizer = torch.optim.Adam(tensors, lr=5e-3)

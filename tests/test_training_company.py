@@ -48,7 +48,7 @@ def test_a_sample_moves_only_those_that_are_there(form: str) -> None:
     layer = nn.Linear(12, 10).requires_grad_(False)
     layers, spectra = {"unet.one": layer}, {"unet.one": singular_directions(layer.weight)}
     bands = [BAND, Band(start=4, rank=2), Band(start=6, rank=2)]
-    adaptation = adapt(layers, spectra, bands, replace(SHORT, parametrisation=form))
+    adaptation = adapt(layers, spectra, ["<V1>", "<V2>", "<V3>"], bands, replace(SHORT, parametrisation=form))
     with torch.no_grad():
         for tensor in adaptation.named().values():
             tensor.add_(torch.randn(tensor.shape))

@@ -39,7 +39,7 @@ def concepts(photo_folder: Path) -> list[tuple[Concept, Band]]:
 
 @pytest.mark.parametrize(
     ("form", "layers"),
-    [*((form, ATTENTION_LAYERS) for form in (*FORMS, "orthogonal")), ("additive", CONVOLUTION_LAYERS)],
+    [*((form, ATTENTION_LAYERS) for form in (*FORMS, "orthogonal", "lora")), ("additive", CONVOLUTION_LAYERS)],
 )
 def test_concepts_trained_together_end_as_alone(
     form: str, layers: tuple[str, ...], base: Base, concepts: list[tuple[Concept, Band]]

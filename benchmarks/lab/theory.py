@@ -56,7 +56,7 @@ def _trained(case: Case, inputs: torch.Tensor, target: torch.Tensor, slot: int) 
     layer = nn.Linear(case["width"], case["width"], bias=False).requires_grad_(False)
     layer.weight.copy_(_weight(case))
     band = Band(start=slot * case["rank"], rank=case["rank"])
-    adaptation = adapted({"layer": layer}, band, settings)
+    adaptation = adapted({"layer": layer}, band, settings, f"<V{slot}>")
     wanted = inputs @ (_weight(case) + target).T
     loss = lambda step: (layer(inputs) - wanted).square().mean()  # noqa: E731
     descend(adaptation, loss, case["rate"], case["steps"], lambda step: None)

@@ -14,11 +14,11 @@ from spectral_diffusion.training import TrainingSettings
 from spectral_diffusion.training.adaptation import Adaptation, adapt
 
 
-def adapted(layers: dict[str, nn.Linear], band: Band, settings: TrainingSettings) -> Adaptation:
+def adapted(layers: dict[str, nn.Linear], band: Band, settings: TrainingSettings, token: str = "<V>") -> Adaptation:
     """Return the adaptation of `layers`, their singular directions computed where they are needed."""
     spectral = settings.parametrisation in SPECTRAL
     spectra = {key: singular_directions(layer.weight) for key, layer in layers.items()} if spectral else {}
-    return adapt(layers, spectra, [band], settings)
+    return adapt(layers, spectra, [token], [band], settings)
 
 
 def descend(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -106,8 +106,6 @@ class Workshop:
             Postponed: another process is training it.
         """
         settings = self.settings(changes, group)
-        if not group and settings.parametrisation not in BANDED:  # two LoRAs of one seed begin with the same random directions
-            settings = replace(settings, seed=settings.seed + 1000 * slot)
         slots = dict(zip(group, range(len(group)), strict=True)) or {name: slot}
         bands = [self._band(place, settings) for place in slots.values()]
         key = digest([list(slots), [asdict(band) for band in bands], asdict(settings), self.base.fingerprint])

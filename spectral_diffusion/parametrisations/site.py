@@ -13,7 +13,7 @@ from spectral_diffusion.bands import Band
 
 @dataclass(frozen=True, kw_only=True)
 class Site:
-    """One layer: its `key`, its frozen `weight (out, in)`, the concept's band or rank, and the training's seed."""
+    """One layer: its `key`, its frozen `weight (out, in)`, the concept's band or rank, and the concept's seed."""
 
     key: str
     weight: torch.Tensor

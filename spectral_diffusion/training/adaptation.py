@@ -76,12 +76,17 @@ class Adaptation(Protocol):
 
 
 def adapt(
-    layers: dict[str, Layer], spectra: dict[str, Spectrum], bands: Sequence[Band], settings: TrainingSettings
+    layers: dict[str, Layer],
+    spectra: dict[str, Spectrum],
+    tokens: Sequence[str],
+    bands: Sequence[Band],
+    settings: TrainingSettings,
 ) -> Adaptation:
-    """Return `layers` with a change of one concept per band as `settings` ask, at its start.
+    """Return `layers` with a change of one concept per token and band as `settings` ask, at its start.
 
     Args:
         spectra: the layers' singular directions, for a spectral parametrisation; the others do without.
+        tokens: one per concept; what begins at random begins elsewhere for each, also in trainings apart.
 
     Raises:
         BandError: a band lies beyond the smallest layer.
@@ -91,10 +96,10 @@ def adapt(
     if form in SPECTRAL:
         return _spectral(layers, spectra, bands, settings)
     if form in RIVALS:
-        return _rivals(layers, bands, settings)
+        return _rivals(layers, tokens, bands, settings)
     if len(bands) > 1:
         raise InputError(f"'{form}' trains one concept at a time, got {len(bands)}; train them one after the other.")
-    return _tuned(layers, settings)
+    return _tuned(layers, tokens[0], settings)
 
 
 def _spectral(
@@ -287,29 +292,28 @@ def _kept(deltas: dict[str, LowRank]) -> TrainedLayers:
     return TrainedLayers(form="lora" if thin else "dense", parts=parts)
 
 
-def _rivals(layers: dict[str, Layer], bands: Sequence[Band], settings: TrainingSettings) -> Rivals:
+def _rivals(layers: dict[str, Layer], tokens: Sequence[str], bands: Sequence[Band], settings: TrainingSettings) -> Rivals:
     if settings.parametrisation == "orthogonal":
         smallest = min(layers, key=lambda key: matrix_of(layers[key]).shape[1])
         for band in bands:
             check_fits(band, matrix_of(layers[smallest]).shape[1], smallest)
     concepts = tuple(
-        {key: _begun(key, layer, band, settings, settings.seed + 1000 * number) for key, layer in layers.items()}
-        for number, band in enumerate(bands)
+        {key: _begun(key, layer, band, settings, token) for key, layer in layers.items()}
+        for token, band in zip(tokens, bands, strict=True)
     )
     return Rivals(layers=layers, concepts=concepts)
 
 
-def _begun(key: str, layer: Layer, band: Band, settings: TrainingSettings, seed: int) -> Beginning:
-    """Return the beginning of one layer; concepts with one seed would begin with the same random directions."""
+def _begun(key: str, layer: Layer, band: Band, settings: TrainingSettings, token: str) -> Beginning:
     form = RIVALS[settings.parametrisation]
-    beginning = form.begin(Site(key=key, weight=matrix_of(layer).detach().float(), band=band, seed=seed))
+    beginning = form.begin(Site(key=key, weight=matrix_of(layer).detach().float(), band=band, seed=settings.seed_of(token)))
     for tensor in beginning.tensors.values():
         tensor.requires_grad_(True)
     return beginning
 
 
-def _tuned(layers: dict[str, Layer], settings: TrainingSettings) -> Tuned:
-    tuner = tuned_layers(settings.parametrisation, layers, settings.rank, settings.steps, settings.seed)
+def _tuned(layers: dict[str, Layer], token: str, settings: TrainingSettings) -> Tuned:
+    tuner = tuned_layers(settings.parametrisation, layers, settings.rank, settings.steps, settings.seed_of(token))
     tensors = {f"{key}/{name}": tensor for key, own in tuner.tensors().items() for name, tensor in own.items()}
     first = next(iter(tensors.values()))
     return Tuned(tuner=tuner, layers=layers, tensors=tensors, fixed=first.detach().clone())

@@ -160,7 +160,7 @@ def train_subjects(
     class_vectors = [class_word_vectors(base, subject.class_word) for subject in subjects]
     started = [_started(base, subject, settings, adapter) for subject, adapter in zip(subjects, start, strict=bool(start))]
     begun = [first_vectors(base, own.token, vectors, settings) for own, vectors in zip(subjects, class_vectors, strict=True)]
-    trainable = build_trainable(base, [subject.band for subject in subjects], begun, settings)
+    trainable = build_trainable(base, [own.token for own in subjects], [own.band for own in subjects], begun, settings)
     for number, part in enumerate(started):
         trainable.start(number, part)
     steps_before = [part.settings.get("steps_done", 0) for part in started] or [0] * len(subjects)

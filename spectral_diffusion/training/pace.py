@@ -33,7 +33,7 @@ def measure_pace(base: Base, settings: TrainingSettings, should_stop: Callable[[
         TrainingError: memory does not suffice.
     """
     vectors = class_word_vectors(base, _WORD)
-    trainable = build_trainable(base, [Band(start=0, rank=settings.rank)], [vectors], settings)
+    trainable = build_trainable(base, [_WORD], [Band(start=0, rank=settings.rank)], [vectors], settings)
     ended: list[float] = []
     with lightened(base):
         short = replace(settings, steps=_STEPS, sample_every=0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from types import MappingProxyType
@@ -136,6 +137,10 @@ class TrainingSettings:
                 raise InputError(f"{own.name} must be a finite number, got {value}.")
         if NOT_ADAPTED in self.layers:
             raise InputError(f"layers names {NOT_ADAPTED}, whose change no other tool reads; choose others.")
+
+    def seed_of(self, token: str) -> int:
+        """Return the seed of what is random where the concept called `token` begins: another for every concept."""
+        return self.seed + zlib.crc32(token.encode())
 
 
 _PAPER = TrainingSettings()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -90,12 +89,16 @@ def training_spectrum(base: Base, settings: TrainingSettings) -> dict[str, Spect
 
 
 def build_trainable(
-    base: Base, bands: Sequence[Band], vectors: Sequence[dict[str, torch.Tensor]], settings: TrainingSettings
+    base: Base,
+    tokens: Sequence[str],
+    bands: Sequence[Band],
+    vectors: Sequence[dict[str, torch.Tensor]],
+    settings: TrainingSettings,
 ) -> Trainable:
     """Return what will be trained, at its start: no change of the base, each token's vectors as given.
 
     Args:
-        bands, vectors: one per concept; see `first_vectors`.
+        tokens, bands, vectors: one per concept; see `first_vectors`.
 
     Raises:
         InputError: no layer of the base is called as the settings ask, or the parametrisation does not take what they ask.
@@ -106,7 +109,7 @@ def build_trainable(
         raise InputError(f"No layer of '{base.source}' ends in {', '.join(settings.layers)}; choose others as layers.")
     spectra = training_spectrum(base, settings)
     embeddings = tuple({part: own.clone().requires_grad_(True) for part, own in first.items()} for first in vectors)
-    return Trainable(embeddings=embeddings, adaptation=adapt(layers, spectra, bands, settings))
+    return Trainable(embeddings=embeddings, adaptation=adapt(layers, spectra, tokens, bands, settings))
 
 
 def first_vectors(
@@ -116,7 +119,7 @@ def first_vectors(
 
     Those before it are random, as far apart as words are (ED-LoRA, Gu et al. 2023, section 3.2). All are others for every token.
     """
-    generator = torch.Generator().manual_seed(settings.seed + zlib.crc32(token.encode()))
+    generator = torch.Generator().manual_seed(settings.seed_of(token))
     begun = {}
     for part, class_vector in class_vectors.items():
         spread = base.text_encoders[part].get_input_embeddings().weight.std().item()
