@@ -52,14 +52,15 @@ def generate(
     Args:
         adapter: what is attached while drawing; nothing when missing.
         whole: attach every concept of the adapter, as an exported file does in other tools, not only those in the prompt.
-        batch: pictures drawn at once, fewer where more than two samples go through the UNet for each.
+        batch: pictures drawn at once, fewer where more than two samples go through the UNet for each, or where a GPU's memory
+            does not suffice.
         on_picture: called with each picture when it is ready.
         on_preview: called with a seed and its picture as it forms, a few times on the way; that takes the decoder's time.
 
     Raises:
         AdapterError: the adapter does not fit the base.
         InputError: a region names a token that the adapter does not have, a weight in a prompt is malformed, or the condition
-            does not suit the picture or the base; or what is drawn is beyond all numbers.
+            does not suit the picture or the base; or what is drawn is beyond all numbers, or a single picture beyond the memory.
     """
     _check_regions(drawing, adapter.tokens if adapter else ())
     if adapter is not None and not whole:
@@ -72,11 +73,10 @@ def generate(
         samples = stack.enter_context(_concepts_and_regions(base, drawing, adapter, words))
         stack.enter_context(_condition(base, drawing))
         stack.enter_context(_scheduler(base, drawing.scheduler))
-        for seeds in _batches(range(drawing.seed, drawing.seed + drawing.count), max(1, 2 * batch // max(2, samples))):
-            for seed, image in zip(seeds, _draw(base, drawing, words, seeds, on_preview), strict=True):
-                picture = Picture(image=image, seed=seed, drawing=drawing, tokens=tuple(words), class_words=dict(class_words))
-                on_picture(picture)
-                pictures.append(picture)
+        for seed, image in _drawn(base, drawing, words, max(1, 2 * batch // max(2, samples)), on_preview):
+            picture = Picture(image=image, seed=seed, drawing=drawing, tokens=tuple(words), class_words=dict(class_words))
+            on_picture(picture)
+            pictures.append(picture)
     return pictures
 
 
@@ -149,6 +149,29 @@ def _condition(base: Base, drawing: Drawing) -> AbstractContextManager[None]:
     return nullcontext() if drawing.condition is None else following(base, drawing.condition, *_size(base, drawing))
 
 
+def _drawn(
+    base: Base, drawing: Drawing, words: dict[str, str], batch: int, on_preview: OnPreview | None
+) -> Iterator[tuple[int, Image.Image]]:
+    """Yield seed and picture, `batch` drawn at once, and half as many from where memory does not suffice for them."""
+    left = range(drawing.seed, drawing.seed + drawing.count)
+    while left:
+        seeds = left[:batch]
+        try:
+            images = _draw(base, drawing, words, seeds, on_preview)
+        except torch.OutOfMemoryError as error:
+            batch = len(seeds) // 2
+            if not batch:
+                width, height = _size(base, drawing)
+                raise InputError(
+                    f"Memory does not suffice for a picture of {width} x {height} pixels; choose a smaller size, or close what "
+                    "else uses the GPU."
+                ) from error
+            logger.warning("Memory does not suffice for %d pictures at once; it goes on with %d.", len(seeds), batch)
+        else:
+            yield from zip(seeds, images, strict=True)
+            left = left[batch:]
+
+
 @torch.no_grad()
 def _draw(
     base: Base, drawing: Drawing, words: dict[str, str], seeds: Sequence[int], on_preview: OnPreview | None
@@ -182,11 +205,6 @@ def _texts(base: Base, drawing: Drawing, words: dict[str, str], count: int) -> d
     repeated = {name: value.repeat_interleave(count, dim=0).chunk(2) for name, value in both.items()}
     wanted = {name: positive for name, (positive, _) in repeated.items()}
     return wanted | {f"negative_{name}": negative for name, (_, negative) in repeated.items()}
-
-
-def _batches(seeds: range, batch: int) -> Iterator[range]:
-    for start in range(0, len(seeds), batch):
-        yield seeds[start : start + batch]
 
 
 class _scheduler:

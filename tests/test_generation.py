@@ -48,6 +48,29 @@ def test_a_seed_gives_its_picture_whatever_the_batch(scheduler: str, base: Base,
     assert difference(together[0], together[1]) > 20
 
 
+def test_as_many_are_drawn_at_once_as_memory_allows(
+    tiny_base: Base, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    drawing = Drawing(prompt="a dog", count=3, seed=5, steps=2)
+    unhindered = generate(tiny_base, drawing)
+    alone, samples_at_once, tried = tiny_base.pipeline.unet.forward, 4, []
+
+    def forward(sample: torch.Tensor, *positional: object, **named: object) -> object:
+        tried.append(len(sample))
+        if len(sample) > samples_at_once:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return alone(sample, *positional, **named)
+
+    monkeypatch.setattr(tiny_base.pipeline.unet, "forward", forward)
+    hindered = generate(tiny_base, drawing)
+    assert tried == [6, 2, 2, 2, 2, 2, 2] and [picture.seed for picture in hindered] == [5, 6, 7]
+    assert all(difference(one, other) <= 1 for one, other in zip(hindered, unhindered, strict=True))
+    assert "Memory does not suffice for 3 pictures at once; it goes on with 1." in caplog.text
+    samples_at_once = 1
+    with pytest.raises(InputError, match=r"does not suffice for a picture of 32 x 32 pixels; choose a smaller size, or close"):
+        generate(tiny_base, drawing)
+
+
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 def test_every_sampler_draws(scheduler: str, base: Base) -> None:
     kept = base.pipeline.scheduler
