@@ -45,3 +45,11 @@ class StorageError(SpectralDiffusionError):
 
 class TrainingError(SpectralDiffusionError):
     """The training cannot go on; the last good state is kept."""
+
+
+def sentence_on(error: Exception, where: str = "") -> str:
+    """Return what to say of an error that was not raised for the user's sake; `where` tells how to learn where it happened."""
+    what = " ".join(f"{type(error).__name__}: {error}".split())[:300].rstrip(".: ")
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, which need not be imported for it
+        return f"Memory does not suffice ({what}); close what else uses the GPU, or choose the CPU as device."
+    return f"Something unexpected went wrong ({what}){where}."

@@ -253,6 +253,9 @@ def test_the_unexpected_is_one_sentence_too(
     monkeypatch.setattr("spectral_diffusion.adapter_file.load_adapter", raiser(KeyboardInterrupt()))
     run("info", adapters[0], expect=1)
     assert "Stopped by Ctrl-C" in run.error
+    monkeypatch.setattr("spectral_diffusion.adapter_file.load_adapter", raiser(torch.OutOfMemoryError("CUDA out of memory.")))
+    run("info", adapters[0], expect=1)
+    assert "Memory does not suffice" in run.error and "close what else uses the GPU, or choose the CPU as device." in run.error
 
 
 def raiser(error: BaseException) -> Callable[..., None]:

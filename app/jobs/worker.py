@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 
 from app.jobs.identity import identity, runs
 from app.jobs.store import JobStore, State
-from spectral_diffusion.errors import SpectralDiffusionError
+from spectral_diffusion.errors import SpectralDiffusionError, sentence_on
 from spectral_diffusion.stages import listening
 
 _PAUSE = 0.1  # seconds between two looks into an empty queue
@@ -119,8 +119,7 @@ class Worker:
                 self.store.finish(name, State.FAILED, reason=str(error))
             except Exception as error:  # whatever a task raises, the worker goes on with the next job
                 logging.getLogger(__name__).error("%s", traceback.format_exc())
-                what = " ".join(f"{type(error).__name__}: {error}".split())[:300].rstrip(".: ")
-                self.store.finish(name, State.FAILED, reason=f"Something unexpected went wrong ({what}); its log says where.")
+                self.store.finish(name, State.FAILED, reason=sentence_on(error, "; its log says where"))
 
 
 @contextmanager

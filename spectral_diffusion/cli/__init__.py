@@ -22,7 +22,7 @@ from spectral_diffusion.cli import compare, demo, export, fuse, generate, import
 from spectral_diffusion.cli.console import Console, log_lines_on_stderr, survive_any_encoding
 from spectral_diffusion.cli.displays import StageDisplay
 from spectral_diffusion.cli.options import Parser
-from spectral_diffusion.errors import SpectralDiffusionError
+from spectral_diffusion.errors import SpectralDiffusionError, sentence_on
 from spectral_diffusion.stages import listening
 
 __all__ = ["COMMANDS", "main"]
@@ -110,9 +110,7 @@ def _run(arguments: argparse.Namespace, display: StageDisplay) -> int:
     except KeyboardInterrupt:
         return _fail(_STOPPED, arguments)
     except Exception as error:  # whatever happens, the user gets a sentence
-        what = " ".join(f"{type(error).__name__}: {error}".split())[:300].rstrip(".: ")
-        hint = "" if arguments.debug else "; run it again with --debug to see where"
-        return _fail(f"Something unexpected went wrong ({what}){hint}.", arguments)
+        return _fail(sentence_on(error, "" if arguments.debug else "; run it again with --debug to see where"), arguments)
 
 
 def _files_of(arguments: argparse.Namespace) -> Iterator[Path]:
