@@ -107,6 +107,13 @@ def test_a_stopped_adalora_goes_on_where_it_was(base: Base, concept: Concept, tm
     assert_bit_equal(train(base, concept, BAND, settings, checkpoint=file).adapter, undisturbed)
 
 
+def test_adalora_recalls_where_it_is_trained() -> None:
+    tuned = tuned_layers("adalora", {"unet.one": nn.Linear(8, 8)}, rank=2, steps=10, seed=0)
+    tuned.tuner.to("meta")
+    tuned.recall({"ipt": {"lora_A": torch.zeros(8)}, "rank_pattern": {}})
+    assert tuned.tuner.rankallocator.ipt["lora_A"].device.type == "meta"
+
+
 def test_adalora_bears_layers_that_nothing_reads(loaded_bases: dict[str, Base], concept: Concept) -> None:
     """SDXL reads its first text encoder before the last layer, which so gets no gradient."""
     assert train(loaded_bases["sdxl"], concept, BAND, settings_of("adalora")).finished

@@ -79,9 +79,10 @@ class TunedLayers:
         return averages | {"rank_pattern": self.tuner.peft_config[_NAME].rank_pattern or {}}
 
     def recall(self, memory: dict[str, Any]) -> None:
-        """Put back what `memory` returned."""
+        """Put back what `memory` returned, on the device of the tuner: checkpoints are read on the CPU."""
+        device = next(self.tuner.parameters()).device
         for name in memory.keys() - {"rank_pattern"}:
-            setattr(self.tuner.rankallocator, name, dict(memory[name]))
+            setattr(self.tuner.rankallocator, name, {key: tensor.to(device) for key, tensor in memory[name].items()})
         if memory:
             self.tuner.peft_config[_NAME].rank_pattern = memory["rank_pattern"]
 
