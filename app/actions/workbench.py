@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +17,16 @@ def studio_of(context: TaskContext) -> Studio:
     return Studio(root=context.folder.parents[1])
 
 
+_loaded: dict[tuple[str | None, str | None], Base] = {}
+
+
 def chosen_base(settings: dict[str, Any]) -> Base:
-    """Return the base that the studio's `settings` name, on their device."""
-    return _loaded_base(settings["base"], settings["device"])
-
-
-@lru_cache(maxsize=1)
-def _loaded_base(source: str | None, device: str | None) -> Base:
-    return load_base(source, device=device)
+    """Return the base that the studio's `settings` name, on their device; another is let go before, as memory may be for one."""
+    source, device = chosen = settings["base"], settings["device"]
+    if chosen not in _loaded:
+        _loaded.clear()
+        _loaded[chosen] = load_base(source, device=device)
+    return _loaded[chosen]
 
 
 def write_json(path: Path, value: Any) -> None:
