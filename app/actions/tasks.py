@@ -29,7 +29,7 @@ from spectral_diffusion.adapter_file import load_adapter, save_adapter
 from spectral_diffusion.album import Album
 from spectral_diffusion.attach import check_fits_base
 from spectral_diffusion.axis import BARE, Axis
-from spectral_diffusion.base import Base
+from spectral_diffusion.base import Base, read_base
 from spectral_diffusion.comparison import compare, write_comparison
 from spectral_diffusion.drawing import Picture
 from spectral_diffusion.errors import InputError, SpectralDiffusionError
@@ -202,7 +202,7 @@ def _export(adapter: Adapter, arguments: dict[str, Any], files: Path, preview: P
         case "embedding":
             return export_embeddings(adapter, files, dtype=dtype)
         case _:
-            base = chosen_base(arguments["settings"])
+            base = read_base(arguments["settings"]["base"])  # on a GPU the chosen one lies in half precision
             return export_checkpoint(
                 adapter, base, files / (stem if base.family == "mini" else f"{stem}.safetensors"), dtype=dtype
             )
