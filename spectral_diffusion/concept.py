@@ -142,6 +142,28 @@ def read_caption(photo: Path) -> str:
     return " ".join(_read_text(path).split()) if path.is_file() else ""
 
 
+def load_mask(photo: Photo) -> Image.Image | None:
+    """Return the mask that stands beside the file of `photo`, as large as it; None where there is none, or only black.
+
+    Raises:
+        InputError: it cannot be read, or has another shape than the photo.
+    """
+    path = mask_path(photo.path)
+    if not path.is_file():
+        return None
+    mask = read_photo(path, background=BLACK).image.convert("L")
+    size = photo.image.size
+    if abs((mask.width / mask.height) / (size[0] / size[1]) - 1) > _MASK_ASPECT_TOLERANCE:
+        raise InputError(
+            f"'{path}' has another shape ({mask.width} x {mask.height} pixels) than its upright photo "
+            f"({size[0]} x {size[1]}); make the mask from the upright photo or remove it."
+        )
+    if mask.getextrema()[1] == 0:
+        _logger.warning("'%s' is all black, so the whole photo is used; paint the concept white in it.", path)
+        return None
+    return mask.resize(size, Image.Resampling.BILINEAR)
+
+
 def check_token(token: str) -> str:
     """Return `token` when it can be a concept's token; whether a base already has it is told by `check_new_word`.
 
@@ -245,7 +267,7 @@ def _require_words(folder: Path, token: str | None, class_word: str | None) -> t
 
 
 def _load_example(photo: Photo, token: str) -> Example:
-    return Example(photo=photo, caption=_load_caption(photo, token), mask=_load_mask(photo))
+    return Example(photo=photo, caption=_load_caption(photo, token), mask=load_mask(photo))
 
 
 def _load_caption(photo: Photo, token: str) -> str:
@@ -260,20 +282,3 @@ def _token_pattern(token: str) -> re.Pattern[str]:
     before = f"(?<!{_LETTER})" if re.match(_LETTER, token[0]) else ""
     after = f"(?!{_LETTER})" if re.match(_LETTER, token[-1]) else ""
     return re.compile(before + re.escape(token) + after)
-
-
-def _load_mask(photo: Photo) -> Image.Image | None:
-    path = mask_path(photo.path)
-    if not path.is_file():
-        return None
-    mask = read_photo(path, background=BLACK).image.convert("L")
-    size = photo.image.size
-    if abs((mask.width / mask.height) / (size[0] / size[1]) - 1) > _MASK_ASPECT_TOLERANCE:
-        raise InputError(
-            f"'{path}' has another shape ({mask.width} x {mask.height} pixels) than its upright photo "
-            f"({size[0]} x {size[1]}); make the mask from the upright photo or remove it."
-        )
-    if mask.getextrema()[1] == 0:
-        _logger.warning("'%s' is all black, so the whole photo is used; paint the concept white in it.", path)
-        return None
-    return mask.resize(size, Image.Resampling.BILINEAR)

@@ -26,6 +26,7 @@ from app.actions.studio import Studio, concept_names
 from app.actions.trainings import train
 from spectral_diffusion.concept import load_concept
 from spectral_diffusion.errors import InputError, StorageError
+from spectral_diffusion.photos import read_photo
 
 
 def test_photos_are_kept_and_each_bad_one_is_named(studio: Studio, photo_folder: Path, tmp_path: Path) -> None:
@@ -153,6 +154,32 @@ def test_captions_and_masks_reach_the_training(studio: Studio, photo_folder: Pat
     card = concept_card(studio, name)
     assert card.photos[1].mask is None and card.photos[0].caption == "a photo of <TOK>"
     assert {crop.size for crop in crop_previews(studio, name, first, 32)} == {(32, 32)}
+
+
+def test_masks_and_captions_go_with_the_photos_that_they_are_called_as(
+    studio: Studio, photo_folder: Path, tmp_path: Path
+) -> None:
+    name, files = create_concept(studio, "<dog>", "dog"), tmp_path / "from the phone"
+    files.mkdir()
+    for number in range(2):
+        shutil.copy(photo_folder / f"{number}.png", files / f"IMG {number}.png")
+    size = read_photo(files / "IMG 0.png").image.size
+    Image.new("L", size, 255).save(files / "IMG 0-mask.png")
+    Image.new("L", (size[0], 3 * size[1]), 255).save(files / "IMG 1-mask.png")
+    Image.new("L", size, 255).save(files / "other-mask.png")
+    shutil.copy(files / "IMG 1.png", files / "IMG 1_mask.jpg")
+    (files / "img 1.txt").write_text("<TOK> on a sofa")
+    (files / "IMG 0.txt").write_bytes("in a café".encode("cp1252"))
+    findings = {finding.name: finding for finding in add_photos(studio, name, sorted(files.iterdir()))}
+    assert {said for said, finding in findings.items() if finding.used} == {
+        "IMG 0.png", "IMG 1.png", "IMG 0-mask.png", "img 1.txt"
+    }  # fmt: skip
+    assert findings["IMG 1-mask.png"].text.startswith("'IMG 1-mask.png' has another shape")
+    assert "no photo is called 'other'" in findings["other-mask.png"].text and "UTF-8" in findings["IMG 0.txt"].text
+    first, second = load_concept(studio.folder("concepts") / name).examples
+    assert first.mask is not None and second.mask is None and second.caption == "<TOK> on a sofa"
+    (again,) = add_photos(studio, name, [files / "IMG 0-mask.png"])
+    assert not again.used and "has a mask already" in again.text
 
 
 def test_masks_are_suggested_and_never_overwritten(studio: Studio, tmp_path: Path) -> None:

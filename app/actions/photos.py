@@ -13,12 +13,13 @@ import numpy as np
 from PIL import Image
 
 from app.actions.studio import Studio, concept_folder, plain_name, put_away
-from spectral_diffusion.concept import DEFAULT_CAPTION, read_caption
+from spectral_diffusion.concept import DEFAULT_CAPTION, load_mask, read_caption
 from spectral_diffusion.errors import InputError, PhotoError, StorageError
 from spectral_diffusion.files import numbered, write_atomically
 from spectral_diffusion.masks import suggest_mask, write_suggested_masks
 from spectral_diffusion.photos import (
     BLACK,
+    CAPTION_ENDING,
     MASK_ENDING,
     MAX_PHOTOS,
     Photo,
@@ -66,6 +67,8 @@ class PhotoCard:
 def add_photos(studio: Studio, name: str, files: Sequence[Path]) -> list[Finding]:
     """Add uploaded `files` to a concept and return what was found about each; what cannot be used is not kept.
 
+    A mask and a caption go beside the photo that they are called as.
+
     Raises:
         InputError: there are too many files, or no such concept.
         StorageError: the disk is full; none of the files is kept.
@@ -73,8 +76,9 @@ def add_photos(studio: Studio, name: str, files: Sequence[Path]) -> list[Finding
     folder = concept_folder(studio, name)
     check_count(files)
     findings, copies = [], {}
+    beside = [file for file in files if _ending(file)]
     try:
-        for file in files:
+        for file in (file for file in files if not _ending(file)):
             if file.stat().st_size > MAX_UPLOAD:
                 text = f"It is larger than {MAX_UPLOAD // 10**6} MB; scale it down first."
                 findings.append(Finding(name=file.name, used=False, text=text))
@@ -101,7 +105,36 @@ def add_photos(studio: Studio, name: str, files: Sequence[Path]) -> list[Finding
         many = reasons.get(folder.name, "It is no photo; use JPEG, PNG, WebP or HEIC.")
         findings.append(Finding(name=original, used=False, text=_own_names(reasons.get(copy, many), copies)))
     make_thumbnails(studio, name, list(used.values()))
-    return findings
+    new = [(Path(original).stem, folder / copy) for copy, original in copies.items() if copy in used]
+    return [*findings, *(_put_beside(folder, file, new) for file in beside)]
+
+
+def _ending(file: Path) -> str | None:
+    """Return the end of the name by which `file` is a mask or a caption, None for others."""
+    name = file.name.casefold()
+    return next((ending for ending in (MASK_ENDING, CAPTION_ENDING) if name.endswith(ending) and name != ending), None)
+
+
+def _put_beside(folder: Path, file: Path, new: Sequence[tuple[str, Path]]) -> Finding:
+    """Put an uploaded mask or caption beside its photo: one of the `new` ones, by their names of old, or else of `folder`."""
+    ending = _ending(file)
+    what, stem = "mask" if ending == MASK_ENDING else "caption", file.name[: -len(ending)]
+    photos = [photo for name, photo in new if name.casefold() == stem.casefold()]
+    photos = photos or [photo for photo in list_pictures(folder) if photo.stem.casefold() == plain_name(stem).casefold()]
+    if len(photos) != 1:
+        many = "two photos are" if photos else "no photo is"
+        text = f"It is a {what} by its name, but {many} called '{stem}' here; give it the name of its photo."
+        return Finding(name=file.name, used=False, text=text)
+    path = photos[0].with_name(photos[0].stem + ending)
+    if path.exists():
+        return Finding(name=file.name, used=False, text=f"'{photos[0].name}' has a {what} already; change that one.")
+    try:
+        write_atomically(path, lambda temporary: shutil.copyfile(file, temporary))
+        load_mask(read_photo(photos[0])) if ending == MASK_ENDING else read_caption(photos[0])
+    except (InputError, StorageError) as error:
+        path.unlink(missing_ok=True)
+        return Finding(name=file.name, used=False, text=str(error).replace(str(path), file.name))
+    return Finding(name=file.name, used=True, text=f"The {what} of '{photos[0].name}'.")
 
 
 def check_count(files: Sequence[Path]) -> None:
@@ -244,7 +277,7 @@ def make_thumbnails(studio: Studio, name: str, photos: Sequence[Photo]) -> None:
 
 def _free_path(folder: Path, file: Path) -> Path:
     """Return a path in `folder` whose stem no file there has, under a plain form of the name of `file`."""
-    stem, suffix = plain_name(file.stem).removesuffix(MASK_ENDING.partition(".")[0]) or "photo", file.suffix.lower()
+    stem, suffix = plain_name(file.stem).strip("-") or "photo", file.suffix.lower()
     suffix = suffix if suffix[1:].isalnum() and len(suffix) <= 6 else ".image"
     taken = {path.stem for path in folder.iterdir()}
     return folder / f"{next(stem for stem in numbered(stem) if stem not in taken)}{suffix}"

@@ -25,7 +25,7 @@ from spectral_diffusion.errors import InputError, StorageError
 from spectral_diffusion.files import files_in
 from spectral_diffusion.training import PRESETS
 
-_PHOTO_TYPES = ["image", ".heic", ".heif", ".avif", ".tif", ".tiff"]
+_PHOTO_TYPES = ["image", ".heic", ".heif", ".avif", ".tif", ".tiff", ".txt"]
 _TOKEN = "<dog>"
 
 
@@ -37,7 +37,8 @@ def build_concepts(studio: Studio, live: Live) -> None:
     findings, photo_version = gr.HTML(elem_id="findings"), gr.State(0)
     with live.folded("New concept", elem_id="new-concept"):
         gr.Markdown(
-            "Five or six photos on differing backgrounds are enough. Phone photos, HEIC included, can be dropped as they are."
+            "Five or six photos on differing backgrounds are enough. Phone photos, HEIC included, can be dropped as they are, "
+            "and with `1.jpg` its mask `1-mask.png` and its caption `1.txt`."
         )
         with gr.Row():
             class_word = gr.Textbox(
