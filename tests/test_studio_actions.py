@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import os
 import shutil
 import time
@@ -289,32 +288,6 @@ def test_the_tour_is_queued_once_the_samples_are_there(studio: Studio) -> None:
     jobs = [studio.jobs.job(name) for name in queue_tour(studio)]
     assert [job.kind for job in jobs] == ["train", "fuse", "generate", "export"]
     assert len(queue_tour(studio)) == 3
-
-
-def test_settings_are_kept_and_checked(studio: Studio, tmp_path: Path, tiny_base_folder: Path) -> None:
-    studio.change_settings(base=f" {tiny_base_folder} ", device="cpu")
-    assert open_studio(studio.root).settings.base == str(tiny_base_folder)
-    for changes, sentence in (
-        ({"base": str(tmp_path / "nothing")}, "There is no base"),
-        ({"base": str(tmp_path)}, "is not a diffusers folder"),
-        ({"device": "abacus"}, "There is no device 'abacus'"),
-        ({"clip": "nothing"}, "There is no CLIP"),
-    ):
-        with pytest.raises(InputError, match=sentence):
-            studio.change_settings(**changes)
-    assert studio.settings.base == str(tiny_base_folder)
-    assert studio.change_settings(base="", device="").base is None
-    assert json.loads((studio.root / "settings.json").read_text())["base"] is None
-
-
-def test_a_base_that_is_chosen_while_another_is_looked_at_is_looked_at_too(tiny_studio: Studio, tmp_path: Path) -> None:
-    chosen = tiny_studio.settings.base
-    tiny_studio.change_settings(base="")
-    assert look_at_base(tiny_studio) is not None and look_at_base(tiny_studio) is None
-    tiny_studio.change_settings(base=chosen)
-    assert look_at_base(tiny_studio) is not None
-    assert work(tiny_studio) == [State.DONE, State.DONE]
-    assert base_facts(tiny_studio)["chosen"][0] == chosen  # the one before was not looked at for nothing
 
 
 def test_nothing_fused_is_overwritten(tiny_studio: Studio, adapters: tuple[Path, Path]) -> None:

@@ -144,9 +144,9 @@ def concepts_of_tokens(studio: Studio, tokens: Sequence[str]) -> dict[str, Path]
 
 def _words_of_base(studio: Studio) -> frozenset[str]:
     """Return the words of the chosen base; none while it was not looked at, when a training tells."""
-    path, settings = studio.root / WORDS, studio.settings
+    path = studio.root / WORDS
     known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    return frozenset(known["words"] if known.get("chosen") == [settings.base, settings.device] else ())
+    return frozenset(known["words"] if known.get("chosen") == studio.settings.loading else ())
 
 
 def _tokens(studio: Studio) -> dict[str, str]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -45,11 +46,20 @@ SERVED = ("thumbnails", "pictures", "comparisons", "exports", "reports")
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What the page remembers: base (None: the embedded one), device (None: a GPU if there is one), CLIP (None: the embedded)."""
+    """What the page remembers: base (None: the embedded one), device (None: a GPU if there is one), CLIP (None: the embedded).
+
+    What the base predicts is what its files say where `prediction_type` is None.
+    """
 
     base: str | None = None
     device: str | None = None
     clip: str | None = None
+    prediction_type: str | None = None
+
+    @property
+    def loading(self) -> list[str | None]:
+        """What decides how the base is loaded, see `loading_of`."""
+        return loading_of(asdict(self))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +99,7 @@ class Studio:
         """Keep other settings; an empty text stands for the default.
 
         Raises:
-            InputError: the base or the CLIP is not there, or there is no such device.
+            InputError: the base or the CLIP is not there, there is no such device, or the embedded base is to predict something.
         """
         settings = replace(self.settings, **{name: _placed(text.strip()) or None for name, text in changes.items()})
         _check(settings)
@@ -99,6 +109,11 @@ class Studio:
     def _write(self, name: str, value: Any) -> None:
         text = json.dumps(value, indent=2, ensure_ascii=False)
         write_atomically(self.root / name, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def loading_of(settings: Mapping[str, Any]) -> list[str | None]:
+    """Return base, device and prediction type of `settings`, which may be of a time when the last was not among them."""
+    return [settings["base"], settings["device"], settings.get("prediction_type")]
 
 
 def open_studio(root: Path) -> Studio:
@@ -157,6 +172,8 @@ def _check(settings: Settings) -> None:
         )
     if base is not None and Path(base).is_dir() and not (Path(base) / "model_index.json").is_file():
         raise InputError(f"'{base}' is not a diffusers folder: it has no 'model_index.json'; give one that has.")
+    if base is None and settings.prediction_type is not None:
+        raise InputError("The embedded base says itself what it predicts; leave that to its files, or give another base.")
     if settings.clip is not None and ":" not in settings.clip and "/" not in settings.clip and not Path(settings.clip).exists():
         raise InputError(
             f"There is no CLIP '{settings.clip}'; give a folder, NAME:WEIGHTS, or nothing for '{DEFAULT_CLIP.name}'."

@@ -12,7 +12,7 @@ import psutil
 import torch
 
 from app.actions.concepts import WORDS
-from app.actions.studio import Studio, concept_folder
+from app.actions.studio import Studio, concept_folder, loading_of
 from app.actions.trainings import FACTS, is_chosen
 from app.actions.workbench import chosen_base, studio_of, write_json
 from app.jobs import Stopped, TaskContext
@@ -60,7 +60,7 @@ def look_task(arguments: dict[str, Any], context: TaskContext) -> dict[str, Any]
     pace = measure_pace(base, fastest, context.should_stop)
     if pace is None:
         raise Stopped
-    chosen = [arguments["settings"]["base"], arguments["settings"]["device"]]
+    chosen = loading_of(arguments["settings"])
     words = sorted({word for tokenizer in base.tokenizers.values() for word in tokenizer.get_vocab()})
     facts = {
         "chosen": chosen,
@@ -69,6 +69,7 @@ def look_task(arguments: dict[str, Any], context: TaskContext) -> dict[str, Any]
         "directions": fewest_directions(base, fastest.layers),
         "rank": fastest.rank,
         "device": str(base.device),
+        "predicts": base.pipeline.scheduler.config.prediction_type,
         "precision": str(base.pipeline.unet.dtype).removeprefix("torch."),
         "presets": {name: preset(name, base).steps for name in PRESETS},
         "seconds_per_step": pace,
@@ -197,7 +198,7 @@ def _reserved_band(
 def _note_pace(studio: Studio, settings: dict[str, Any], seconds_per_step: float, memory: int) -> None:
     path = studio.root / FACTS
     facts = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    if facts.get("chosen") == [settings["base"], settings["device"]]:
+    if facts.get("chosen") == loading_of(settings):
         write_json(path, facts | {"seconds_per_step": seconds_per_step, "memory": memory})
 
 

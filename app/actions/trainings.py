@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from app.actions.concepts import concept_card, trained_by
-from app.actions.studio import Studio, concept_names
+from app.actions.studio import Studio, concept_names, loading_of
 from app.jobs import Job
 from spectral_diffusion.errors import InputError
 from spectral_diffusion.training import PRESETS, TrainingSettings
@@ -52,16 +52,15 @@ def look_at_base(studio: Studio) -> str | None:
 
 
 def is_chosen(studio: Studio, settings: Mapping[str, Any]) -> bool:
-    """Tell whether the base and the device in `settings`, which may be of another time, are those that are chosen now."""
-    return (settings["base"], settings["device"]) == (studio.settings.base, studio.settings.device)
+    """Tell whether what is loaded by `settings`, which may be of another time, is what is chosen now."""
+    return loading_of(settings) == studio.settings.loading
 
 
 def base_facts(studio: Studio) -> dict[str, Any] | None:
-    """Return what is known of the chosen base: `family`, `resolution`, `directions`, `rank`, `device`, `presets`, pace."""
+    """Return what is known of the chosen base: `family`, `resolution`, `directions`, `rank`, `device`, `predicts`, ..."""
     path = studio.root / FACTS
     facts = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    settings = studio.settings
-    known = facts.get("chosen") == [settings.base, settings.device] and "rank" in facts  # the latest to be noted
+    known = facts.get("chosen") == studio.settings.loading and "rank" in facts  # the latest to be noted
     return facts if known else None
 
 

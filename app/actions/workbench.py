@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from app.actions.studio import Studio
+from app.actions.studio import Studio, loading_of
 from app.jobs import TaskContext
 from spectral_diffusion.base import Base, load_base
 from spectral_diffusion.files import write_atomically
@@ -17,15 +17,15 @@ def studio_of(context: TaskContext) -> Studio:
     return Studio(root=context.folder.parents[1])
 
 
-_loaded: dict[tuple[str | None, str | None], Base] = {}
+_loaded: dict[tuple[str | None, ...], Base] = {}
 
 
 def chosen_base(settings: dict[str, Any]) -> Base:
     """Return the base that the studio's `settings` name, on their device; another is let go before, as memory may be for one."""
-    source, device = chosen = settings["base"], settings["device"]
+    source, device, prediction_type = chosen = tuple(loading_of(settings))
     if chosen not in _loaded:
         _loaded.clear()
-        _loaded[chosen] = load_base(source, device=device)
+        _loaded[chosen] = load_base(source, device=device, prediction_type=prediction_type)
     return _loaded[chosen]
 
 

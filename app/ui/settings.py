@@ -1,4 +1,4 @@
-"""The tab Settings: base, device, CLIP, folders, memory."""
+"""The tab Settings: base, what it predicts, device, CLIP, folders, memory."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from app.actions.trainings import base_facts, is_chosen, look_at_base
 from app.ui import markup
 from app.ui.live import EVENT, Live, attempt
 
+_PREDICTIONS = {"epsilon": "noise (epsilon)", "v_prediction": "velocity (v_prediction)"}
+
 
 def build_settings(studio: Studio, live: Live) -> None:
     """Build the tab."""
@@ -20,23 +22,29 @@ def build_settings(studio: Studio, live: Live) -> None:
         info="A diffusers folder or checkpoint file on this computer, or a hub id, of the Stable Diffusion family. "
         "Empty: the embedded base.",
     )  # fmt: skip
+    predicts = gr.Dropdown(
+        [("what its files say", ""), *((words, name) for name, words in _PREDICTIONS.items())], value="",
+        label="The base predicts", info="SD 2 files often do not say; a wrong one draws noise.", elem_id="predicts",
+    )  # fmt: skip
     device = gr.Dropdown([("the best there is", ""), *((name, name) for name in devices())], value="", label="Device")
     clip = gr.Textbox(
         "", label="CLIP for the scores", placeholder="the embedded one (toy world only)",
         info="A folder in open_clip’s form, or NAME:WEIGHTS such as ViT-B-32:weights.safetensors.",
     )  # fmt: skip
     live.begin(base, lambda: studio.settings.base or "")
+    live.begin(predicts, lambda: studio.settings.prediction_type or "")
     live.begin(device, lambda: studio.settings.device or "")
     live.begin(clip, lambda: studio.settings.clip or "")
     keep = gr.Button("Keep", variant="primary", elem_id="keep-settings")
     live.add(gr.HTML(elem_id="facts"), lambda: _facts(studio))
 
-    def change(new_base: str, new_device: str, new_clip: str) -> None:
-        changed = attempt(studio.change_settings, base=new_base, device=new_device or "", clip=new_clip, done="Kept.")
+    def change(new_base: str, predicted: str, new_device: str, new_clip: str) -> None:
+        settings = {"base": new_base, "prediction_type": predicted or "", "device": new_device or "", "clip": new_clip}
+        changed = attempt(studio.change_settings, **settings, done="Kept.")
         if changed is not None:
             look_at_base(studio)
 
-    keep.click(change, [base, device, clip], **EVENT)
+    keep.click(change, [base, predicts, device, clip], **EVENT)
 
 
 def _facts(studio: Studio) -> str:
@@ -49,6 +57,7 @@ def _facts(studio: Studio) -> str:
     else:
         base = [
             ["the base", f"family {facts['family']}, pictures of {facts['resolution']} pixels, on {facts['device']}"],
+            ["it predicts", _PREDICTIONS.get(facts["predicts"], facts["predicts"])],
             ["precision", _precision(facts)],
             [
                 "room",
