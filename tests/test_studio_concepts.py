@@ -219,6 +219,12 @@ def test_tokens_are_suggested_and_checked(studio: Studio) -> None:
         create_concept(studio, "<x>", " ")
 
 
+@pytest.mark.parametrize(("token", "class_word"), [("<🐶>", "dog"), ("<שלום>", 'a "small" \\ 🐈'), ("<i>x</i>", "<b>cat</b>")])
+def test_any_words_are_read_as_they_were_written(studio: Studio, token: str, class_word: str) -> None:
+    card = concept_card(studio, create_concept(studio, token, class_word))
+    assert (card.token, card.class_word) == (token, class_word)
+
+
 def test_a_first_visit_finds_samples_and_a_second_keeps_what_was_removed(studio: Studio) -> None:
     add_samples(studio)
     assert [card.token for card in concept_cards(studio)] == ["<poodle>", "<black-cat>", "<raccoon>"]

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from app.actions.photos import PhotoCard, make_thumbnails, photo_card
@@ -116,7 +117,8 @@ def create_concept(studio: Studio, token: str, class_word: str) -> str:
     trained = {name for job in studio.jobs.jobs() for name in trained_by(job)}  # by a removed concept of that name, too
     names = (name for name in numbered(plain_name(token)) if name not in trained)
     name = next(name for name in names if not (folders / name).exists() and not _adapter_files(studio, name))
-    text = f"token = {json.dumps(token)}\nclass_word = {json.dumps(class_word)}\n"
+    quoted = partial(json.dumps, ensure_ascii=False)  # TOML knows no pairs of surrogates
+    text = f"token = {quoted(token)}\nclass_word = {quoted(class_word)}\n"
     write_atomically(folders / name / SETTINGS_FILE, lambda path: path.write_text(text, encoding="utf-8"))
     return name
 
