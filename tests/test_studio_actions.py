@@ -334,6 +334,12 @@ def test_what_makes_no_sense_is_refused(studio: Studio) -> None:
     with pytest.raises(InputError, match="There is no"):
         studio.file("exports", "../settings.json")
     add_samples(studio)
+    for prompt, sentence in (
+        ("<poodle> near a lake", "The bare base has no <poodle>; train that first, in the tab Concepts"),
+        ("<podle> near a lake", "No concept here is called <podle>; the bare base has none"),
+    ):
+        with pytest.raises(InputError, match=sentence):
+            generate(studio, None, drawing_from({"prompt": prompt}))
     name = create_concept(studio, "<none>", "dog")
     with pytest.raises(InputError, match="has no photos"):
         train(studio, name)

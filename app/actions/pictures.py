@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from app.actions.adapters import adapter_cards, adapter_path
+from app.actions.concepts import concepts_of_tokens
 from app.actions.studio import Studio
 from app.jobs import State
 from spectral_diffusion.axis import MOST_PICTURES, Axis
@@ -112,26 +113,29 @@ def generate(studio: Studio, adapter: str | None, drawing: Drawing, *, whole: bo
     """Queue a generation with the adapter called `adapter` (None: the bare base) and return the job's name.
 
     Raises:
-        InputError: there is no such adapter, or the drawing names a concept of the library that it does not have.
+        InputError: there is no such adapter, or the drawing names a concept that it does not have.
     """
     if adapter is not None:
         adapter_path(studio, adapter)
-        _check_named(studio, adapter, drawing)
+    _check_named(studio, adapter, drawing)
     arguments = {"adapter": adapter, "drawing": drawing_record(drawing), "whole": whole, "settings": asdict(studio.settings)}
     return studio.jobs.submit("generate", f"Draw {drawing.prompt[:60]}", arguments)
 
 
-def _check_named(studio: Studio, name: str, drawing: Drawing) -> None:
-    cards = adapter_cards(studio)
+def _check_named(studio: Studio, name: str | None, drawing: Drawing) -> None:
+    cards, chosen = adapter_cards(studio), "The bare base" if name is None else "The chosen adapter"
     having = {card.name: card.tokens for card in cards}.get(name, ())
     marked = [token for card in cards for token in card.tokens if token.startswith("<")]  # others may be parts of plain words
     named = tokens_in(drawing.words, marked)
     if missing := [token for token in named if token not in having]:
         whole = next((card.label for card in cards if {*named} <= {*card.tokens}), None)
         remedy = f"choose '{whole}'" if whole else f"fuse {listed(named)} first"
-        raise InputError(f"The chosen adapter has no {listed(missing)}; {remedy}.")
-    if unknown := marked_words(drawing.words, having):
-        raise InputError(f"No concept here is called {listed(unknown)}; the chosen adapter has {listed(having)}.")
+        raise InputError(f"{chosen} has no {listed(missing)}; {remedy}.")
+    unknown = marked_words(drawing.words, having)
+    if untrained := concepts_of_tokens(studio, unknown):
+        raise InputError(f"{chosen} has no {listed([*untrained])}; train that first, in the tab Concepts.")
+    if unknown:
+        raise InputError(f"No concept here is called {listed(unknown)}; {chosen.lower()} has {listed(having or ['none'])}.")
 
 
 def compare(studio: Studio, adapters: Sequence[str], drawing: Drawing, x: Axis, y: Axis) -> str:
