@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 from PIL import Image
 
+from app.actions.pictures import generate
 from app.actions.studio import open_studio
 from app.ui.charts import band_map_chart, cross_talk_table, loss_curve
+from app.ui.generate import show_album
 from app.ui.markup import button, duration, image, table, text
 from app.ui.painter import painted
 from app.ui.regions import show_regions
 from spectral_diffusion.band_map import BandMap, GroupRow, Share
+from spectral_diffusion.drawing import Drawing
 from spectral_diffusion.errors import InputError
 from spectral_diffusion.regions import Region
 
@@ -68,6 +72,17 @@ def test_regions_are_shown_where_they_are_and_never_as_html(tmp_path: Path) -> N
     _, shown = show_regions(studio, (Region(prompt=HOSTILE, box=(0.25, 0.0, 0.5, 1.0)),))
     assert "<script" not in shown and "${" not in shown
     assert "left:25.0%;top:0.0%;width:25.0%;height:100.0%" in shown and 'data-edges="0.25,0,0.5,1"' in shown
+
+
+def test_a_picture_is_being_scored_only_as_long_as_its_job_goes_on(tmp_path: Path) -> None:
+    studio = open_studio(tmp_path)
+    job = generate(studio, None, Drawing(prompt="a dog"))
+    Image.new("RGB", (8, 8)).save(studio.folder("pictures") / "0001-5.png")
+    record = {"prompt": "a dog", "seed": 5, "adapter": None, "tokens": [], "job": job}
+    (studio.folder("pictures") / "0001-5.json").write_text(json.dumps(record))
+    assert "being scored" in show_album(studio, "newest")
+    studio.jobs.cancel(job)
+    assert "being scored" not in show_album(studio, "newest") and "seed 5 · not scored" in show_album(studio, "newest")
 
 
 def test_a_painted_mask_arrives_whole_or_is_refused() -> None:

@@ -32,7 +32,7 @@ MOST_DRAWN = 64
 
 @dataclass(frozen=True, kw_only=True)
 class PictureCard:
-    """A drawn picture with what is known of it; scores come a little after the picture."""
+    """A drawn picture with what is known of it; scores come when the `job` that drew it has drawn all of its pictures."""
 
     path: Path
     prompt: str
@@ -40,6 +40,7 @@ class PictureCard:
     clip_text: float | None
     clip_image: dict[str, float]
     judged: tuple[str, ...]
+    job: str | None
 
     @property
     def likeness(self) -> float | None:
@@ -213,4 +214,5 @@ def _card(path: Path, changed: int) -> PictureCard:
         clip_text=record.get("clip_text"),
         clip_image=record.get("clip_image", {}),
         judged=tuple(record.get("judged", ())),
+        job=record.get("job"),
     )

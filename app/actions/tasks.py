@@ -108,7 +108,7 @@ def generate_task(arguments: dict[str, Any], context: TaskContext) -> dict[str, 
     def keep(picture: Picture) -> None:
         path = album.add(picture)
         record = {"prompt": picture.drawing.prompt, "seed": picture.seed, "adapter": name, "tokens": list(picture.tokens)}
-        write_json(path.with_suffix(".json"), record)
+        write_json(path.with_suffix(".json"), record | {"job": context.folder.name})
         context.report(picture=path.name, done=len(paths) + 1, total=drawing.count)
         paths.append(path)
         if context.should_stop():

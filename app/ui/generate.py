@@ -62,7 +62,7 @@ def build_generate(studio: Studio, live: Live) -> None:
             sort = gr.Radio(list(library.SORTS), value=library.SORTS[0], label="Order", elem_id="order")
             live.add(gr.HTML(elem_id="forming"), lambda: _forming(studio))
             album = live.add(
-                gr.HTML(elem_id="pictures", js_on_load=markup.CLICKS + DROPS), lambda order: _album(studio, order), sort
+                gr.HTML(elem_id="pictures", js_on_load=markup.CLICKS + DROPS), lambda order: show_album(studio, order), sort
             )
     settings = [prompt, *fields, regions, confined]
     loaded = [*settings, *shown]
@@ -213,17 +213,19 @@ def _forming(studio: Studio) -> str:
     return f'<div class="sd-row sd-forming">{picture}<span class="sd-muted">seed {seed} is forming …</span></div>'
 
 
-def _album(studio: Studio, sort: str) -> str:
+def show_album(studio: Studio, sort: str) -> str:
+    """Return the pictures in the order of `sort`; of one without scores whether they are still to come."""
     cards = library.picture_cards(studio, sort)
     if not cards:
         return markup.empty("No pictures yet. Write a prompt with a token and press Draw.")
-    return f'<div class="sd-cards">{"".join(map(_picture, cards))}</div>'
+    under_way = {job.name for job in studio.jobs.jobs() if not job.state.ended}
+    return f'<div class="sd-cards">{"".join(_picture(card, is_awaited=card.job in under_way) for card in cards)}</div>'
 
 
-def _picture(card: library.PictureCard) -> str:
+def _picture(card: library.PictureCard, *, is_awaited: bool) -> str:
     scores = [] if card.clip_text is None else [f"text {card.clip_text:.2f}"]
     scores += [f"{token} {value:.2f}" for token, value in card.clip_image.items()]
-    lines = markup.text(" · ".join(scores)) or "being scored …"
+    lines = markup.text(" · ".join(scores)) or ("being scored …" if is_awaited else "not scored")
     picture = markup.image(card.path, f"{card.prompt}, seed {card.seed}")
     copy = markup.button("copy", card.path.name, "Copy settings", title=f"Copy the settings of seed {card.seed} into the fields")
     save = markup.link(card.path, "Save", download=True)
