@@ -301,11 +301,12 @@ def _scaled_size(size: tuple[int, int], least: int) -> tuple[int, int]:
         raise _Refused(_too_large(f"The picture of {width} x {height} pixels"))
     factor = min(1.0, MAX_SIDE / max(size))
     scaled = round(width * factor), round(height * factor)
+    if min(size) < least:
+        remedy = f"use one whose shorter side has at least {least} pixels"
+        raise _Refused(f"The picture is too small ({width} x {height} pixels); {remedy}.")
     if min(scaled) < least:
-        raise _Refused(
-            f"The picture is too small or too narrow ({width} x {height} pixels); "
-            f"use one whose shorter side has at least {least} pixels."
-        )
+        narrow = f"{width} x {height} pixels, of which {scaled[0]} x {scaled[1]} are left at the size that is used"
+        raise _Refused(f"The picture is too narrow ({narrow}); cut it to the part that matters.")
     return scaled
 
 
