@@ -9,7 +9,7 @@ import pytest
 from studios import work
 
 from app.actions.studio import Studio, open_studio
-from app.actions.trainings import base_facts, look_at_base
+from app.actions.trainings import base_facts, look_at_base, unknown_base
 from app.actions.workbench import chosen_base
 from app.jobs import State
 from spectral_diffusion.errors import InputError
@@ -39,6 +39,16 @@ def test_a_base_that_is_chosen_while_another_is_looked_at_is_looked_at_too(tiny_
     assert look_at_base(tiny_studio) is not None
     assert work(tiny_studio) == [State.DONE, State.DONE]
     assert base_facts(tiny_studio)["chosen"][0] == chosen  # the one before was not looked at for nothing
+
+
+def test_of_a_base_that_cannot_be_used_it_is_said_why(studio: Studio, tmp_path: Path) -> None:
+    (tmp_path / "base.safetensors").write_text("hello")
+    studio.change_settings(base=str(tmp_path / "base.safetensors"))
+    look_at_base(studio)
+    assert "is being looked at" in unknown_base(studio)
+    assert work(studio) == [State.FAILED] and "is no checkpoint" in unknown_base(studio)
+    studio.jobs.cancel(look_at_base(studio))
+    assert "begins again" in unknown_base(studio)
 
 
 def test_what_a_base_predicts_is_read_from_its_files_or_said(tiny_studio: Studio) -> None:

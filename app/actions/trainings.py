@@ -64,6 +64,15 @@ def base_facts(studio: Studio) -> dict[str, Any] | None:
     return facts if known else None
 
 
+def unknown_base(studio: Studio) -> str:
+    """Return in words why nothing is known of the chosen base, see `base_facts`."""
+    looks = (job for job in studio.jobs.jobs() if job.kind == "look" and is_chosen(studio, job.arguments["settings"]))
+    latest = next(looks, None)
+    if latest is None or not latest.state.ended:
+        return "The base is being looked at …"
+    return latest.reason or "Looking at the base was stopped; “Keep” in the tab Settings begins again."
+
+
 def expectations(studio: Studio) -> dict[str, Expectation]:
     """Return what each preset means on this device; nothing while the base was not looked at."""
     facts = base_facts(studio)

@@ -14,7 +14,15 @@ from app.actions import photos as photo_library
 from app.actions.pictures import likeness_of
 from app.actions.studio import Studio, concept_names
 from app.actions.tour import queue_tour
-from app.actions.trainings import changes_from, expectations, further_settings, train, train_again, training_view
+from app.actions.trainings import (
+    changes_from,
+    expectations,
+    further_settings,
+    train,
+    train_again,
+    training_view,
+    unknown_base,
+)
 from app.jobs import State
 from app.ui import markup
 from app.ui.activity import wire_jobs
@@ -315,7 +323,7 @@ def _findings(found: list[photo_library.Finding]) -> str:
 def _expected(studio: Studio) -> str:
     expected = expectations(studio)
     if not expected:
-        return markup.muted("Looking at the base …")
+        return markup.muted(unknown_base(studio))
     lines = [
         f"<strong>{name}</strong> {one.steps} steps, about {markup.duration(one.seconds)}, {one.memory / 1e9:.1f} GB"
         for name, one in expected.items()

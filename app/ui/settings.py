@@ -8,7 +8,7 @@ import gradio as gr
 import psutil
 
 from app.actions.studio import Studio, devices
-from app.actions.trainings import base_facts, is_chosen, look_at_base
+from app.actions.trainings import base_facts, look_at_base, unknown_base
 from app.ui import markup
 from app.ui.live import EVENT, Live, attempt
 
@@ -50,10 +50,7 @@ def build_settings(studio: Studio, live: Live) -> None:
 def _facts(studio: Studio) -> str:
     facts = base_facts(studio)
     if facts is None:
-        looks = (job for job in studio.jobs.jobs() if job.kind == "look" and is_chosen(studio, job.arguments["settings"]))
-        failed = next(looks, None)
-        words = failed.reason if failed is not None and failed.reason else "The base is being looked at …"
-        base = [["the base", words]]
+        base = [["the base", unknown_base(studio)]]
     else:
         base = [
             ["the base", f"family {facts['family']}, pictures of {facts['resolution']} pixels, on {facts['device']}"],
