@@ -19,7 +19,7 @@ from PIL import Image
 from app.actions.adapters import adapter_path, report
 from app.actions.concepts import concepts_of_tokens
 from app.actions.pictures import PREVIEW_ENDING, drawing_of_record, picture_card
-from app.actions.studio import Studio
+from app.actions.studio import Studio, loading_of
 from app.actions.training_tasks import look_task, settled, train_task
 from app.actions.workbench import chosen_base, studio_of, write_json
 from app.jobs import Stopped, TaskContext
@@ -202,7 +202,8 @@ def _export(adapter: Adapter, arguments: dict[str, Any], files: Path, preview: P
         case "embedding":
             return export_embeddings(adapter, files, dtype=dtype)
         case _:
-            base = read_base(arguments["settings"]["base"])  # on a GPU the chosen one lies in half precision
+            source, _, prediction_type = loading_of(arguments["settings"])
+            base = read_base(source, prediction_type=prediction_type)  # on a GPU the chosen one lies in half precision
             return export_checkpoint(
                 adapter, base, files / (stem if base.family == "mini" else f"{stem}.safetensors"), dtype=dtype
             )
