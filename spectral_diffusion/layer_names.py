@@ -36,6 +36,7 @@ _RESNET = r"(conv[12]|conv_shortcut|time_emb_proj)"
 _LAYER_KEY = re.compile(
     rf"unet\.((down|up)_blocks\.\d+|mid_block)\.(attentions\.\d+\.{_TRANSFORMER}|resnets\.\d+\.{_RESNET})"
     r"|unet\.(down_blocks\.\d+\.down|up_blocks\.\d+\.up)samplers\.0\.conv|unet\.conv_(in|out)"
+    r"|unet\.(time|add)_embedding\.linear_[12]"
     r"|text_encoder(_2)?\.encoder\.layers\.\d+\.(self_attn\.(q|k|v|out)_proj|mlp\.fc[12])"
 )
 """The layers that LoRAs change, as this library calls them."""
@@ -44,13 +45,15 @@ _SDXL_CROSSED = (0, 1)
 """The up blocks of SDXL with attention."""
 _KINDS = {"0": "resnets", "1": "attentions"}
 """What stands where at one place of the original lists."""
-_ENDS = {original_unet_name(f"{name}.weight").removesuffix(".weight"): name for name in ("conv_in", "conv_out")}
-"""What the original code calls the UNet's first and last convolutions, and their names."""
+_EMBEDDINGS = [f"{kind}_embedding.linear_{number}" for kind in ("time", "add") for number in (1, 2)]
+_ENDS = {original_unet_name(f"{name}.weight").removesuffix(".weight"): name for name in ("conv_in", "conv_out", *_EMBEDDINGS)}
+"""What the original code calls the UNet's first and last convolutions and the layers that embed the time and, in SDXL, the
+picture's size, and their names."""
 _RESNET_NAMES = {original: name for name, original in UNET_RESNET.items()}
 
 _WORDS = re.compile(
     r"(?:down|up|input|output|transformer)_blocks|mid(?:dle)?_block|to_(?:q|k|v|out)|(?:proj|conv)_(?:in|out)"
-    r"|(?:in|out|emb)_layers|skip_connection|conv_shortcut|time_emb_proj"
+    r"|(?:in|out|emb)_layers|skip_connection|conv_shortcut|time_emb_proj|(?:time|add)_embedding|linear_\d|time_embed|label_emb"
     r"|text_model|self_attn|(?:q|k|v|out)_proj|[^_]+"
 )
 """The steps of a path in which kohya's names have `_` for `.`; some hold a `_` of their own."""

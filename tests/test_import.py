@@ -161,6 +161,8 @@ def test_the_family_is_told_from_the_shapes(width: int, prefix: str, family: str
         ("lora_unet_output_blocks_0_1_transformer_blocks_0_attn1_to_q", 1280, {}, "sdxl"),
         ("lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_k", 768, {}, "sd1"),
         (f"unet.{Q_KEY[5:].replace('blocks.0', 'blocks.3')}", 1280, {}, "sdxl"),
+        ("lora_unet_label_emb_0_0", 2816, {}, "sdxl"),
+        ("unet.add_embedding.linear_1", 2816, {}, "sdxl"),
         (Q, 1280, {"ss_base_model_version": "sdxl_base_v1-0"}, "sdxl"),
         (Q, 1280, {"modelspec.architecture": "stable-diffusion-xl-v1-base/lora"}, "sdxl"),
         (Q, 1280, {"ss_base_model_version": "sd_v2_v"}, "sd2"),

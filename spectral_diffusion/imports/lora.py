@@ -40,7 +40,9 @@ _ENDINGS = {
 
 _FAMILY_OF_TEXT_WIDTH = {768: "sd1", 1024: "sd2", 2048: "sdxl"}
 """By the width of what cross-attention reads; no released base is as narrow as the embedded one."""
-_ONLY_IN_SDXL = re.compile(r"(input|output)_blocks|middle_block|lora_te[12]_|text_encoder_2|transformer_blocks[._][1-9]")
+_ONLY_IN_SDXL = re.compile(
+    r"(input|output)_blocks|middle_block|label_emb|add_embedding|lora_te[12]_|text_encoder_2|transformer_blocks[._][1-9]"
+)
 """What stands in a module's name in files for SDXL alone."""
 _METADATA = ("ss_base_model_version", "modelspec.architecture")
 _FAMILY_OF_METADATA = {
