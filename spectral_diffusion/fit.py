@@ -21,8 +21,10 @@ ROUNDING = 0.01
 
 def layer_group(key: str) -> str:
     """Return which of `GROUPS` the layer `key` belongs to."""
-    match = re.match(r"unet\.(down|mid|up)_block", key)
-    return f"UNet {match[1]}" if match else "text encoder"
+    if not key.startswith("unet."):
+        return "text encoder"
+    match = re.match(r"unet\.(?:(mid|up)_block|conv_out)", key)
+    return f"UNet {match[1] or 'up'}" if match else "UNet down"
 
 
 @torch.no_grad()

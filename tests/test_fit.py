@@ -23,6 +23,22 @@ def own(loaded_bases: dict[str, Base]) -> Base:
     return loaded_bases["sd1"]
 
 
+@pytest.mark.parametrize(
+    ("key", "group"),
+    [
+        ("text_encoder_2.encoder.layers.0.self_attn.q_proj", "text encoder"),
+        ("unet.conv_in", "UNet down"),
+        ("unet.time_embedding.linear_1", "UNet down"),
+        ("unet.down_blocks.0.downsamplers.0.conv", "UNet down"),
+        ("unet.mid_block.resnets.0.conv1", "UNet mid"),
+        ("unet.up_blocks.3.attentions.2.proj_out", "UNet up"),
+        ("unet.conv_out", "UNet up"),
+    ],
+)
+def test_every_layer_belongs_to_the_part_that_holds_it(key: str, group: str) -> None:
+    assert layer_group(key) == group
+
+
 def test_bands_fit_the_base_that_they_were_taken_from(own: Base) -> None:
     misfit = band_misfit(own, random_adapter(own, start=2))
     assert tuple(misfit) == GROUPS
