@@ -107,6 +107,8 @@ def test_every_naming_is_read(up_name: str, down_name: str, base: Base, tmp_path
         ({"lora_alpha": 8, "r": 4, "use_rslora": True}, 4.0),
         ({"lora_alpha": 8, "alpha_pattern": {"attn1.to_q": 2}}, 0.5),
         ({"lora_alpha": 8, "alpha_pattern": {"attn1.to_k": 2}}, 2.0),
+        ({"lora_alpha": 8, "alpha_pattern": {r"mid_block\..*attn[12]\.to_(q|k)": 2}}, 0.5),
+        ({"lora_alpha": 8, "alpha_pattern": {r"^attn1\.to_q": 2, r"^mid_block.*\.to_q": 4}}, 1.0),
     ],
 )
 @pytest.mark.parametrize("place", ["metadata", "file"])
@@ -331,7 +333,16 @@ def test_truncated_files_are_refused(kept: int, lora: Adapter, tmp_path: Path) -
         imported(tmp_path / "b.safetensors")
 
 
-@pytest.mark.parametrize("metadata", ["{", "7", '{"unet.lora_alpha": "much"}', '{"unet.lora_alpha": 1, "unet.alpha_pattern": 7}'])
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        "{",
+        "7",
+        '{"unet.lora_alpha": "much"}',
+        '{"unet.lora_alpha": 1, "unet.alpha_pattern": 7}',
+        '{"unet.lora_alpha": 1, "unet.alpha_pattern": {"(": 7}}',
+    ],
+)
 def test_a_damaged_configuration_is_said(metadata: str, tmp_path: Path) -> None:
     up, down = pair_of(2)
     tensors = {f"{PEFT_Q}_B.weight": up, f"{PEFT_Q}_A.weight": down}

@@ -178,15 +178,16 @@ def _peft_scale(path: Path, key: str, rank: int, configuration: Mapping[str, Any
         raise InputError(f"'{path}' is a DoRA, which is not supported; give a plain LoRA.")
     patterns = configuration.get(f"{prefix}alpha_pattern") or {}
     try:
-        for pattern, own_alpha in patterns.items():
-            if f".{layer}".endswith(f".{pattern.lstrip('^').removeprefix('text_model.')}"):
-                alpha = float(own_alpha)
-                break
-        else:
-            alpha = float(configuration[f"{prefix}lora_alpha"])
-    except (AttributeError, TypeError, ValueError) as error:
+        own = (alpha for pattern, alpha in patterns.items() if _means(pattern, layer))
+        alpha = float(next(own, configuration[f"{prefix}lora_alpha"]))
+    except (AttributeError, TypeError, ValueError, re.error) as error:
         raise InputError(f"The configuration of the LoRA '{path}' is damaged ({error}); copy it again.") from error
     return alpha / (rank**0.5 if configuration.get(f"{prefix}use_rslora") else rank)
+
+
+def _means(pattern: str, layer: str) -> bool:
+    """Tell whether `pattern`, to PEFT a regular expression for a name's end, means `layer`, with `text_model.` or without."""
+    return any(re.match(rf"(.*\.)?({pattern})$", name) for name in (layer, f"text_model.{layer}"))
 
 
 def _family(layers: Mapping[str, LayerPart], names: Collection[str], base: Base | None) -> str | None:
