@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_parametrisations import random_adapter
@@ -276,12 +276,25 @@ def test_a_preview_picture_stands_beside_the_lora(pair: Adapter, tmp_path: Path)
     with Image.open(tmp_path / "lora" / "a.png") as picture:
         assert (picture.format, picture.size) == ("PNG", (8, 6))
     (tmp_path / "text.png").write_text("no picture")
-    with pytest.raises(InputError, match=r"preview .* cannot be read as a picture"):
+    with pytest.raises(InputError, match=r"The preview cannot be read\. '.*text\.png': The file is damaged or no picture"):
         export_kohya(pair, tmp_path / "b.safetensors", preview=tmp_path / "text.png")
     assert not (tmp_path / "b.safetensors").exists()
     preview = tmp_path / "lora" / "a.png"
     with pytest.raises(InputError, match=r"preview '.*a\.png' lies where its copy is written"):
         export_kohya(pair, tmp_path / "lora" / "a.safetensors", preview=preview, overwrite=True)
+
+
+def test_a_preview_is_read_as_a_photo_is(pair: Adapter, tmp_path: Path) -> None:
+    lying = Image.new("RGB", (40, 20))
+    lying.getexif()[ExifTags.Base.Orientation] = 6
+    lying.save(tmp_path / "phone.jpg", exif=lying.getexif())
+    Image.new("RGBA", (8, 8)).save(tmp_path / "clear.png")
+    shown = {}
+    for name in ("phone.jpg", "clear.png"):
+        export = export_kohya(pair, tmp_path / f"{name}.safetensors", preview=tmp_path / name, overwrite=True)
+        with Image.open(export.side_files[1]) as picture:
+            shown[name] = picture.size, picture.getpixel((0, 0))
+    assert shown == {"phone.jpg": ((20, 40), (0, 0, 0)), "clear.png": ((8, 8), (255, 255, 255))}
 
 
 def test_the_diffusers_file_holds_its_keys_and_nothing_else(pair: Adapter, tmp_path: Path) -> None:

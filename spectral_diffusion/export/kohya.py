@@ -13,16 +13,16 @@ import json
 from pathlib import Path
 
 import torch
-from PIL import Image, UnidentifiedImageError
 from safetensors.torch import save, save_file
 
 from spectral_diffusion.adapter import Adapter
-from spectral_diffusion.errors import InputError
+from spectral_diffusion.errors import InputError, PhotoError
 from spectral_diffusion.export.embedding import embedding_files, embedding_writers, words_to_type
 from spectral_diffusion.export.factors import LoraFactors, in_precision, lora_factors
 from spectral_diffusion.export.result import Export, check_targets
 from spectral_diffusion.files import write_together
 from spectral_diffusion.layer_names import kohya_name
+from spectral_diffusion.photos import read_photo
 
 _BASE_VERSIONS = {"sd1": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0", "mini": "sd_v1"}
 _ARCHITECTURES = {
@@ -107,12 +107,12 @@ def _png(picture: Path, target: Path) -> bytes:
             f"The preview '{picture}' lies where its copy is written, so how it was drawn would be lost; choose another --out."
         )
     try:
-        content = io.BytesIO()
-        with Image.open(picture) as image:
-            image.convert("RGB").save(content, "PNG")
-        return content.getvalue()
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        raise InputError(f"The preview '{picture}' cannot be read as a picture ({error}); give a PNG or JPEG file.") from error
+        image = read_photo(picture, least=1).image
+    except PhotoError as error:
+        raise InputError(f"The preview cannot be read. {error}") from error
+    content = io.BytesIO()
+    image.save(content, "PNG")
+    return content.getvalue()
 
 
 def _metadata(
