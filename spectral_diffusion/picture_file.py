@@ -86,11 +86,11 @@ def read_drawing(path: Path) -> Drawing:
         raise InputError(f"There is no picture '{path}'.") from error
     except Exception as error:  # a damaged file can make a decoder raise anything
         raise InputError(f"'{path.name}' is no PNG picture; give one that was drawn here or in AUTOMATIC1111.") from error
-    head, _, last = chunks.get("parameters", "").rpartition("\n")
+    *head, last = (line.strip() for line in chunks.get("parameters", "").strip().split("\n"))
+    prompt, _, negative = "\n".join(["", *head]).partition("\nNegative prompt:")
     values = dict(_PAIR.findall(last))
-    if not head or not {"Steps", "Sampler", "Seed"} <= values.keys():
+    if not prompt or not {"Steps", "Sampler", "Seed"} <= values.keys():
         raise InputError(f"'{path.name}' does not say how it was drawn; give a PNG that was drawn here or in AUTOMATIC1111.")
-    prompt, _, negative = head.partition("\nNegative prompt: ")
     automatic = {"DPM++ 2M": "Karras"} if OWN_CHUNK not in chunks else {}  # what AUTOMATIC1111 takes by itself
     spacing = values.get("Schedule type")
     spacing = automatic.get(values["Sampler"]) if spacing == "Automatic" else spacing
@@ -99,8 +99,8 @@ def read_drawing(path: Path) -> Drawing:
     try:
         values = {key: json.loads(value) if value.startswith('"') else value for key, value in values.items()}
         return Drawing(
-            prompt=prompt,
-            negative_prompt=negative,
+            prompt=prompt.strip(),
+            negative_prompt=negative.strip(),
             seed=int(values["Seed"]),
             steps=int(values["Steps"]),
             guidance=float(values["CFG scale"]) if "CFG scale" in values else None,

@@ -47,6 +47,19 @@ def test_what_is_written_is_read_back(drawing: Drawing, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "parameters",
+    [
+        "a dog\nsits\nNegative prompt: fog\nrain\nSteps: 3, Sampler: DDIM, Seed: 1\n",
+        "a dog\r\nsits\r\nNegative prompt: fog\r\nrain\r\nSteps: 3, Sampler: DDIM, Seed: 1\r\n",
+        "a dog \nsits\nNegative prompt:fog\nrain\n Steps: 3, Sampler: DDIM, Seed: 1",
+    ],
+)
+def test_lines_are_told_apart_as_automatic1111_does_it(parameters: str, tmp_path: Path) -> None:
+    read = read_drawing(save_with(tmp_path / "p.png", parameters))
+    assert (read.prompt, read.negative_prompt, read.steps) == ("a dog\nsits", "fog\nrain", 3)
+
+
+@pytest.mark.parametrize(
     ("pairs", "scheduler"),
     [
         ("Sampler: DPM++ 2M, Schedule type: Automatic", "DPM++ 2M Karras"),
@@ -64,6 +77,7 @@ def test_a_sampler_of_automatic1111_is_the_one_that_it_means(pairs: str, schedul
     [
         ("", "does not say how it was drawn"),
         ("a dog\nSteps: 3", "does not say how it was drawn"),
+        ("Negative prompt: fog\nSteps: 3, Sampler: DDIM, Seed: 1", "does not say how it was drawn"),
         ("a dog\nSteps: 3, Sampler: Magic, Seed: 1", "no sampler 'Magic'"),
         ("a dog\nSteps: x, Sampler: DDIM, Seed: 1", "are damaged"),
         ('a dog\nSteps: 3, Sampler: "\\x", Seed: 1', "are damaged"),
