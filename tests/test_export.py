@@ -318,8 +318,13 @@ def test_the_lines_say_where_the_files_go_and_what_to_type(pair: Adapter, tmp_pa
     for line in places(export_embeddings(pair, tmp_path / "tokens")):
         assert files in line and "V1" in line.partition("type: ")[2]
     export = export_diffusers(pair, tmp_path / "b.safetensors", overwrite=True)
-    assert "--format kohya" in places(export)[0] and "clip_g" not in places(export)[1]
-    loaded = places(replace(export, family="sdxl"))[1]  # as `test_export_readers` loads them
+    assert "--format kohya" in places(export)[0]
+    assert places(export)[1] == (  # as `test_export_readers` loads and types them
+        "diffusers: load b.safetensors with load_lora_weights, "
+        'V1.safetensors with load_textual_inversion and token="<v1>", '
+        'Kätzchen.safetensors with load_textual_inversion and token="<kätzchen>"; type: <v1> and <kätzchen>'
+    )
+    loaded = places(replace(export, family="sdxl"))[1]
     assert 'f["clip_l"] with text_encoder=pipeline.text_encoder, tokenizer=pipeline.tokenizer, and' in loaded
     assert 'f["clip_g"] with text_encoder=pipeline.text_encoder_2, tokenizer=pipeline.tokenizer_2' in loaded
 

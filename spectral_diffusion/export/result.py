@@ -72,11 +72,14 @@ def places(export: Export) -> tuple[str, str]:
     """Return two lines: where each file goes in AUTOMATIC1111 and in ComfyUI, and which words to type."""
     files = ", ".join(path.name for path in export.embeddings.values())
     if export.format == "diffusers":
-        tokens = " and ".join(token if token in export.embeddings else word for token, word in export.words.items())
+        # in capitals diffusers finds a token's first vector only
+        tokens = " and ".join(token.lower() if token in export.embeddings else word for token, word in export.words.items())
+        loaded = [f"{export.path.name} with load_lora_weights"] + [
+            f'{file.name} with load_textual_inversion and token="{token.lower()}"' for token, file in export.embeddings.items()
+        ]
         return (
             "AUTOMATIC1111 and ComfyUI do not read all of this naming; give them what --format kohya writes.",
-            f"diffusers: load {export.path.name} with load_lora_weights, {files or 'nothing'} with load_textual_inversion"
-            f"{_OF_TWO_ENCODERS if files and export.family == 'sdxl' else ''}; type: {tokens}",
+            f"diffusers: load {', '.join(loaded)}{_OF_TWO_ENCODERS if files and export.family == 'sdxl' else ''}; type: {tokens}",
         )
     a1111, comfy = _places_of_main_file(export)
     if files:
