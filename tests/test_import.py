@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -221,6 +222,16 @@ def test_a_pickle_with_code_is_refused_and_never_run(lora: Adapter, tmp_path: Pa
     with pytest.raises(InputError, match=r"x\.pt' is damaged or holds more than tensors, which is never loaded"):
         imported(tmp_path / "a.safetensors", embedding=tmp_path / "x.pt")
     assert not (tmp_path / "made").exists()
+
+
+def test_a_pickle_that_is_damaged_inside_is_refused(lora: Adapter, tmp_path: Path) -> None:
+    torch.save({"<x>": torch.ones(1, 48)}, tmp_path / "x.pt", _use_new_zipfile_serialization=False)
+    content = (tmp_path / "x.pt").read_bytes()
+    storage = re.search(rb"\d{9,}", content)[0]
+    (tmp_path / "x.pt").write_bytes(content.replace(storage, storage[::-1], 1))
+    export_kohya(lora, tmp_path / "a.safetensors")
+    with pytest.raises(InputError, match=r"x\.pt' is damaged"):
+        imported(tmp_path / "a.safetensors", embedding=tmp_path / "x.pt")
 
 
 def test_without_an_embedding_the_token_stands_for_the_class_word(base: Base, lora: Adapter) -> None:

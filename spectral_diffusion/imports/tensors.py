@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import pickle
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -83,7 +82,7 @@ def _read_pickle(path: Path) -> dict[str, torch.Tensor]:
         raise InputError(f"There is no file '{path}'; check its name.")
     try:
         content: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # a damaged or hostile pickle can fail in any way; nothing of it was run
         raise InputError(
             f"'{path}' is damaged or holds more than tensors, which is never loaded; get it as a safetensors file."
         ) from error
