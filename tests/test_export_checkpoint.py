@@ -138,6 +138,19 @@ def test_what_nobody_changes_stays_bit_for_bit_and_loads_here(base: Base, tmp_pa
         assert torch.equal(tensor, original[name]) == (f"unet.{name.removesuffix('.weight')}" not in changed), name
 
 
+def test_words_that_were_added_to_the_base_are_left_out_of_a_file(
+    narrow_bases: dict[str, NarrowBase], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    narrow = narrow_bases["sd1"]
+    grown = load_base(narrow.folder, device="cpu")
+    grown.pipeline.load_textual_inversion(torch.ones(2, 32), token="<dot>")
+    export = export_checkpoint(random_adapter(grown), grown, tmp_path / "merged.safetensors", dtype=torch.float32)
+    assert "words <dot>, <dot>_1 are left out" in caplog.text
+    again = load_base(export.path, device="cpu", configuration=narrow.configuration)
+    words, known = (base.pipeline.text_encoder.get_input_embeddings().weight for base in (again, grown))
+    assert torch.equal(words, known[:-2])
+
+
 def test_the_embedded_base_is_merged_into_a_folder_only(tmp_path: Path) -> None:
     base = load_base(device="cpu")
     adapter = random_adapter(base)

@@ -10,7 +10,7 @@ from transformers import CLIPTokenizer
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 CONTEXT_LENGTH = 77
-_WORDS = 49408
+WORDS = 49408
 """Words of every released text encoder: 256 bytes, the same at a word's end, the merges, start and end of text."""
 
 
@@ -20,7 +20,7 @@ def clip_tokenizer(*, pad_token: str) -> CLIPTokenizer:
     As in those that diffusers folders hold, a pad token inside a text stands for itself: `?!` is two words where it is `!`.
     """
     lines = gzip.decompress((files("open_clip") / "bpe_simple_vocab_16e6.txt.gz").read_bytes()).decode("utf-8").splitlines()
-    merges = [tuple(line.split()) for line in lines[1 : 1 + _WORDS - 2 * 256 - 2]]
+    merges = [tuple(line.split()) for line in lines[1 : 1 + WORDS - 2 * 256 - 2]]
     letters = _letters()
     pieces = [*letters, *(f"{letter}</w>" for letter in letters), *("".join(pair) for pair in merges), START, END]
     vocabulary = {piece: index for index, piece in enumerate(pieces)}

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -14,9 +15,12 @@ from dataclasses import dataclass
 import torch
 from diffusers import DiffusionPipeline
 
+from spectral_diffusion.checkpoint.clip_tokenizer import WORDS
 from spectral_diffusion.checkpoint.family import family_of
 from spectral_diffusion.errors import BaseError
 from spectral_diffusion.unet_names import original_unet_name
+
+logger = logging.getLogger(__name__)
 
 _UNET = "model.diffusion_model."
 _VAE = "first_stage_model."
@@ -134,8 +138,9 @@ def pipeline_parts(family: str) -> tuple[str, ...]:
 def to_original_layout(pipeline: DiffusionPipeline) -> dict[str, torch.Tensor]:
     """Return every weight of `pipeline` under its original name; what belongs to no part, such as betas, is left out.
 
-    SD2's text encoder has one layer less than the original, whose last layer nothing reads; readers do without it. Most
-    tensors share the pipeline's memory.
+    SD2's text encoder has one layer less than the original, whose last layer nothing reads; readers do without it. Words that
+    were added to the tokenizer are left out, with a warning: readers refuse a file that holds more than those of the original.
+    Most tensors share the pipeline's memory.
 
     Raises:
         BaseError: the pipeline is of no family that the original code has, as the embedded base.
@@ -143,9 +148,15 @@ def to_original_layout(pipeline: DiffusionPipeline) -> dict[str, torch.Tensor]:
     family = family_of(pipeline)
     if family not in _TEXT_ENCODERS:
         raise BaseError("This base is no Stable Diffusion 1, 2 or XL, so it cannot be one checkpoint file; save it as a folder.")
+    added = [word for word, number in pipeline.tokenizer.get_added_vocab().items() if number >= WORDS]
+    if added:
+        logger.warning("The base's own words %s are left out, as no checkpoint file holds new words.", ", ".join(added))
     original: dict[str, torch.Tensor] = {}
     for part in pipeline_parts(family):
         tensors = getattr(pipeline, part).state_dict()
+        tensors = {
+            name: tensor[:WORDS] if name.endswith("token_embedding.weight") else tensor for name, tensor in tensors.items()
+        }
         fused: dict[str, list[torch.Tensor]] = {}
         for name, place in places(part, family, tensors).items():
             if place.third is None:
