@@ -169,6 +169,8 @@ def test_the_family_is_told_from_the_shapes(width: int, prefix: str, family: str
         (Q, 1280, {"ss_base_model_version": "sdxl_base_v1-0"}, "sdxl"),
         (Q, 1280, {"modelspec.architecture": "stable-diffusion-xl-v1-base/lora"}, "sdxl"),
         (Q, 1280, {"ss_base_model_version": "sd_v2_v"}, "sd2"),
+        (Q, 1280, {"ss_base_model_version": "sd_2.1"}, "sd2"),
+        (Q, 1280, {"ss_base_model_version": "sd_1.5"}, "sd1"),
         (Q, 1280, {"modelspec.architecture": "stable-diffusion-v1/lora"}, "sd1"),
     ],
 )

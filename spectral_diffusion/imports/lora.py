@@ -49,11 +49,13 @@ _FAMILY_OF_METADATA = {
     "sdxl": "sdxl",
     "stable-diffusion-xl": "sdxl",
     "sd_v2": "sd2",
+    "sd_2": "sd2",
     "stable-diffusion-v2": "sd2",
     "sd_v1": "sd1",
+    "sd_1": "sd1",
     "stable-diffusion-v1": "sd1",
 }
-"""How these fields begin, and what they mean."""
+"""How these fields begin, in files of kohya's scripts and of ai-toolkit, and what they mean."""
 _EMBEDDING_WIDTHS = {
     "sd1": {"text_encoder": 768},
     "sd2": {"text_encoder": 1024},
