@@ -196,7 +196,7 @@ def _verdict(token: str, class_word: str, kept: float | None, loudest: str) -> s
     if kept is None:
         return f"{token} was hardly learnt: alone it looks no more like itself than any {class_word} does; train it longer."
     words = next((words for least, words in _VERDICTS if kept >= least), "is lost")
-    return f"{token} {words}: {min(kept, 1):.0%} of its likeness alone is left{loudest}."
+    return f"{token} {words}: {max(0, min(kept, 1)):.0%} of its likeness alone is left{loudest}."
 
 
 _SIDE = 320

@@ -79,6 +79,15 @@ def test_what_is_kept_is_measured_against_the_class_word(report: FusionReport) -
             assert concept.kept is None and "was hardly learnt" in concept.verdict
 
 
+def test_a_concept_less_like_itself_than_a_plain_thing_has_nothing_left(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    likeness = iter((0.8, 0.5, 0.6))  # alone, fused and plain
+    monkeypatch.setattr("spectral_diffusion.fusion_report._likeness", lambda *arguments: next(likeness))
+    monkeypatch.setattr("spectral_diffusion.fusion_report.PROMPTS", PROMPTS[:1])
+    (concept,) = report_fusion(base, random_adapter(base, token="<V1>"), Colours()).concepts
+    assert concept.kept == pytest.approx(-0.5)
+    assert concept.verdict == "<V1> is lost: 0% of its likeness alone is left."
+
+
 def test_the_page_holds_every_picture_and_its_data_none(report: FusionReport, tmp_path: Path) -> None:
     hostile = replace(report, concepts=(replace(report.concepts[0], token="<script>"), report.concepts[1]))
     data = save_report(hostile, tmp_path / "report.html")
