@@ -79,7 +79,9 @@ class TrainingSettings:
         "share of the photos in steps among the others that stand beside one or two of them, of concepts trained in one go",
     )
     weakest_first: bool = _setting(
-        False, "give bands out from the weakest directions on: the weaker, the freer a concept chooses what it reads and writes"
+        False,
+        "give bands out from the weakest directions on, of those that every adapted layer has and the 256 strongest at most: the "
+        "weaker, the freer a concept chooses what it reads and writes",
     )
     isolation: int = _setting(
         8,
