@@ -16,7 +16,7 @@ from transformers import CLIPTokenizer
 
 from spectral_diffusion.checkpoint import PREDICTION_TYPES, family_of, hub_folder, load_folder, load_single_file
 from spectral_diffusion.errors import BaseError
-from spectral_diffusion.layer_matrix import Layer, is_one_pixel_convolution
+from spectral_diffusion.layer_matrix import Layer, is_told_by_fingerprint
 from spectral_diffusion.layer_names import ATTENTION_LAYERS
 from spectral_diffusion.stages import counted
 
@@ -38,7 +38,8 @@ class Base:
     Attributes:
         pipeline: the diffusers pipeline; its weights are frozen and stay as they are.
         family: `sd1`, `sd2`, `sdxl`, or `mini` for the embedded base; adapters fit within a family only.
-        fingerprint: 16 hexadecimal digits of the content of all layers that adapters can change, whatever path or precision.
+        fingerprint: 16 hexadecimal digits of the content of all layers that adapters can change but larger convolutions, whatever
+            path or precision.
         source: what was asked for, for messages.
         embedded: whether this is the base that ships with the project.
     """
@@ -231,7 +232,7 @@ def _adaptable_layers(pipeline: DiffusionPipeline, endings: tuple[str, ...] | No
 def _fingerprint(pipeline: DiffusionPipeline) -> str:
     digest = hashlib.sha256()
     for key, layer in counted("reading the base", "layer", list(_adaptable_layers(pipeline, None))):
-        if isinstance(layer, nn.Linear) or is_one_pixel_convolution(layer):  # so many differ that no more are needed
+        if is_told_by_fingerprint(layer):
             digest.update(f"{key} {tuple(layer.weight.shape)}\n".encode())
             digest.update(layer.weight.detach().half().contiguous().numpy().data)
     return digest.hexdigest()[:16]

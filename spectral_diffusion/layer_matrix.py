@@ -21,6 +21,11 @@ def is_one_pixel_convolution(module: nn.Module) -> bool:
     return module.kernel_size == module.stride == (1, 1) and module.padding == (0, 0)
 
 
+def is_told_by_fingerprint(layer: Layer) -> bool:
+    """Tell whether a base's fingerprint says what `layer` holds: in finetunes so many of these differ that no more are needed."""
+    return isinstance(layer, nn.Linear) or is_one_pixel_convolution(layer)
+
+
 def projected(layer: nn.Conv2d, values: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
     """Return what a convolution reads projected on `down (in, k)`, as `(batch, k, height, width)`, without forming patches.
 

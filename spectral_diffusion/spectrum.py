@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from spectral_diffusion.errors import StorageError
 from spectral_diffusion.files import write_atomically
-from spectral_diffusion.layer_matrix import Layer, matrix_of
+from spectral_diffusion.layer_matrix import Layer, is_told_by_fingerprint, matrix_of
 from spectral_diffusion.stages import counted
 
 if TYPE_CHECKING:
@@ -106,14 +107,23 @@ def base_spectrum(base: Base, layers: dict[str, Layer]) -> dict[str, Spectrum]:
 def _load_or_compute(file: Path, layers: dict[str, Layer]) -> dict[str, Spectrum]:
     cached = _read_cache(file)
     sides = {key: min(matrix_of(layer).shape) for key, layer in layers.items()}
-    missing = [key for key, side in sides.items() if len(cached.get(f"{key}.s", ())) < min(MAX_DIRECTIONS, side)]
+    names = {key: _name(key, layer) for key, layer in layers.items()}
+    missing = [key for key, side in sides.items() if len(cached.get(f"{names[key]}.s", ())) < min(MAX_DIRECTIONS, side)]
     if missing:
         logger.info("Computing the spectrum of %d layers (once per base).", len(missing))
         found = spectra([matrix_of(layers[key]) for key in missing])
         for key, spectrum in zip(counted("spectrum", "layer", missing), found, strict=True):
-            cached |= {f"{key}.U": spectrum.U.cpu(), f"{key}.s": spectrum.s.cpu(), f"{key}.V": spectrum.V.cpu()}
+            cached |= {f"{names[key]}.{part}": getattr(spectrum, part).cpu() for part in ("U", "s", "V")}
         write_atomically(file, lambda path: save_file(cached, path))
-    return {key: Spectrum(U=cached[f"{key}.U"], s=cached[f"{key}.s"], V=cached[f"{key}.V"]) for key in layers}
+    return {key: Spectrum(**{part: cached[f"{name}.{part}"] for part in ("U", "s", "V")}) for key, name in names.items()}
+
+
+def _name(key: str, layer: Layer) -> str:
+    """Return what layer `key` is called in the cache of its base: by its content too where the fingerprint does not tell it."""
+    if is_told_by_fingerprint(layer):
+        return key
+    content = layer.weight.detach().half().cpu().contiguous().numpy().data
+    return f"{key}@{hashlib.sha256(content).hexdigest()[:16]}"
 
 
 def _read_cache(file: Path) -> dict[str, torch.Tensor]:

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from spectral_diffusion.base import Base, adaptable_layers, load_base
+from spectral_diffusion.layer_matrix import Layer, matrix_of
 from spectral_diffusion.spectrum import Spectrum, base_spectrum, singular_directions, spectra
 
 
@@ -46,7 +47,7 @@ def some_layers(base: Base, count: int = 3) -> dict[str, nn.Linear]:
     return dict(list(adaptable_layers(base).items())[:count])
 
 
-def assert_spectra(spectra: dict[str, Spectrum], layers: dict[str, nn.Linear]) -> None:
+def assert_spectra(spectra: dict[str, Spectrum], layers: dict[str, Layer]) -> None:
     """The directions are those of the layers' weights: orthonormal, `W V = U diag(s)`, `s` falling."""
     assert spectra.keys() == layers.keys()
     for key, spectrum in spectra.items():
@@ -54,7 +55,7 @@ def assert_spectra(spectra: dict[str, Spectrum], layers: dict[str, nn.Linear]) -
         # float32 products of a few dozen terms of size 1
         for factor in (spectrum.U, spectrum.V):
             torch.testing.assert_close(factor.T @ factor, identity, rtol=0, atol=1e-5)
-        torch.testing.assert_close(layers[key].weight @ spectrum.V, spectrum.U * spectrum.s, rtol=0, atol=1e-5)
+        torch.testing.assert_close(matrix_of(layers[key]) @ spectrum.V, spectrum.U * spectrum.s, rtol=0, atol=1e-5)
         assert (spectrum.s.diff() <= 0).all() and (spectrum.s >= 0).all()
 
 
@@ -123,6 +124,23 @@ def test_another_content_has_another_fingerprint(tiny_base: Base, tiny_base_fold
     weights[name][0, 0] += 0.1
     save_file(weights, file, {"format": "pt"})
     assert load_base(folder, device="cpu").fingerprint != tiny_base.fingerprint
+
+
+def test_convolutions_of_another_content_have_a_spectrum_of_their_own(
+    tiny_base: Base, tiny_base_folder: Path, tmp_path: Path, cache: Path, computed: list[torch.Tensor]
+) -> None:
+    base_spectrum(tiny_base, adaptable_layers(tiny_base, ("conv1",)))
+    folder = shutil.copytree(tiny_base_folder, tmp_path / "changed")
+    file = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    name = next(name for name in weights if name.endswith("conv1.weight"))
+    weights[name] = weights[name].flip(0, 1).contiguous()
+    save_file(weights, file, {"format": "pt"})
+    changed = load_base(folder, device="cpu")
+    for base in (changed, tiny_base):
+        layers = adaptable_layers(base, ("conv1",))
+        assert_spectra(base_spectrum(base, layers), layers)
+        assert len(computed) == len(layers) + 1
 
 
 def test_only_layers_that_are_not_cached_are_computed(tiny_base: Base, cache: Path, computed: list[torch.Tensor]) -> None:
