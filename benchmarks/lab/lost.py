@@ -25,7 +25,8 @@ class Own:
 
     Attributes:
         pool: samples and predictions.
-        captions: of the samples; what the token's number is depends on who else is attached.
+        captions: of the samples, from the 33rd on not those that their pictures were drawn by but others of the concept; what
+            the token's number is depends on who else is attached.
         effect: mean square of what the concept changes of the prediction of the bare base, which knows its token.
     """
 
