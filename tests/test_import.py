@@ -306,7 +306,7 @@ GOOD = {f"{Q}.lora_up.weight": torch.ones(64, 2), f"{Q}.lora_down.weight": torch
         ),
         (
             {"lora_transformer_x.lora_up.weight": torch.ones(8, 2), "lora_transformer_x.lora_down.weight": torch.ones(2, 8)},
-            "changes 'lora_transformer_x', which is no layer",
+            "changes 'lora_transformer_x', which is no layer of Stable Diffusion 1, 2 or XL that .* for one of these",
         ),
         (GOOD | {"surprise": torch.ones(1)}, "it holds 'surprise'"),
         ({f"{Q}.lora_up.weight": torch.ones(64, 2)}, "lacks its up or its down matrix"),

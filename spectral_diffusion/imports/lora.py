@@ -91,7 +91,10 @@ def import_lora(path: Path, *, token: str, class_word: str, embedding: Path | No
     for name, parts in modules.items():
         key = layer_key_of(name) or layer_key_of(f"unet.{name}")  # a UNet that is saved by itself does not say what it is
         if key is None:
-            raise InputError(f"'{path}' changes '{name}', which is no layer that a LoRA is known to change; give a plain LoRA.")
+            raise InputError(
+                f"'{path}' changes '{name}', which is no layer of Stable Diffusion 1, 2 or XL that LoRAs are known to change; "
+                "give a plain LoRA for one of these."
+            )
         if key in layers:
             raise InputError(f"'{path}' changes layer '{key}' twice, under two names; it cannot be used.")
         layers[key] = _layer(path, name, key, parts, configuration)
