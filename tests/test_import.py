@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_adapter_file import MakesAFile
 from test_export_readers import random_lora
 from test_parametrisations import random_adapter
 
@@ -205,35 +203,6 @@ def test_an_embedding_belongs_to_it(base: Base, lora: Adapter, tmp_path: Path) -
     drawing = Drawing(prompt="<V1> near a lake", steps=2, size=(32, 32))
     one, other = (generate(base, drawing, adapter)[0].image for adapter in (spectral, again))
     assert max(abs(a - b) for a, b in zip(one.tobytes(), other.tobytes(), strict=True)) <= 1
-
-
-@pytest.mark.parametrize("content", ["a1111", "diffusers"])
-def test_embeddings_in_pickles_are_read_without_running_them(content: str, lora: Adapter, tmp_path: Path) -> None:
-    vectors = torch.randn(2, 48)
-    record = {"string_to_param": {"*": vectors}, "name": "x", "step": 3} if content == "a1111" else {"<x>": vectors[0]}
-    torch.save(record, tmp_path / "x.pt")
-    export_kohya(lora, tmp_path / "a.safetensors")
-    adapter = imported(tmp_path / "a.safetensors", embedding=tmp_path / "x.pt")
-    expected = vectors if content == "a1111" else vectors[:1]
-    assert torch.equal(adapter.concepts[0].embeddings["text_encoder"], expected)
-
-
-def test_a_pickle_with_code_is_refused_and_never_run(lora: Adapter, tmp_path: Path) -> None:
-    torch.save({"string_to_param": {"*": MakesAFile(tmp_path / "made")}}, tmp_path / "x.pt")
-    export_kohya(lora, tmp_path / "a.safetensors")
-    with pytest.raises(InputError, match=r"x\.pt' is damaged or holds more than tensors, which is never loaded"):
-        imported(tmp_path / "a.safetensors", embedding=tmp_path / "x.pt")
-    assert not (tmp_path / "made").exists()
-
-
-def test_a_pickle_that_is_damaged_inside_is_refused(lora: Adapter, tmp_path: Path) -> None:
-    torch.save({"<x>": torch.ones(1, 48)}, tmp_path / "x.pt", _use_new_zipfile_serialization=False)
-    content = (tmp_path / "x.pt").read_bytes()
-    storage = re.search(rb"\d{9,}", content)[0]
-    (tmp_path / "x.pt").write_bytes(content.replace(storage, storage[::-1], 1))
-    export_kohya(lora, tmp_path / "a.safetensors")
-    with pytest.raises(InputError, match=r"x\.pt' is damaged"):
-        imported(tmp_path / "a.safetensors", embedding=tmp_path / "x.pt")
 
 
 def test_without_an_embedding_the_token_stands_for_the_class_word(base: Base, lora: Adapter) -> None:

@@ -15,7 +15,7 @@ SUMMARY = "make an adapter of an ordinary LoRA, to fuse it beside others or expo
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    parser.add_argument("lora", type=Path, metavar="FILE", help="a LoRA of kohya, diffusers or PEFT, a .safetensors file")
+    parser.add_argument("lora", type=Path, metavar="FILE", help="a LoRA of kohya, diffusers or PEFT")
     parser.add_argument("--token", required=True, metavar="TOKEN", help='the word that calls it in prompts, such as "<V1>"')
     parser.add_argument(
         "--class-word", required=True, metavar="WORD", help="what it is; without --embedding the token stands for these words"

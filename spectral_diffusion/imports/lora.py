@@ -15,7 +15,7 @@ from spectral_diffusion.attach import check_fits_base
 from spectral_diffusion.base import Base
 from spectral_diffusion.concept import check_class_word, check_token
 from spectral_diffusion.errors import InputError
-from spectral_diffusion.imports.tensors import peft_scales, read_embedding, read_safetensors, refuse_what_is_no_lora
+from spectral_diffusion.imports.tensors import peft_scales, read_embedding, read_tensors, refuse_what_is_no_lora
 from spectral_diffusion.joining import LowRank
 from spectral_diffusion.layer_names import PEFT_START, layer_key_of, patch_side
 
@@ -64,7 +64,7 @@ _EMBEDDING_WIDTHS = {
 
 
 def import_lora(path: Path, *, token: str, class_word: str, embedding: Path | None = None, base: Base | None = None) -> Adapter:
-    """Return the LoRA in the safetensors file `path` as an adapter of one concept, called `token`.
+    """Return the LoRA in the file `path` as an adapter of one concept, called `token`.
 
     Args:
         class_word: what the concept is, or all the words that call it; without an embedding the token stands for them.
@@ -78,7 +78,7 @@ def import_lora(path: Path, *, token: str, class_word: str, embedding: Path | No
     """
     check_token(token)
     check_class_word(class_word)
-    tensors, metadata = read_safetensors(path)
+    tensors, metadata = read_tensors(path)
     refuse_what_is_no_lora(path, set(tensors), metadata)
     modules = _modules(path, tensors)
     configuration = peft_scales(path, tensors, metadata)

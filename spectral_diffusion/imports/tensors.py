@@ -33,14 +33,16 @@ _OTHER_KINDS = {
 """What stands in the names of files that are no plain LoRA."""
 
 
-def read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Return the tensors and the metadata in `path`.
+def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Return the tensors and the metadata in `path`: safetensors, or a pickle, of which nothing but tensors is ever loaded.
 
     Raises:
-        InputError: there is no such file, or it is damaged or no safetensors.
+        InputError: there is no such file, or it is damaged, or holds code.
     """
     if not path.is_file():
         raise InputError(f"There is no file '{path}'; check its name.")
+    if path.suffix.lower() != ".safetensors":
+        return _read_pickle(path), {}
     try:
         with safe_open(path, "pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
@@ -52,12 +54,12 @@ def read_embedding(path: Path) -> dict[str, torch.Tensor]:
     """Return the vectors `(n, width)` in an embedding file, by text encoder.
 
     Read are safetensors (`emb_params`, `clip_l` and `clip_g`, or one tensor under the token's name) and the pickles `.pt` and
-    `.bin` of AUTOMATIC1111 and diffusers, of which nothing but tensors is ever loaded.
+    `.bin` of AUTOMATIC1111 and diffusers.
 
     Raises:
         InputError: it is damaged, holds code, or is no embedding.
     """
-    tensors = read_safetensors(path)[0] if path.suffix.lower() == ".safetensors" else _read_pickle(path)
+    tensors, _ = read_tensors(path)
     if set(tensors) == {"clip_l", "clip_g"}:
         found = {"text_encoder": tensors["clip_l"], "text_encoder_2": tensors["clip_g"]}
     elif len(tensors) == 1:
@@ -78,8 +80,6 @@ def read_embedding(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _read_pickle(path: Path) -> dict[str, torch.Tensor]:
-    if not path.is_file():
-        raise InputError(f"There is no file '{path}'; check its name.")
     try:
         content: Any = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged or hostile pickle can fail in any way; nothing of it was run
