@@ -8,7 +8,7 @@ GPU's memory as the case allows. Time and memory do not depend on the values.
 - `training_seconds`: the whole training, set-up included, and `step_seconds`: one of its steps, in the median;
 - `plan`: what was chosen by the free memory, in the product's own words, and `peak_gigabytes`: what was taken at most;
 - `picture_seconds`: a picture of four drawn at once in 25 steps, and `over_diffusers`: that over diffusers' own pipeline on the
-  bare base, interleaved, medians.
+  bare base, decoded alike, interleaved, medians.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from spectral_diffusion.concept import SAMPLES_FOLDER, load_concept
 from spectral_diffusion.drawing import Drawing
 from spectral_diffusion.errors import SpectralDiffusionError
 from spectral_diffusion.generation import generate
+from spectral_diffusion.previews import decoded
 from spectral_diffusion.training import TrainingProgress, TrainingSettings, preset, train, training_spectrum
 from spectral_diffusion.training.memory import logger as memory_logger
 from spectral_diffusion.training.run import READ_EVERY
@@ -121,15 +122,18 @@ def _interleaved(*works: Callable[[], Any]) -> list[float]:
 
 
 def _plain(base: Base, drawing: Drawing) -> None:
-    """Draw as diffusers does by itself."""
-    base.pipeline(
+    """Draw as diffusers does by itself, but for the decoding: it takes no autoencoder of another precision than the UNet."""
+    latents = base.pipeline(
         "a dog near a lake",
         num_images_per_prompt=drawing.count,
         num_inference_steps=drawing.steps,
         guidance_scale=base.guidance,
         height=base.resolution,
         width=base.resolution,
-    )
+        output_type="latent",
+    ).images
+    for one in latents.split(1):
+        decoded(base, one)
 
 
 def main() -> None:

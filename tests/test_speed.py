@@ -11,7 +11,7 @@ import torch
 from benchmarks.speed import LARGE, file_bytes, kept_bytes, measure_steps, measure_utilisation, random_batch, random_models
 from benchmarks.step_methods import METHODS, Models
 from benchmarks.whole_training import measure_training
-from spectral_diffusion.base import Base
+from spectral_diffusion.base import load_base
 from spectral_diffusion.training import TrainingSettings
 
 
@@ -61,8 +61,9 @@ def test_the_additive_step_is_compared_with_a_large_matrix_product(models: Model
 
 
 @pytest.mark.usefixtures("less_preparation")
-def test_a_whole_training_is_measured(tiny_base: Base) -> None:
+@pytest.mark.parametrize("precision", [torch.float32, torch.float16], ids=str)  # of a base on a CPU and on a GPU
+def test_a_whole_training_is_measured(precision: torch.dtype, tiny_base_folder: Path) -> None:
     settings = TrainingSettings(steps=4, batch=1, inert_batch=1, rank=2)
-    figures = measure_training(tiny_base, settings)
+    figures = measure_training(load_base(tiny_base_folder, device="cpu", precision=precision), settings)
     assert 0 < figures["step_seconds"] < figures["training_seconds"]
     assert figures["picture_seconds"] > 0 and figures["over_diffusers"] > 0
