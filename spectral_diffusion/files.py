@@ -19,6 +19,7 @@ Write = Callable[[Path], None]
 
 _WRITING = ".writing-"
 _LEFT_OVER = 24 * 3600  # seconds after which nobody writes any more
+_PATIENCE = 2.0  # seconds to wait for those who read what is to be replaced
 
 
 def files_in(folder: Path, ending: str) -> list[Path]:
@@ -82,10 +83,22 @@ def write_together(writers: Mapping[Path, Write]) -> None:
                 os.chmod(temporaries[path], 0o644)
         for path, temporary in temporaries.items():
             with _storage_failures(path):
-                os.replace(temporary, path)
+                _replace(temporary, path)
     finally:
         for temporary in temporaries.values():
             temporary.unlink(missing_ok=True)
+
+
+def _replace(new: Path, path: Path) -> None:
+    """Move `new` to `path`; Windows refuses that for as long as somebody reads what stands there, a page or a virus scanner."""
+    until = time.monotonic() + _PATIENCE
+    while True:
+        try:
+            return os.replace(new, path)
+        except PermissionError:
+            if time.monotonic() > until:
+                raise
+        time.sleep(0.02)
 
 
 def write_folder_atomically(path: Path, write: Write) -> None:

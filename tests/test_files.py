@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from spectral_diffusion.errors import StorageError
-from spectral_diffusion.files import write_folder_atomically
+from spectral_diffusion.files import write_atomically, write_folder_atomically
 
 
 @pytest.fixture
@@ -36,6 +36,19 @@ def failing_from(call: int, error: BaseException, until: int = 99) -> Callable[[
         replace(source, target)
 
     return move
+
+
+def test_a_file_that_somebody_reads_on_windows_is_replaced_once_it_is_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.replace", failing_from(1, PermissionError(13, "the page reads it"), until=3))
+    write_atomically(tmp_path / "preview", lambda path: path.write_text("new"))
+    assert (tmp_path / "preview").read_text() == "new"
+    monkeypatch.setattr("spectral_diffusion.files._PATIENCE", 0.1)
+    monkeypatch.setattr("os.replace", failing_from(1, PermissionError(13, "the page reads it")))
+    with pytest.raises(StorageError, match=r"preview' could not be written .*the page reads it"):
+        write_atomically(tmp_path / "preview", lambda path: path.write_text("newer"))
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["new"]
 
 
 @pytest.mark.parametrize("error", [PermissionError(13, "a scanner holds it"), KeyboardInterrupt()])
