@@ -232,6 +232,6 @@ def _noise_of(kept: DDIMScheduler, sampler: type[SchedulerMixin]) -> dict[str, l
     knows = "rescale_betas_zero_snr" in signature(sampler).parameters
     if not kept.config.rescale_betas_zero_snr or knows or sampler is HeunDiscreteScheduler:
         return {}
-    remaining = kept.alphas_cumprod.double()
+    remaining = kept.alphas_cumprod.cpu().double()  # a training puts them where it computes, and Apple's GPUs know no float64
     remaining[-1] = _NEARLY_NOTHING
     return {"trained_betas": [1 - remaining[0].item(), *(1 - remaining[1:] / remaining[:-1]).tolist()]}

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from apple import OnApple
 from diffusers import DDIMScheduler
 from PIL import Image
 from shared_bases import BASES, shared_base
@@ -94,6 +95,13 @@ def test_every_sampler_has_the_noise_that_the_base_was_trained_with(
     generate(base, Drawing(prompt="a dog", steps=3, scheduler=scheduler), on_picture=look)
     torch.testing.assert_close(remaining[0], kept.alphas_cumprod, rtol=1e-4, atol=1e-6)
     assert (remaining[0][-1] < 1e-6) == ends_in_noise
+
+
+def test_what_a_training_left_on_apples_gpu_is_no_hindrance(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = DDIMScheduler.from_config(base.pipeline.scheduler.config, rescale_betas_zero_snr=True)
+    kept.alphas_cumprod = kept.alphas_cumprod.as_subclass(OnApple)
+    monkeypatch.setattr(base.pipeline, "scheduler", kept)
+    assert generate(base, Drawing(prompt="a dog", steps=3, scheduler="PNDM"))
 
 
 @pytest.mark.parametrize("which", BASES)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from apple import OnApple
 from short_trainings import BAND, SHORT, assert_bit_equal, first_step
 from torch import nn
 
@@ -112,6 +113,14 @@ def test_adalora_recalls_where_it_is_trained() -> None:
     tuned.tuner.to("meta")
     tuned.recall({"ipt": {"lora_A": torch.zeros(8)}, "rank_pattern": {}})
     assert tuned.tuner.rankallocator.ipt["lora_A"].device.type == "meta"
+
+
+def test_a_change_on_apples_gpu_is_kept() -> None:
+    layer = nn.Linear(8, 8)
+    tuned = tuned_layers("dora", {"unet.one": layer}, rank=2, steps=2, seed=0)
+    layer.weight = nn.Parameter(layer.weight.detach().as_subclass(OnApple), requires_grad=False)
+    tuned.wrapped("unet.one").base_layer.weight = layer.weight
+    assert torch.isfinite(tuned.deltas()["unet.one"].dense()).all()
 
 
 def test_adalora_bears_layers_that_nothing_reads(loaded_bases: dict[str, Base], concept: Concept) -> None:

@@ -88,7 +88,7 @@ class TunedLayers:
 
     @torch.no_grad()
     def deltas(self) -> dict[str, LowRank]:
-        """Return the change of every layer: thin factors where the method's rank is bounded, else one factor the identity."""
+        """Return the change of every layer, on the CPU: thin factors where its rank is bounded, else one the identity."""
         return {key: self._delta(key) for key in self.layers}
 
     def _delta(self, key: str) -> LowRank:
@@ -103,7 +103,7 @@ class TunedLayers:
         else:
             matrix = layer.get_delta_weight(_NAME)
         rank = min(self.rank or min(matrix.shape), min(matrix.shape))
-        U, s, Vh = torch.linalg.svd(matrix.double(), full_matrices=False)
+        U, s, Vh = torch.linalg.svd(matrix.cpu().double(), full_matrices=False)  # Apple's GPUs know no float64
         return LowRank(up=(U[:, :rank] * s[:rank]).float(), down=Vh[:rank].T.float().contiguous())
 
 
