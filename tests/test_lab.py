@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -289,6 +289,24 @@ def test_a_form_whose_training_ends_early_is_named(tmp_path: Path) -> None:
     case = {"kind": "train", "concept": "poodle", "methods": {"the form": {"parametrisation": "nonsense"}}}
     with pytest.raises(RuntimeError, match="the training of the form ended early"):
         cost.measure(case, Workshop(tmp_path))
+
+
+def test_a_step_is_timed_where_only_every_tenth_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, here of one step a second."""
+    told: list[float] = []
+    clock = iter((0, 1, 1, 10, 10, 20, 20))
+
+    def train(*anything: object, on_progress: Callable[[object], None]) -> None:
+        for step in (1, 10, 20):
+            on_progress(SimpleNamespace(step=step))
+        raise InterruptedError
+
+    monkeypatch.setattr(cost, "train", train)
+    monkeypatch.setattr(cost, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    turns = SimpleNamespace(send=told.append, recv=lambda: "your turn")
+    with pytest.raises(InterruptedError):
+        cost._train("poodle", {}, tmp_path, turns)
+    assert told == [1, 1, 1]
 
 
 def test_the_words_of_the_command_are_checked(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

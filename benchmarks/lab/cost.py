@@ -101,17 +101,17 @@ def _train_in_turn(case: Case, workshop: Workshop) -> dict[str, Any]:
 
 
 def _train(concept: str, changes: dict[str, Any], adapters: Path, turns: Connection) -> None:
-    """Train; after every step send its seconds and wait for the next turn, at last send what was needed."""
+    """Train; whenever steps are reported send the seconds of one and wait for the next turn, at last send what was needed."""
     import resource  # not on Windows
 
-    workshop, started = Workshop(adapters), time.perf_counter()
+    workshop, started, done = Workshop(adapters), time.perf_counter(), 0
     settings = workshop.settings(changes)
 
     def take_turns(progress: TrainingProgress) -> None:
-        nonlocal started
-        turns.send(time.perf_counter() - started)
+        nonlocal started, done
+        turns.send((time.perf_counter() - started) / (progress.step - done))
         turns.recv()
-        started = time.perf_counter()
+        started, done = time.perf_counter(), progress.step
 
     band = Band(start=0, rank=settings.rank)
     adapter = train(workshop.base, workshop.concept(concept), band, settings, on_progress=take_turns).adapter
