@@ -18,6 +18,7 @@ from app.ui.generate import show_album
 from app.ui.markup import button, duration, image, table, text
 from app.ui.painter import painted
 from app.ui.regions import show_regions
+from app.ui.settings import _precision
 from spectral_diffusion.band_map import BandMap, GroupRow, Share
 from spectral_diffusion.drawing import Drawing
 from spectral_diffusion.errors import InputError
@@ -98,3 +99,11 @@ def test_a_painted_mask_arrives_whole_or_is_refused() -> None:
     for wrong in ("", "data:,x", "<svg/>", sent(layer)[:-60], sent(layer.convert("RGB"), "JPEG"), sent(Image.new("L", (800, 8)))):
         with pytest.raises(InputError, match="did not arrive whole"):
             painted(wrong)
+
+
+@pytest.mark.parametrize(
+    ("device", "words"),
+    [("cpu", "float32"), ("cuda:0", "float16, bfloat16 while training"), ("mps:0", "float16, bfloat16 while training")],
+)
+def test_the_precision_is_that_of_drawing_and_of_training(device: str, words: str) -> None:
+    assert _precision({"device": device, "precision": words.partition(",")[0]}) == words

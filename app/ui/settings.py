@@ -73,5 +73,5 @@ def _facts(studio: Studio) -> str:
 
 
 def _precision(facts: dict[str, Any]) -> str:
-    mixed = ", bfloat16 while training" if facts["device"].startswith("cuda") else ""
+    mixed = "" if facts["device"] == "cpu" else ", bfloat16 while training"
     return f"{facts.get('precision', 'float32')}{mixed}"
