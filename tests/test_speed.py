@@ -8,7 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.speed import LARGE, file_bytes, kept_bytes, measure_steps, measure_utilisation, random_batch, random_models
+from benchmarks.speed import (
+    LARGE,
+    file_bytes,
+    kept_bytes,
+    loss_of,
+    measure_steps,
+    measure_utilisation,
+    random_batch,
+    random_models,
+)
 from benchmarks.step_methods import METHODS, Models
 from benchmarks.whole_training import measure_training
 from spectral_diffusion.base import load_base
@@ -43,6 +52,19 @@ def test_the_trained_numbers_are_those_of_lora_and_one_per_direction(models: Mod
             sizes[name] = file_bytes(method.parameters, tmp_path)
     assert counts["additive"] == counts["peft_lora"] + 2 * len(models.layers)
     assert sizes["additive"] <= 1.02 * sizes["peft_lora"]
+
+
+def test_pefts_lora_is_multiplied_in_the_precision_of_the_base() -> None:
+    """In float32 beside weights in bfloat16 it would be slower on a GPU than it is as others train it."""
+    models, seen = random_models(0.1, torch.device("cpu"), torch.bfloat16), set()
+    with METHODS["peft_lora"](models, 2) as method:
+        for module in models.unet.modules():
+            if type(module).__module__.startswith("peft.tuners.lora"):
+                for factor in (*module.lora_A.values(), *module.lora_B.values()):
+                    factor.register_forward_hook(lambda module, values, made: seen.add((values[0].dtype, made.dtype)))
+        loss_of(models, method, random_batch(models, 1, 64)).backward()
+        assert {(parameter.dtype, parameter.grad.dtype) for parameter in method.parameters} == {(torch.float32, torch.float32)}
+    assert seen == {(torch.bfloat16, torch.bfloat16)}
 
 
 def test_methods_step_and_leave_the_models_as_they_are(models: Models, tmp_path: Path) -> None:
