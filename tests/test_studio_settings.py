@@ -31,6 +31,13 @@ def test_settings_are_kept_and_checked(studio: Studio, tmp_path: Path, tiny_base
     assert json.loads((studio.root / "settings.json").read_text())["base"] is None
 
 
+@pytest.mark.parametrize("text", ['{"base": nul', '{"colour": 1}', "[]", "\xff"])
+def test_settings_that_cannot_be_read_are_named(studio: Studio, text: str) -> None:
+    (studio.root / "settings.json").write_text(text, encoding="latin-1")
+    with pytest.raises(InputError, match=r"settings\.json' does not hold the studio's settings .*; correct it, or remove it"):
+        open_studio(studio.root)
+
+
 def test_a_base_that_is_chosen_while_another_is_looked_at_is_looked_at_too(tiny_studio: Studio, tmp_path: Path) -> None:
     chosen = tiny_studio.settings.base
     tiny_studio.change_settings(base="")

@@ -91,9 +91,16 @@ class Studio:
 
     @property
     def settings(self) -> Settings:
-        """What was chosen, or the defaults."""
+        """What was chosen, or the defaults.
+
+        Raises:
+            InputError: their file does not hold them.
+        """
         path = self.root / "settings.json"
-        return Settings(**json.loads(path.read_text(encoding="utf-8"))) if path.exists() else Settings()
+        try:
+            return Settings(**json.loads(path.read_text(encoding="utf-8"))) if path.exists() else Settings()
+        except (TypeError, ValueError) as error:
+            raise InputError(f"'{path}' does not hold the studio's settings ({error}); correct it, or remove it.") from error
 
     def change_settings(self, **changes: str) -> Settings:
         """Keep other settings; an empty text stands for the default.
@@ -120,6 +127,7 @@ def open_studio(root: Path) -> Studio:
     """Return the studio in `root`, with its folders made.
 
     Raises:
+        InputError: its settings cannot be read.
         StorageError: they cannot be made or written to.
     """
     studio = Studio(root=root.resolve())
