@@ -112,8 +112,12 @@ def test_from_uploaded_photos_to_a_file_that_diffusers_loads(
     page.locator("#tab-generate").get_by_role("button", name="More settings").click()
     page.locator("#tab-generate").get_by_label("number input for Steps").fill("3")
     page.locator("#tab-generate").get_by_label("number input for Steps").press("Tab")
+    page.get_by_label("Attach all concepts").check()
     page.locator("#draw").click()
     expect(page.locator("#pictures img")).to_have_count(2)
+    jobs = [json.loads(path.read_text()) for path in sorted((served.folder / "jobs").glob("*/job.json"))]
+    assert [job["arguments"]["whole"] for job in jobs if job["kind"] == "generate"] == [True]
+    page.get_by_label("Attach all concepts").uncheck()
     expect(page.locator("#pictures .sd-card").first).to_contain_text(re.compile(r"<wizard> -?\d\."))
     last = page.locator("#pictures .sd-card").last
     seed = last.inner_text().split("seed ")[1].split()[0]

@@ -48,7 +48,7 @@ def build_generate(studio: Studio, live: Live) -> None:
                 "", label="Prompt", lines=2, placeholder="<poodle> and <black-cat> near a lake", elem_id="prompt", max_length=2000
             )
             chips = live.add(gr.HTML(elem_id="chips", js_on_load=markup.CLICKS), lambda name: _chips(studio, name), adapter)
-            fields = drawing_fields()
+            *fields, whole = drawing_fields()
             regions, confined, shown = build_regions(studio, adapter, prompt)
             condition = condition_fields()
             start = gr.Button("Draw", variant="primary", elem_id="draw")
@@ -67,7 +67,9 @@ def build_generate(studio: Studio, live: Live) -> None:
     settings = [prompt, *fields, regions, confined]
     loaded = [*settings, *shown]
 
-    def begin(name: str | None, sketch: str | None, photo: bool, reader: str, strength: float, *values: Any) -> None:
+    def begin(
+        name: str | None, attach_all: bool, sketch: str | None, photo: bool, reader: str, strength: float, *values: Any
+    ) -> None:
         following = (sketch, photo, reader, strength)
         drawing = attempt(lambda: replace(read_fields(*values), condition=library.condition_from(*following)))
         if drawing is not None:
@@ -76,6 +78,7 @@ def build_generate(studio: Studio, live: Live) -> None:
                 studio,
                 None if name in (None, BARE) else name,
                 drawing,
+                whole=attach_all,
                 done=f"Drawing with seed {drawing.seed}.",
             )
 
@@ -97,8 +100,8 @@ def build_generate(studio: Studio, live: Live) -> None:
             return [gr.skip()] * len(loaded)
         return [*field_values(drawing), *show_regions(studio, drawing.regions)]
 
-    start.click(begin, [adapter, *condition, *settings], **EVENT)
-    prompt.submit(begin, [adapter, *condition, *settings], **EVENT)
+    start.click(begin, [adapter, whole, *condition, *settings], **EVENT)
+    prompt.submit(begin, [adapter, whole, *condition, *settings], **EVENT)
     chips.click(add_chip, prompt, prompt, **EVENT)
     album.click(copy_settings, None, loaded, **EVENT)
     dropped.upload(load_dropped, dropped, [*loaded, dropped], **EVENT)
@@ -141,7 +144,7 @@ def adapter_list(
 
 
 def drawing_fields() -> list[Any]:
-    """Build the settings of a drawing beside its prompt, in the order that `read_fields` takes them."""
+    """Build the settings of a drawing beside its prompt, in the order that `read_fields` takes them, and who is attached."""
     negative = gr.Textbox("", label="Not in the picture", placeholder="blurred", max_length=2000)
     with gr.Row():
         count = gr.Number(4, label="Pictures", minimum=1, maximum=library.MOST_DRAWN, precision=0, min_width=90)
@@ -151,7 +154,13 @@ def drawing_fields() -> list[Any]:
         steps = gr.Slider(1, 100, Drawing.steps, step=1, label="Steps", buttons=[])
         guidance = gr.Slider(0, 15, 0, step=0.5, label="Guidance (0: the base's own)", buttons=[])
         size = gr.Textbox("", label="Size", placeholder="the base's own, or 512x768", max_length=12)
-    return [negative, count, seed, sampler, steps, guidance, size]
+        whole = gr.Checkbox(
+            False,
+            label="Attach all concepts",
+            info="As an exported file does; else only those are attached that the prompt names.",
+            elem_id="whole",
+        )
+    return [negative, count, seed, sampler, steps, guidance, size, whole]
 
 
 def read_fields(
