@@ -70,6 +70,10 @@ def test_from_uploaded_photos_to_a_file_that_diffusers_loads(
     add_concept(page, "leopard", [*photos_of("leopard"), bad])
     expect(page.locator("#findings")).to_contain_text("6 of 7 files are used")
     expect(page.locator("#findings .sd-no")).to_contain_text("drawing.jpg The file is an SVG drawing")
+    for token in ("<poodle>", "<leopard>"):
+        page.locator("#concept-cards button", has_text=token).click()
+        expect(page.locator("#concept-title code")).to_have_text(token)
+        expect(page.locator("#findings li")).to_have_count(0)  # they were about another concept
     expect(page.locator("#photos img")).to_have_count(6)
     caption = page.locator("#photos input").first
     caption.fill("<TOK> in the snow")

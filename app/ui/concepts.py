@@ -71,9 +71,9 @@ def build_concepts(studio: Studio, live: Live) -> None:
             _build_training(studio, live, chosen)
     _wire_photos(studio, chosen, photos, paper, photo_version)
 
-    def open_concept(name: str, event: gr.EventData) -> tuple[str | None, str]:
-        do, target, _ = said(event)
-        return target if do == "open" else name, ""
+    def open_concept(event: gr.EventData) -> tuple[str, str, str]:
+        _, target, _ = said(event)
+        return target, "", ""
 
     def remove_concept(event: gr.EventData) -> tuple[Any, ...]:
         do, target, _ = said(event)
@@ -102,7 +102,7 @@ def build_concepts(studio: Studio, live: Live) -> None:
     welcome.click(
         lambda: attempt(queue_tour, studio, done="The tour is queued: a training, then fusing, drawing, exporting."), **EVENT
     )
-    cards.click(open_concept, chosen, [chosen, paper], **EVENT)
+    cards.click(open_concept, None, [chosen, paper, findings], **EVENT)
     photos.click(remove_concept, None, [chosen, paper], **EVENT)
     class_word.blur(
         lambda word: gr.update(placeholder=library.suggest_token(studio, word) if word.strip() else _TOKEN),  # taken when empty
