@@ -20,11 +20,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from spectral_diffusion.base import Base, load_base
-from spectral_diffusion.contact_sheet import Cell, Row, contact_sheet
-from spectral_diffusion.drawing import Drawing
-from spectral_diffusion.generation import generate
-from spectral_diffusion.prompt_tokens import listed
+from spectral_diffusion.bases.base import Base, load_base
+from spectral_diffusion.generation.drawing import Drawing
+from spectral_diffusion.generation.generate import generate
+from spectral_diffusion.prompts.tokens import listed
+from spectral_diffusion.reports.contact_sheet import Cell, Row, contact_sheet
 from spectral_diffusion.toyworld.captions import with_article
 from spectral_diffusion.toyworld.characters import BASE_CHARACTERS, CHARACTER_BY_NAME
 from spectral_diffusion.toyworld.judge import load_judge

@@ -33,21 +33,21 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.lab.record import digest
-from spectral_diffusion.adapter import Adapter
-from spectral_diffusion.adapter_file import load_adapter, save_adapter
-from spectral_diffusion.band_plan import fewest_directions
-from spectral_diffusion.bands import bands_in_order
-from spectral_diffusion.base import Base, load_base
-from spectral_diffusion.concept import SAMPLES_FOLDER, Concept, load_concept
-from spectral_diffusion.condition_picture import Condition
-from spectral_diffusion.contact_sheet import Cell, Row, contact_sheet
-from spectral_diffusion.drawing import Drawing
+from spectral_diffusion.adapters.adapter import Adapter
+from spectral_diffusion.adapters.adapter_file import load_adapter, save_adapter
+from spectral_diffusion.adapters.band_plan import fewest_directions
+from spectral_diffusion.adapters.fusion import fuse
+from spectral_diffusion.bases.base import Base, load_base
+from spectral_diffusion.concepts.concept import SAMPLES_FOLDER, Concept, load_concept
 from spectral_diffusion.files import write_atomically
-from spectral_diffusion.fusion import fuse
-from spectral_diffusion.generation import generate
-from spectral_diffusion.picture_file import save_picture
-from spectral_diffusion.prompt_tokens import listed
-from spectral_diffusion.regions import suggest_regions
+from spectral_diffusion.generation.condition_picture import Condition
+from spectral_diffusion.generation.drawing import Drawing
+from spectral_diffusion.generation.generate import generate
+from spectral_diffusion.generation.picture_file import save_picture
+from spectral_diffusion.generation.regions import suggest_regions
+from spectral_diffusion.prompts.tokens import listed
+from spectral_diffusion.reports.contact_sheet import Cell, Row, contact_sheet
+from spectral_diffusion.spectra.bands import bands_in_order
 from spectral_diffusion.toyworld.judge import Judge, Sighting, load_judge
 from spectral_diffusion.toyworld.recipe.sketches import silhouettes
 from spectral_diffusion.toyworld.scenes import SCENES

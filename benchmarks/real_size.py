@@ -41,21 +41,21 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from spectral_diffusion.activations import COLUMNS
-from spectral_diffusion.adapter import Adapter, ConceptPart, LayerPart, input_group
-from spectral_diffusion.adapter_file import load_adapter, save_adapter
-from spectral_diffusion.attach import attached
-from spectral_diffusion.bands import Band
-from spectral_diffusion.base import layer_key, load_base, read_base
-from spectral_diffusion.checkpoint import to_original_layout
-from spectral_diffusion.checkpoint.single_file import CONFIGURATIONS
-from spectral_diffusion.drawing import Drawing
+from spectral_diffusion.adapters.adapter import Adapter, ConceptPart, LayerPart, input_group
+from spectral_diffusion.adapters.adapter_file import load_adapter, save_adapter
+from spectral_diffusion.adapters.attach import attached
+from spectral_diffusion.adapters.fusion import fuse
+from spectral_diffusion.bases.base import layer_key, load_base, read_base
+from spectral_diffusion.bases.checkpoint import to_original_layout
+from spectral_diffusion.bases.checkpoint.single_file import CONFIGURATIONS
+from spectral_diffusion.bases.layer_names import ATTENTION_LAYERS
 from spectral_diffusion.export import export_checkpoint, export_kohya
-from spectral_diffusion.fusion import fuse
-from spectral_diffusion.generation import generate
-from spectral_diffusion.layer_names import ATTENTION_LAYERS
-from spectral_diffusion.regions import suggest_regions
-from spectral_diffusion.spectrum import Spectrum
+from spectral_diffusion.generation.drawing import Drawing
+from spectral_diffusion.generation.generate import generate
+from spectral_diffusion.generation.regions import suggest_regions
+from spectral_diffusion.spectra.bands import Band
+from spectral_diffusion.spectra.spectrum import Spectrum
+from spectral_diffusion.training.activations import COLUMNS
 
 CONCEPTS = 8
 RANK = 8

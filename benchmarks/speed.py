@@ -41,11 +41,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from benchmarks.step_methods import METHODS, Method, Models, spectral
-from spectral_diffusion.attach import folded
-from spectral_diffusion.base import ATTENTION_LAYERS, layer_key
-from spectral_diffusion.checkpoint.single_file import CONFIGURATIONS
+from spectral_diffusion.adapters.attach import folded
+from spectral_diffusion.bases.base import ATTENTION_LAYERS, layer_key
+from spectral_diffusion.bases.checkpoint.single_file import CONFIGURATIONS
 from spectral_diffusion.joining import LowRank
-from spectral_diffusion.spectrum import spectra
+from spectral_diffusion.spectra.spectrum import spectra
 from spectral_diffusion.training.memory import checkpointing
 
 CONCEPTS = 4

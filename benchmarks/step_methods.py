@@ -13,8 +13,8 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
-from spectral_diffusion.bands import Band
-from spectral_diffusion.spectrum import Spectrum
+from spectral_diffusion.spectra.bands import Band
+from spectral_diffusion.spectra.spectrum import Spectrum
 from spectral_diffusion.training import TrainingSettings
 from spectral_diffusion.training.adaptation import adapt
 

@@ -31,13 +31,13 @@ import torch
 
 from benchmarks.real_size import write_checkpoint
 from benchmarks.speed import seconds_of
-from spectral_diffusion.bands import Band
-from spectral_diffusion.base import Base, load_base
-from spectral_diffusion.concept import SAMPLES_FOLDER, load_concept
-from spectral_diffusion.drawing import Drawing
+from spectral_diffusion.bases.base import Base, load_base
+from spectral_diffusion.concepts.concept import SAMPLES_FOLDER, load_concept
 from spectral_diffusion.errors import SpectralDiffusionError
-from spectral_diffusion.generation import generate
-from spectral_diffusion.previews import decoded
+from spectral_diffusion.generation.drawing import Drawing
+from spectral_diffusion.generation.generate import generate
+from spectral_diffusion.generation.previews import decoded
+from spectral_diffusion.spectra.bands import Band
 from spectral_diffusion.training import TrainingProgress, TrainingSettings, preset, train, training_spectrum
 from spectral_diffusion.training.memory import logger as memory_logger
 from spectral_diffusion.training.run import READ_EVERY

@@ -13,24 +13,24 @@ from typing import Any
 
 from PIL import Image
 
-from spectral_diffusion.adapter import Adapter
-from spectral_diffusion.adapter_file import save_adapter
-from spectral_diffusion.band_plan import fewest_directions
-from spectral_diffusion.bands import Band, next_free_band
-from spectral_diffusion.base import Base, load_base
-from spectral_diffusion.clip_scorer import ClipScorer, load_scorer
-from spectral_diffusion.concept import SAMPLES_FOLDER, Concept, load_concept
-from spectral_diffusion.contact_sheet import Cell, Row, contact_sheet
-from spectral_diffusion.drawing import Drawing, Picture
+from spectral_diffusion.adapters.adapter import Adapter
+from spectral_diffusion.adapters.adapter_file import save_adapter
+from spectral_diffusion.adapters.band_plan import fewest_directions
+from spectral_diffusion.adapters.fusion import fuse
+from spectral_diffusion.bases.base import Base, load_base
+from spectral_diffusion.concepts.concept import SAMPLES_FOLDER, Concept, load_concept
 from spectral_diffusion.errors import InputError
-from spectral_diffusion.exactness import export_error, fusion_error
 from spectral_diffusion.export import export_kohya
 from spectral_diffusion.files import write_atomically
-from spectral_diffusion.fusion import fuse
-from spectral_diffusion.generation import generate
-from spectral_diffusion.picture_file import save_picture
-from spectral_diffusion.prompt_tokens import expand_prompt
-from spectral_diffusion.regions import suggest_regions
+from spectral_diffusion.generation.drawing import Drawing, Picture
+from spectral_diffusion.generation.generate import generate
+from spectral_diffusion.generation.picture_file import save_picture
+from spectral_diffusion.generation.regions import suggest_regions
+from spectral_diffusion.prompts.tokens import expand_prompt
+from spectral_diffusion.reports.contact_sheet import Cell, Row, contact_sheet
+from spectral_diffusion.reports.exactness import export_error, fusion_error
+from spectral_diffusion.scoring.clip_scorer import ClipScorer, load_scorer
+from spectral_diffusion.spectra.bands import Band, next_free_band
 from spectral_diffusion.toyworld.judge import Judge, load_judge
 from spectral_diffusion.training import TrainingProgress, TrainingSettings, preset, train_together
 

@@ -22,9 +22,9 @@ from shared_bases import shared_base
 from short_trainings import follow_gradients, prepare_less
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from spectral_diffusion.base import EMBEDDED_BASE, Base, load_base
+from spectral_diffusion.bases.base import EMBEDDED_BASE, Base, load_base
 from spectral_diffusion.cli import main
-from spectral_diffusion.concept import Concept, load_concept
+from spectral_diffusion.concepts.concept import Concept, load_concept
 
 if TYPE_CHECKING:
     from app.actions.studio import Studio

@@ -19,9 +19,9 @@ from diffusers import (
 from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from spectral_diffusion.checkpoint import to_original_layout
-from spectral_diffusion.checkpoint.clip_tokenizer import clip_tokenizer
-from spectral_diffusion.checkpoint.single_file import CONFIGURATIONS
+from spectral_diffusion.bases.checkpoint import to_original_layout
+from spectral_diffusion.bases.checkpoint.clip_tokenizer import clip_tokenizer
+from spectral_diffusion.bases.checkpoint.single_file import CONFIGURATIONS
 
 FAMILIES = ("sd1", "sd2", "sdxl")
 _FOUR_LEVELS = {"block_out_channels": [32, 32, 64, 64], "cross_attention_dim": 32, "sample_size": 8}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cache
 from pathlib import Path
 
-from spectral_diffusion.base import Base, load_base
+from spectral_diffusion.bases.base import Base, load_base
 
 BASES = ("tiny", "embedded")
 

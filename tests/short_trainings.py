@@ -8,10 +8,10 @@ from importlib import import_module
 import pytest
 import torch
 
-from spectral_diffusion.adapter import Adapter
-from spectral_diffusion.bands import Band
-from spectral_diffusion.base import Base
-from spectral_diffusion.concept import Concept
+from spectral_diffusion.adapters.adapter import Adapter
+from spectral_diffusion.bases.base import Base
+from spectral_diffusion.concepts.concept import Concept
+from spectral_diffusion.spectra.bands import Band
 from spectral_diffusion.training import TrainingProgress, TrainingSettings, train
 
 BAND = Band(start=2, rank=2)
@@ -27,8 +27,8 @@ FEWER = {
     ("training.scenes", "DRAWING_STEPS"): 2,
     ("training.composed", "GROUPS"): 2,
     ("training.composed", "DRAWING_STEPS"): 2,
-    ("activations", "PROMPTS"): ("{}", "a photo of {}"),
-    ("activations", "DRAWING_STEPS"): 2,
+    ("training.activations", "PROMPTS"): ("{}", "a photo of {}"),
+    ("training.activations", "DRAWING_STEPS"): 2,
 }
 """Less preparation than a real training makes, so that the tests are quick."""
 

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from short_trainings import BAND, SHORT, assert_bit_equal
 
-from spectral_diffusion.bands import Band
-from spectral_diffusion.base import Base, load_base
+from spectral_diffusion.bases.base import Base, load_base
 from spectral_diffusion.cli import displays
-from spectral_diffusion.concept import SAMPLES_FOLDER, Concept, load_concept
+from spectral_diffusion.concepts.concept import SAMPLES_FOLDER, Concept, load_concept
+from spectral_diffusion.spectra.bands import Band
 from spectral_diffusion.stages import counted, listening
 from spectral_diffusion.training import TrainingProgress, train
 

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from app.actions.studio import Studio, plain_name
-from spectral_diffusion import fusion
-from spectral_diffusion.adapter import METHODS, Adapter
-from spectral_diffusion.adapter_file import load_adapter
-from spectral_diffusion.band_map import BandMap, band_map
+from spectral_diffusion.adapters import fusion
+from spectral_diffusion.adapters.adapter import METHODS, Adapter
+from spectral_diffusion.adapters.adapter_file import load_adapter
+from spectral_diffusion.adapters.band_map import BandMap, band_map
 from spectral_diffusion.errors import AdapterError, InputError
 from spectral_diffusion.files import files_in, numbered
 from spectral_diffusion.training import can_settle

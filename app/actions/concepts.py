@@ -13,7 +13,7 @@ from pathlib import Path
 from app.actions.photos import PhotoCard, make_thumbnails, photo_card
 from app.actions.studio import Studio, concept_folder, concept_names, plain_name, put_away
 from app.jobs import Job
-from spectral_diffusion.concept import (
+from spectral_diffusion.concepts.concept import (
     SAMPLES_FOLDER,
     SETTINGS_FILE,
     check_class_word,
@@ -21,9 +21,9 @@ from spectral_diffusion.concept import (
     check_token,
     read_words,
 )
+from spectral_diffusion.concepts.photos import list_pictures, read_photos
 from spectral_diffusion.errors import InputError
 from spectral_diffusion.files import numbered, write_atomically
-from spectral_diffusion.photos import list_pictures, read_photos
 
 SAMPLES = ("poodle", "black-cat", "raccoon")
 """Sample concepts that a new studio has."""

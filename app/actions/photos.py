@@ -13,11 +13,9 @@ import numpy as np
 from PIL import Image
 
 from app.actions.studio import Studio, concept_folder, plain_name, put_away
-from spectral_diffusion.concept import DEFAULT_CAPTION, load_mask, read_caption
-from spectral_diffusion.errors import InputError, PhotoError, StorageError
-from spectral_diffusion.files import numbered, write_atomically
-from spectral_diffusion.masks import suggest_mask, write_suggested_masks
-from spectral_diffusion.photos import (
+from spectral_diffusion.concepts.concept import DEFAULT_CAPTION, load_mask, read_caption
+from spectral_diffusion.concepts.masks import suggest_mask, write_suggested_masks
+from spectral_diffusion.concepts.photos import (
     BLACK,
     CAPTION_ENDING,
     MASK_ENDING,
@@ -30,6 +28,8 @@ from spectral_diffusion.photos import (
     read_photos,
     same_picture,
 )
+from spectral_diffusion.errors import InputError, PhotoError, StorageError
+from spectral_diffusion.files import numbered, write_atomically
 from spectral_diffusion.training.examples import random_crop
 
 MAX_UPLOAD = 64_000_000

@@ -15,13 +15,13 @@ from app.actions.adapters import adapter_cards, adapter_path
 from app.actions.concepts import concepts_of_tokens
 from app.actions.studio import Studio
 from app.jobs import State
-from spectral_diffusion.axis import MOST_PICTURES, Axis
-from spectral_diffusion.condition_picture import Condition, condition_from_record, condition_record, read_condition
-from spectral_diffusion.drawing import Drawing, random_seed
 from spectral_diffusion.errors import InputError
 from spectral_diffusion.files import files_in
-from spectral_diffusion.prompt_tokens import listed, marked_words, tokens_in
-from spectral_diffusion.regions import region_from_record, region_record
+from spectral_diffusion.generation.condition_picture import Condition, condition_from_record, condition_record, read_condition
+from spectral_diffusion.generation.drawing import Drawing, random_seed
+from spectral_diffusion.generation.regions import region_from_record, region_record
+from spectral_diffusion.prompts.tokens import listed, marked_words, tokens_in
+from spectral_diffusion.reports.axis import MOST_PICTURES, Axis
 
 SORTS = ("newest", "text score", "likeness")
 PREVIEW_ENDING = "-forming.webp"

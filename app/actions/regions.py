@@ -10,7 +10,7 @@ from PIL import Image
 from app.actions.adapters import library_class_words
 from app.actions.studio import Studio
 from spectral_diffusion.errors import InputError
-from spectral_diffusion.regions import LEAST_SIDE, MOST_REGIONS, SOFT_EDGE, Box, Region, parse_box, suggest_regions
+from spectral_diffusion.generation.regions import LEAST_SIDE, MOST_REGIONS, SOFT_EDGE, Box, Region, parse_box, suggest_regions
 
 Regions = tuple[Region, ...]
 NEW_BOX = (0.25, 0.25, 0.75, 0.75)

@@ -21,11 +21,11 @@ from typing import Any
 import torch
 
 from app.jobs import JobStore
-from spectral_diffusion.clip_scorer import DEFAULT_CLIP
-from spectral_diffusion.concept import SETTINGS_FILE
+from spectral_diffusion.concepts.concept import SETTINGS_FILE
 from spectral_diffusion.errors import InputError
 from spectral_diffusion.export.embedding import embedding_file_name
 from spectral_diffusion.files import clear_leftovers, write_atomically
+from spectral_diffusion.scoring.clip_scorer import DEFAULT_CLIP
 
 FOLDERS = (
     "concepts",

@@ -24,16 +24,13 @@ from app.actions.training_tasks import look_task, settled, train_task
 from app.actions.workbench import chosen_base, studio_of, write_json
 from app.jobs import Stopped, TaskContext
 from app.jobs.worker import Task
-from spectral_diffusion.adapter import Adapter
-from spectral_diffusion.adapter_file import load_adapter, save_adapter
-from spectral_diffusion.album import Album
-from spectral_diffusion.attach import check_fits_base
-from spectral_diffusion.axis import BARE, Axis
-from spectral_diffusion.base import Base, read_base
-from spectral_diffusion.comparison import compare, write_comparison
-from spectral_diffusion.drawing import Picture
+from spectral_diffusion.adapters.adapter import Adapter
+from spectral_diffusion.adapters.adapter_file import load_adapter, save_adapter
+from spectral_diffusion.adapters.attach import check_fits_base
+from spectral_diffusion.adapters.fusion import fuse
+from spectral_diffusion.bases.base import Base, read_base
+from spectral_diffusion.concepts.photos import read_photos
 from spectral_diffusion.errors import InputError, SpectralDiffusionError
-from spectral_diffusion.exactness import export_error
 from spectral_diffusion.export import (
     Export,
     export_checkpoint,
@@ -44,11 +41,14 @@ from spectral_diffusion.export import (
     remarks,
 )
 from spectral_diffusion.files import files_in, write_atomically
-from spectral_diffusion.fusion import fuse
-from spectral_diffusion.fusion_report import report_fusion, save_report
-from spectral_diffusion.generation import generate
-from spectral_diffusion.photos import read_photos
-from spectral_diffusion.score import ClipScorer, PictureScore, load_scorer, score_pictures
+from spectral_diffusion.generation.album import Album
+from spectral_diffusion.generation.drawing import Picture
+from spectral_diffusion.generation.generate import generate
+from spectral_diffusion.reports.axis import BARE, Axis
+from spectral_diffusion.reports.comparison import compare, write_comparison
+from spectral_diffusion.reports.exactness import export_error
+from spectral_diffusion.reports.fusion_report import report_fusion, save_report
+from spectral_diffusion.scoring.score import ClipScorer, PictureScore, load_scorer, score_pictures
 from spectral_diffusion.toyworld.judge import Judge, load_judge
 
 logger = logging.getLogger(__name__)

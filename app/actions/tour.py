@@ -10,8 +10,8 @@ from app.actions.concepts import SAMPLES, concept_card
 from app.actions.pictures import drawing_record
 from app.actions.studio import Studio, concept_names
 from app.actions.trainings import train
-from spectral_diffusion.drawing import Drawing, random_seed
 from spectral_diffusion.errors import InputError
+from spectral_diffusion.generation.drawing import Drawing, random_seed
 
 TOGETHER = "{} and {} near a lake"
 

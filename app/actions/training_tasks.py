@@ -16,10 +16,9 @@ from app.actions.studio import Studio, concept_folder, loading_of
 from app.actions.trainings import FACTS, is_chosen
 from app.actions.workbench import chosen_base, studio_of, write_json
 from app.jobs import Stopped, TaskContext
-from spectral_diffusion.adapter import Adapter
-from spectral_diffusion.adapter_file import load_adapter, save_adapter
-from spectral_diffusion.album import save_samples
-from spectral_diffusion.band_plan import (
+from spectral_diffusion.adapters.adapter import Adapter
+from spectral_diffusion.adapters.adapter_file import load_adapter, save_adapter
+from spectral_diffusion.adapters.band_plan import (
     TakenBand,
     band_again,
     band_clash,
@@ -29,10 +28,11 @@ from spectral_diffusion.band_plan import (
     neighbours,
     taken_bands,
 )
-from spectral_diffusion.bands import Band
-from spectral_diffusion.base import Base
-from spectral_diffusion.concept import load_concept
+from spectral_diffusion.bases.base import Base
+from spectral_diffusion.concepts.concept import load_concept
 from spectral_diffusion.files import files_in
+from spectral_diffusion.generation.album import save_samples
+from spectral_diffusion.spectra.bands import Band
 from spectral_diffusion.training import (
     PRESETS,
     TrainingProgress,

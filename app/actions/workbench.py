@@ -8,7 +8,7 @@ from typing import Any
 
 from app.actions.studio import Studio, loading_of
 from app.jobs import TaskContext
-from spectral_diffusion.base import Base, load_base
+from spectral_diffusion.bases.base import Base, load_base
 from spectral_diffusion.files import write_atomically
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from app.ui.markup import table, text
-from spectral_diffusion.band_map import BandMap, Share
+from spectral_diffusion.adapters.band_map import BandMap, Share
 
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM = 640, 190, 44, 24
 _COLOURS = 8  # classes sd-c0 ... in style.css

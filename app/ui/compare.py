@@ -12,9 +12,9 @@ from app.actions.studio import Studio
 from app.jobs import State
 from app.ui import markup
 from app.ui.live import EVENT, Live, attempt
-from spectral_diffusion.adapter import METHODS
-from spectral_diffusion.axis import AXES, Axis
-from spectral_diffusion.drawing import Drawing
+from spectral_diffusion.adapters.adapter import METHODS
+from spectral_diffusion.generation.drawing import Drawing
+from spectral_diffusion.reports.axis import AXES, Axis
 
 _EXAMPLES = {
     "seed": "1, 2, 3",

@@ -14,10 +14,10 @@ from app.actions.studio import Studio
 from app.ui import markup
 from app.ui.live import EVENT, Live, attempt, choices, said
 from app.ui.regions import ACTING, build_regions, show_regions
-from spectral_diffusion.drawing import SCHEDULERS, Drawing
 from spectral_diffusion.errors import SpectralDiffusionError
-from spectral_diffusion.picture_file import read_drawing
-from spectral_diffusion.regions import Region
+from spectral_diffusion.generation.drawing import SCHEDULERS, Drawing
+from spectral_diffusion.generation.picture_file import read_drawing
+from spectral_diffusion.generation.regions import Region
 
 BARE = "none"
 """Value of the choice to draw without an adapter."""

@@ -12,7 +12,7 @@ from app.actions.studio import Studio
 from app.ui import markup
 from app.ui.live import EVENT, attempt, said
 from app.ui.painter import PAINTING, brushes, canvas, coloured, painted
-from spectral_diffusion.regions import Region
+from spectral_diffusion.generation.regions import Region
 
 _COLOURS = 6  # classes sd-c0 ... in style.css
 DRAGS = """

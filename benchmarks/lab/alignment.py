@@ -21,11 +21,11 @@ from benchmarks.lab.charts import bars, markdown
 from benchmarks.lab.fusion import trained
 from benchmarks.lab.record import Case, Record
 from benchmarks.lab.workshop import Workshop
-from spectral_diffusion.activations import PROMPTS, measure_activations
-from spectral_diffusion.adapter import Adapter, ConceptPart, LayerPart
-from spectral_diffusion.attach import attached
-from spectral_diffusion.fusion import fuse
+from spectral_diffusion.adapters.adapter import Adapter, ConceptPart, LayerPart
+from spectral_diffusion.adapters.attach import attached
+from spectral_diffusion.adapters.fusion import fuse
 from spectral_diffusion.joining import RHO
+from spectral_diffusion.training.activations import PROMPTS, measure_activations
 
 _BASE = "<base>"
 _SEED = 5

@@ -18,8 +18,8 @@ from benchmarks.lab.charts import bars, markdown
 from benchmarks.lab.fusion import trained
 from benchmarks.lab.record import Case, Record
 from benchmarks.lab.workshop import Workshop
-from spectral_diffusion.adapter import Adapter, ConceptPart, LayerPart
-from spectral_diffusion.fusion import fuse
+from spectral_diffusion.adapters.adapter import Adapter, ConceptPart, LayerPart
+from spectral_diffusion.adapters.fusion import fuse
 
 _READS, _WRITES, _NEITHER = "reads the band", "writes the band", "neither"
 TERMS = (_READS, _WRITES, _NEITHER)

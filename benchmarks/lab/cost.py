@@ -23,11 +23,11 @@ from matplotlib.figure import Figure
 from benchmarks.lab.charts import bars, markdown
 from benchmarks.lab.record import Case, Record
 from benchmarks.lab.workshop import Workshop
-from spectral_diffusion.adapter_file import save_adapter
-from spectral_diffusion.bands import Band
-from spectral_diffusion.base import adaptable_layers
-from spectral_diffusion.fusion import fuse
-from spectral_diffusion.spectrum import spectra
+from spectral_diffusion.adapters.adapter_file import save_adapter
+from spectral_diffusion.adapters.fusion import fuse
+from spectral_diffusion.bases.base import adaptable_layers
+from spectral_diffusion.spectra.bands import Band
+from spectral_diffusion.spectra.spectrum import spectra
 from spectral_diffusion.training import TrainingProgress, train
 
 

@@ -23,12 +23,12 @@ from PIL import Image
 from benchmarks.lab.charts import bars, lines, markdown, packed, sheet, unpacked
 from benchmarks.lab.record import Case, Record
 from benchmarks.lab.workshop import PROMPTS, Workshop
-from spectral_diffusion.adapter import Adapter
-from spectral_diffusion.drawing import Drawing
-from spectral_diffusion.fusion import fuse
-from spectral_diffusion.generation import generate
+from spectral_diffusion.adapters.adapter import Adapter
+from spectral_diffusion.adapters.fusion import fuse
+from spectral_diffusion.generation.drawing import Drawing
+from spectral_diffusion.generation.generate import generate
 from spectral_diffusion.parametrisations import TUNERS
-from spectral_diffusion.prompt_tokens import listed
+from spectral_diffusion.prompts.tokens import listed
 from spectral_diffusion.training import settle
 
 _JOINT = (2, 3)

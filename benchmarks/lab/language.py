@@ -23,9 +23,9 @@ from benchmarks.lab.charts import lines, markdown
 from benchmarks.lab.record import Case, Record, digest
 from benchmarks.lab.toy import adapted, descend
 from benchmarks.lab.workshop import Workshop
-from spectral_diffusion.bands import Band
 from spectral_diffusion.files import write_atomically
 from spectral_diffusion.parametrisations.budget import parameter_count, rank_for
+from spectral_diffusion.spectra.bands import Band
 from spectral_diffusion.training import TrainingSettings
 
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
-from spectral_diffusion.adapter import Adapter
-from spectral_diffusion.attach import attached, with_tokens
-from spectral_diffusion.base import Base
-from spectral_diffusion.conditioning import tokenize
+from spectral_diffusion.adapters.adapter import Adapter
+from spectral_diffusion.adapters.attach import attached, with_tokens
+from spectral_diffusion.bases.base import Base
+from spectral_diffusion.prompts.conditioning import tokenize
 from spectral_diffusion.training.batches import Pool
 from spectral_diffusion.training.inertness import build_pool
 from spectral_diffusion.training.prediction import predict

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from benchmarks.lab.charts import lines, markdown
 from benchmarks.lab.record import Case, Record
 from benchmarks.lab.workshop import Workshop
-from spectral_diffusion.fusion import fuse
+from spectral_diffusion.adapters.fusion import fuse
 
 _TEXT_ENCODER = 0.3
 

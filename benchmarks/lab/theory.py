@@ -19,9 +19,9 @@ from benchmarks.lab.charts import bars, markdown
 from benchmarks.lab.record import Case, Record
 from benchmarks.lab.toy import adapted, descend
 from benchmarks.lab.workshop import Workshop
-from spectral_diffusion.adapter import ConceptPart
-from spectral_diffusion.bands import Band
+from spectral_diffusion.adapters.adapter import ConceptPart
 from spectral_diffusion.parametrisations import PARAMETRISATIONS
+from spectral_diffusion.spectra.bands import Band
 from spectral_diffusion.training import TrainingSettings
 from spectral_diffusion.training.adaptation import TrainedLayers
 

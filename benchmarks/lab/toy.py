@@ -7,9 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from spectral_diffusion.bands import Band
 from spectral_diffusion.parametrisations import SPECTRAL
-from spectral_diffusion.spectrum import singular_directions
+from spectral_diffusion.spectra.bands import Band
+from spectral_diffusion.spectra.spectrum import singular_directions
 from spectral_diffusion.training import TrainingSettings
 from spectral_diffusion.training.adaptation import Adaptation, adapt
 

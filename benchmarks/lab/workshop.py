@@ -12,16 +12,16 @@ from filelock import FileLock, Timeout
 
 from benchmarks.lab.lost import Own, lost, own_predictions
 from benchmarks.lab.record import Postponed, digest
-from spectral_diffusion.adapter import Adapter
-from spectral_diffusion.adapter_file import load_adapter, save_adapter
-from spectral_diffusion.band_plan import fewest_directions
-from spectral_diffusion.bands import Band, bands_in_order
-from spectral_diffusion.base import Base, adaptable_layers, load_base
-from spectral_diffusion.clip_scorer import ClipScorer, load_scorer
-from spectral_diffusion.concept import SAMPLES_FOLDER, SETTINGS_FILE, Concept, load_concept
-from spectral_diffusion.drawing import Drawing, Picture
-from spectral_diffusion.generation import generate
+from spectral_diffusion.adapters.adapter import Adapter
+from spectral_diffusion.adapters.adapter_file import load_adapter, save_adapter
+from spectral_diffusion.adapters.band_plan import fewest_directions
+from spectral_diffusion.bases.base import Base, adaptable_layers, load_base
+from spectral_diffusion.concepts.concept import SAMPLES_FOLDER, SETTINGS_FILE, Concept, load_concept
+from spectral_diffusion.generation.drawing import Drawing, Picture
+from spectral_diffusion.generation.generate import generate
 from spectral_diffusion.parametrisations import BANDED
+from spectral_diffusion.scoring.clip_scorer import ClipScorer, load_scorer
+from spectral_diffusion.spectra.bands import Band, bands_in_order
 from spectral_diffusion.toyworld.characters import HELD_OUT_CHARACTERS, SAMPLE_CONCEPTS
 from spectral_diffusion.toyworld.judge import Judge, load_judge
 from spectral_diffusion.toyworld.recipe.concepts import render_concept

@@ -23,16 +23,16 @@ from spectral_diffusion.cli.outputs import check_output
 from spectral_diffusion.errors import InputError
 
 if TYPE_CHECKING:
-    from spectral_diffusion.adapter import Adapter
-    from spectral_diffusion.axis import Axis
-    from spectral_diffusion.drawing import Drawing
+    from spectral_diffusion.adapters.adapter import Adapter
+    from spectral_diffusion.generation.drawing import Drawing
+    from spectral_diffusion.reports.axis import Axis
 
 SUMMARY = "draw a grid of pictures in which two things differ, with scores"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    from spectral_diffusion.axis import AXES
+    from spectral_diffusion.reports.axis import AXES
 
     parser.add_argument(
         "--adapter",
@@ -74,9 +74,9 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
         check_output(path, force=arguments.force, inputs=arguments.adapter)
     references = unique_pairs(arguments.references, "--references")
     open_libraries()
-    from spectral_diffusion.album import Album
-    from spectral_diffusion.clip_scorer import load_scorer
-    from spectral_diffusion.comparison import compare, write_comparison
+    from spectral_diffusion.generation.album import Album
+    from spectral_diffusion.reports.comparison import compare, write_comparison
+    from spectral_diffusion.scoring.clip_scorer import load_scorer
     from spectral_diffusion.toyworld.judge import load_judge
 
     x, y = _axis(*arguments.x), _axis(*arguments.y)
@@ -103,14 +103,14 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
 
 
 def _axis(name: str, values: str) -> Axis:
-    from spectral_diffusion.axis import Axis
+    from spectral_diffusion.reports.axis import Axis
 
     return Axis.parse(name, values.split("|" if name == "prompt" else ","))
 
 
 def _adapters(files: list[Path]) -> dict[str, Adapter | None]:
-    from spectral_diffusion.adapter_file import load_adapter
-    from spectral_diffusion.axis import BARE
+    from spectral_diffusion.adapters.adapter_file import load_adapter
+    from spectral_diffusion.reports.axis import BARE
 
     adapters: dict[str, Adapter | None] = {}
     for file in files:
@@ -121,7 +121,7 @@ def _adapters(files: list[Path]) -> dict[str, Adapter | None]:
 
 
 def _drawing(arguments: argparse.Namespace, axes: tuple[Axis, ...]) -> Drawing:
-    from spectral_diffusion.drawing import Drawing, random_seed
+    from spectral_diffusion.generation.drawing import Drawing, random_seed
 
     prompts = [axis.values[0] for axis in axes if axis.name == "prompt"]
     given = {field.name: getattr(arguments, field.name, None) for field in fields(Drawing)}

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from spectral_diffusion.adapter import Adapter
+    from spectral_diffusion.adapters.adapter import Adapter
 
 
 def adapter_data(adapter: Adapter, path: Path) -> dict[str, Any]:

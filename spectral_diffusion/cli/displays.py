@@ -99,7 +99,7 @@ class TrainingDisplay:
         self.bar.set_postfix(losses, refresh=False)
         self.bar.update(progress.step - self.bar.n)
         if progress.samples:
-            from spectral_diffusion.album import save_samples
+            from spectral_diffusion.generation.album import save_samples
 
             save_samples(progress.samples, progress.step, self.samples)
         if progress.step == progress.steps:

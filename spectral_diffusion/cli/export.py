@@ -11,7 +11,7 @@ from spectral_diffusion.cli.options import add_base_options, add_json_option, pa
 from spectral_diffusion.errors import InputError
 
 if TYPE_CHECKING:
-    from spectral_diffusion.adapter import Adapter
+    from spectral_diffusion.adapters.adapter import Adapter
     from spectral_diffusion.export import Export
 
 SUMMARY = "write an adapter as files that AUTOMATIC1111, ComfyUI and diffusers read"
@@ -62,7 +62,7 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
     if arguments.format == "kohya":
         console.keep_off(arguments.out.with_suffix(".json"))  # what AUTOMATIC1111 reads beside it
     open_libraries()
-    from spectral_diffusion.adapter_file import load_adapter
+    from spectral_diffusion.adapters.adapter_file import load_adapter
     from spectral_diffusion.export import places, remarks
 
     adapter = load_adapter(arguments.adapter).strengthened(_strengths(arguments))

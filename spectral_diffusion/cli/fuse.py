@@ -29,8 +29,8 @@ from spectral_diffusion.errors import InputError
 if TYPE_CHECKING:
     from PIL import Image
 
-    from spectral_diffusion.adapter import Adapter
-    from spectral_diffusion.clip_scorer import ClipScorer
+    from spectral_diffusion.adapters.adapter import Adapter
+    from spectral_diffusion.scoring.clip_scorer import ClipScorer
     from spectral_diffusion.training import TrainingResult
 
 SUMMARY = "join several adapters into one"
@@ -82,8 +82,8 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
     """Fuse, save, and say what was made."""
     check_output(arguments.out, force=arguments.force, inputs=arguments.adapters)
     _check_use(arguments, console)
-    from spectral_diffusion.adapter_file import load_adapter, save_adapter
-    from spectral_diffusion.fusion import fuse, trained_apart
+    from spectral_diffusion.adapters.adapter_file import load_adapter, save_adapter
+    from spectral_diffusion.adapters.fusion import fuse, trained_apart
     from spectral_diffusion.training import can_settle
 
     adapters = [load_adapter(path) for path in arguments.adapters]
@@ -129,8 +129,8 @@ def _check_use(arguments: argparse.Namespace, console: Console) -> None:
 def _compared_with(arguments: argparse.Namespace, tokens: Sequence[str]) -> tuple[ClipScorer, dict[str, list[Image.Image]]]:
     """Return what the report is made with, the CLIP and photos by token, before anything takes long."""
     open_libraries()
-    from spectral_diffusion.clip_scorer import load_scorer
-    from spectral_diffusion.photos import read_photos, require_photos
+    from spectral_diffusion.concepts.photos import read_photos, require_photos
+    from spectral_diffusion.scoring.clip_scorer import load_scorer
 
     check_device(arguments.device)
     folders = {token: Path(folder) for token, folder in unique_pairs(arguments.references, "--references").items()}
@@ -161,7 +161,7 @@ def _report(
     console: Console,
 ) -> dict[str, Any]:
     """Write the report, say the verdicts, and return its figures."""
-    from spectral_diffusion.fusion_report import report_fusion, save_report
+    from spectral_diffusion.reports.fusion_report import report_fusion, save_report
 
     base = load_chosen_base(arguments)
     with closing(CountDisplay("report", "picture")) as display:

@@ -15,11 +15,11 @@ from spectral_diffusion.cli.outputs import check_writable
 from spectral_diffusion.errors import InputError
 
 if TYPE_CHECKING:
-    from spectral_diffusion.adapter import Adapter
-    from spectral_diffusion.base import Base
-    from spectral_diffusion.condition_picture import Condition
-    from spectral_diffusion.drawing import Drawing, Picture
-    from spectral_diffusion.regions import Region
+    from spectral_diffusion.adapters.adapter import Adapter
+    from spectral_diffusion.bases.base import Base
+    from spectral_diffusion.generation.condition_picture import Condition
+    from spectral_diffusion.generation.drawing import Drawing, Picture
+    from spectral_diffusion.generation.regions import Region
 
 SUMMARY = "draw pictures, with an adapter or without"
 
@@ -73,7 +73,7 @@ def add_drawing_options(
     seed: str = "seed of the first picture; each next has one more (default: any)",
 ) -> None:
     """Add the options whose defaults are those of `Drawing`, all but those called in `without`; `seed` is that one's help."""
-    from spectral_diffusion.drawing import SCHEDULERS, Drawing
+    from spectral_diffusion.generation.drawing import SCHEDULERS, Drawing
 
     default = {field.name: field.default for field in fields(Drawing)}
     options: dict[str, dict[str, Any]] = {
@@ -105,10 +105,10 @@ def add_drawing_options(
 def run(arguments: argparse.Namespace, console: Console) -> int:
     """Draw the pictures and save each as soon as it is ready."""
     open_libraries()
-    from spectral_diffusion.adapter_file import load_adapter
-    from spectral_diffusion.album import Album
-    from spectral_diffusion.generation import generate
-    from spectral_diffusion.prompt_tokens import marked_words
+    from spectral_diffusion.adapters.adapter_file import load_adapter
+    from spectral_diffusion.generation.album import Album
+    from spectral_diffusion.generation.generate import generate
+    from spectral_diffusion.prompts.tokens import marked_words
 
     adapter = load_adapter(arguments.adapter) if arguments.adapter else None
     drawing = _drawing(arguments, adapter.class_words if adapter else {})
@@ -140,7 +140,7 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
 
 def _drawing(arguments: argparse.Namespace, class_words: Mapping[str, str]) -> Drawing:
     """Return what to draw: what was given goes before the defaults of `Drawing`."""
-    from spectral_diffusion.drawing import Drawing, random_seed
+    from spectral_diffusion.generation.drawing import Drawing, random_seed
 
     if arguments.whole and arguments.adapter is None:
         raise InputError("--whole is about an adapter's concepts; give --adapter too, or leave it out.")
@@ -154,7 +154,7 @@ def _drawing(arguments: argparse.Namespace, class_words: Mapping[str, str]) -> D
 
 
 def _regions(arguments: argparse.Namespace, class_words: Mapping[str, str]) -> tuple[Region, ...]:
-    from spectral_diffusion.regions import parse_region, read_regions, suggest_regions
+    from spectral_diffusion.generation.regions import parse_region, read_regions, suggest_regions
 
     listed: tuple[Region, ...] = ()
     if arguments.regions == "auto":
@@ -171,7 +171,7 @@ def _regions(arguments: argparse.Namespace, class_words: Mapping[str, str]) -> t
 
 
 def _condition(arguments: argparse.Namespace) -> Condition | None:
-    from spectral_diffusion.condition_picture import read_condition
+    from spectral_diffusion.generation.condition_picture import read_condition
 
     options = {"adapter": "condition_adapter", "strength": "condition_strength", "photo": "condition_photo"}
     given = {name: value for name, option in options.items() if (value := getattr(arguments, option)) not in (None, False)}
@@ -184,8 +184,8 @@ def _condition(arguments: argparse.Namespace) -> Condition | None:
 
 def _check_fit(base: Base, adapter: Adapter) -> None:
     """Refuse an adapter of another family; tell how well one of another base fits."""
-    from spectral_diffusion.attach import check_fits_base
-    from spectral_diffusion.fit import ROUNDING, band_misfit, misfit_in_words
+    from spectral_diffusion.adapters.attach import check_fits_base
+    from spectral_diffusion.adapters.fit import ROUNDING, band_misfit, misfit_in_words
 
     check_fits_base(base, adapter)
     if adapter.fingerprint == base.fingerprint:
@@ -197,8 +197,8 @@ def _check_fit(base: Base, adapter: Adapter) -> None:
 
 
 def _warn_if_lost(adapter: Adapter, drawing: Drawing) -> None:
-    from spectral_diffusion.fusion import trained_apart
-    from spectral_diffusion.generation import named_only
+    from spectral_diffusion.adapters.fusion import trained_apart
+    from spectral_diffusion.generation.generate import named_only
 
     named = named_only(adapter, drawing.words)
     if not named.concepts:

@@ -31,7 +31,7 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
     inputs = [path for path in (arguments.lora, arguments.embedding) if path is not None]
     check_output(arguments.out, force=arguments.force, inputs=inputs)
     open_libraries()
-    from spectral_diffusion.adapter_file import save_adapter
+    from spectral_diffusion.adapters.adapter_file import save_adapter
     from spectral_diffusion.imports import import_lora
 
     adapter = import_lora(

@@ -14,8 +14,8 @@ from spectral_diffusion.cli.options import add_base_options, add_json_option, re
 from spectral_diffusion.errors import AdapterError
 
 if TYPE_CHECKING:
-    from spectral_diffusion.adapter import Adapter
-    from spectral_diffusion.base import Base
+    from spectral_diffusion.adapters.adapter import Adapter
+    from spectral_diffusion.bases.base import Base
 
 SUMMARY = "show what an adapter file holds, or how a picture was drawn"
 
@@ -31,8 +31,8 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
     """Show the adapter, and how well it fits the base when one is given; of a picture, the settings of its drawing."""
     if arguments.file.suffix.lower() == ".png":
         return _show_picture(arguments.file, console)
-    from spectral_diffusion.adapter_file import load_adapter
-    from spectral_diffusion.band_map import band_map
+    from spectral_diffusion.adapters.adapter_file import load_adapter
+    from spectral_diffusion.adapters.band_map import band_map
 
     adapter = load_adapter(arguments.file)
     data = adapter_data(adapter, arguments.file) | {"band_map": band_map([adapter]).to_json()}
@@ -48,7 +48,7 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
 
 
 def _show_picture(path: Path, console: Console) -> int:
-    from spectral_diffusion.picture_file import read_drawing
+    from spectral_diffusion.generation.picture_file import read_drawing
 
     drawing = read_drawing(path)
     console.say(f"{path}\n  prompt      {drawing.prompt}")
@@ -67,7 +67,7 @@ def _show_picture(path: Path, console: Console) -> int:
 
 
 def _compare(adapter: Adapter, base: Base) -> dict[str, Any]:
-    from spectral_diffusion.fit import band_misfit
+    from spectral_diffusion.adapters.fit import band_misfit
 
     reason, misfit = None, None
     try:
@@ -79,7 +79,7 @@ def _compare(adapter: Adapter, base: Base) -> dict[str, Any]:
 
 
 def _verdict(base: dict[str, Any]) -> Iterator[str]:
-    from spectral_diffusion.fit import misfit_in_words
+    from spectral_diffusion.adapters.fit import misfit_in_words
 
     if not base["fits"]:
         yield f"  does not fit  {base['reason']}"

@@ -10,7 +10,7 @@ from spectral_diffusion.cli.console import Console
 from spectral_diffusion.cli.options import add_json_option
 
 if TYPE_CHECKING:
-    from spectral_diffusion.masks import SuggestedMask
+    from spectral_diffusion.concepts.masks import SuggestedMask
 
 SUMMARY = "make masks of what stands out in photos, where they have none"
 
@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, console: Console) -> int:
     """Write the masks and name each."""
-    from spectral_diffusion.masks import write_suggested_masks
+    from spectral_diffusion.concepts.masks import write_suggested_masks
 
     def show(mask: SuggestedMask) -> None:
         nothing = f"{mask.photo}: nothing stands out; it is used without a mask"

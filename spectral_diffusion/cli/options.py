@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NoReturn
 from spectral_diffusion.errors import InputError
 
 if TYPE_CHECKING:
-    from spectral_diffusion.base import Base
+    from spectral_diffusion.bases.base import Base
 
 
 class Parser(argparse.ArgumentParser):
@@ -74,7 +74,7 @@ def load_chosen_base(arguments: argparse.Namespace) -> Base:
         BaseError: it cannot be loaded.
         InputError: there is no such device.
     """
-    from spectral_diffusion.base import load_base
+    from spectral_diffusion.bases.base import load_base
 
     check_device(arguments.device)
     return load_base(arguments.base, device=arguments.device, prediction_type=arguments.prediction_type)
@@ -86,7 +86,7 @@ def read_chosen_base(arguments: argparse.Namespace) -> Base:
     Raises:
         BaseError: it cannot be read.
     """
-    from spectral_diffusion.base import read_base
+    from spectral_diffusion.bases.base import read_base
 
     return read_base(arguments.base, prediction_type=arguments.prediction_type)
 

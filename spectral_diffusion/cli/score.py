@@ -18,7 +18,7 @@ from spectral_diffusion.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from spectral_diffusion.score import PictureScore, ScoreReport
+    from spectral_diffusion.scoring.score import PictureScore, ScoreReport
 
 SUMMARY = "score pictures with CLIP, and toy-world characters with the judge"
 
@@ -51,7 +51,7 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
     references = unique_pairs(arguments.references, "--references")
     class_words = unique_pairs(arguments.class_word, "--class-word")
     open_libraries()
-    from spectral_diffusion.score import load_scorer, score_pictures
+    from spectral_diffusion.scoring.score import load_scorer, score_pictures
     from spectral_diffusion.toyworld.judge import load_judge
 
     check_device(arguments.device)

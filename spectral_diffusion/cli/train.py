@@ -24,10 +24,10 @@ from spectral_diffusion.cli.outputs import check_output, check_writable
 from spectral_diffusion.errors import BandError, InputError
 
 if TYPE_CHECKING:
-    from spectral_diffusion.adapter import Adapter, ConceptPart
-    from spectral_diffusion.bands import Band
-    from spectral_diffusion.base import Base
-    from spectral_diffusion.concept import Concept
+    from spectral_diffusion.adapters.adapter import Adapter, ConceptPart
+    from spectral_diffusion.bases.base import Base
+    from spectral_diffusion.concepts.concept import Concept
+    from spectral_diffusion.spectra.bands import Band
     from spectral_diffusion.training import TrainingResult, TrainingSettings
 
 SUMMARY = "train a concept from a folder of photos, or several at once"
@@ -114,9 +114,9 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
     for out in outs:
         check_output(out, force=arguments.force)
     open_libraries()
-    from spectral_diffusion.adapter_file import load_adapter, save_adapter
-    from spectral_diffusion.band_plan import known_adapters, neighbours
-    from spectral_diffusion.concept import load_concept
+    from spectral_diffusion.adapters.adapter_file import load_adapter, save_adapter
+    from spectral_diffusion.adapters.band_plan import known_adapters, neighbours
+    from spectral_diffusion.concepts.concept import load_concept
 
     named = zip(arguments.photos, tokens, class_words, strict=True)
     concepts = [load_concept(photos, token=token, class_word=class_word) for photos, token, class_word in named]
@@ -173,7 +173,7 @@ def _bands_again(
     parts: Sequence[ConceptPart], rank: int, known: dict[Path, Adapter], arguments: argparse.Namespace
 ) -> list[Band]:
     """Return the bands that concepts trained longer have, none of which another one has unless that is allowed."""
-    from spectral_diffusion.band_plan import TakenBand, band_again, band_clash, taken_bands
+    from spectral_diffusion.adapters.band_plan import TakenBand, band_again, band_clash, taken_bands
 
     taken = taken_bands(known)
     for part, path in zip(parts, arguments.start, strict=True):
@@ -194,9 +194,9 @@ def _chosen_bands(
     console: Console,
 ) -> list[Band]:
     """Return a band for each concept and say how many concepts the base has room for; a form without bands needs none."""
-    from spectral_diffusion.band_plan import TakenBand, choose_band, fewest_directions, taken_bands
-    from spectral_diffusion.bands import Band, slots
+    from spectral_diffusion.adapters.band_plan import TakenBand, choose_band, fewest_directions, taken_bands
     from spectral_diffusion.parametrisations import BANDED
+    from spectral_diffusion.spectra.bands import Band, slots
 
     if settings.parametrisation not in BANDED:
         return [Band(start=0, rank=settings.rank)] * len(tokens)

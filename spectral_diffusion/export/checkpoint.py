@@ -15,10 +15,10 @@ from diffusers import DiffusionPipeline
 from safetensors.torch import save_file
 from torch import nn
 
-from spectral_diffusion.adapter import Adapter
-from spectral_diffusion.attach import check_fits_base
-from spectral_diffusion.base import Base, adaptable_layers, tokenizer_name
-from spectral_diffusion.checkpoint import to_original_layout
+from spectral_diffusion.adapters.adapter import Adapter
+from spectral_diffusion.adapters.attach import check_fits_base
+from spectral_diffusion.bases.base import Base, adaptable_layers, tokenizer_name
+from spectral_diffusion.bases.checkpoint import to_original_layout
 from spectral_diffusion.errors import InputError
 from spectral_diffusion.export.embedding import embedding_files, embedding_writers, words_to_type
 from spectral_diffusion.export.factors import in_precision

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from spectral_diffusion.adapter import Adapter
-from spectral_diffusion.adapter_file import is_adapter_file
+from spectral_diffusion.adapters.adapter import Adapter
+from spectral_diffusion.adapters.adapter_file import is_adapter_file
 from spectral_diffusion.errors import AdapterError
 from spectral_diffusion.export.factors import in_precision
 from spectral_diffusion.export.result import Export, check_targets

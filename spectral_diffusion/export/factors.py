@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 import torch
 
-from spectral_diffusion.adapter import Adapter
+from spectral_diffusion.adapters.adapter import Adapter
+from spectral_diffusion.adapters.fit import GROUPS, layer_group
+from spectral_diffusion.bases.layer_names import patch_side
 from spectral_diffusion.errors import AdapterError, InputError
 from spectral_diffusion.finite import is_finite
-from spectral_diffusion.fit import GROUPS, layer_group
 from spectral_diffusion.joining import LowRank
-from spectral_diffusion.layer_names import patch_side
 
 
 @dataclass(frozen=True, kw_only=True)

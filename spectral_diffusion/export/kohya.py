@@ -15,14 +15,14 @@ from pathlib import Path
 import torch
 from safetensors.torch import save, save_file
 
-from spectral_diffusion.adapter import Adapter
+from spectral_diffusion.adapters.adapter import Adapter
+from spectral_diffusion.bases.layer_names import kohya_name
+from spectral_diffusion.concepts.photos import read_photo
 from spectral_diffusion.errors import InputError, PhotoError
 from spectral_diffusion.export.embedding import embedding_files, embedding_writers, words_to_type
 from spectral_diffusion.export.factors import LoraFactors, in_precision, lora_factors
 from spectral_diffusion.export.result import Export, check_targets
 from spectral_diffusion.files import write_together
-from spectral_diffusion.layer_names import kohya_name
-from spectral_diffusion.photos import read_photo
 
 _BASE_VERSIONS = {"sd1": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0", "mini": "sd_v1"}
 _ARCHITECTURES = {

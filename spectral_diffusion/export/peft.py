@@ -10,12 +10,12 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from spectral_diffusion.adapter import Adapter
+from spectral_diffusion.adapters.adapter import Adapter
+from spectral_diffusion.bases.layer_names import peft_name
 from spectral_diffusion.export.embedding import embedding_files, embedding_writers, words_to_type
 from spectral_diffusion.export.factors import lora_factors
 from spectral_diffusion.export.result import Export, check_targets
 from spectral_diffusion.files import write_together
-from spectral_diffusion.layer_names import peft_name
 
 
 def export_diffusers(

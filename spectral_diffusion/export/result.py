@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from spectral_diffusion.adapter import Adapter
+from spectral_diffusion.adapters.adapter import Adapter
 from spectral_diffusion.errors import InputError
 
 _OF_TWO_ENCODERS = (

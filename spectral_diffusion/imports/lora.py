@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 
-from spectral_diffusion.adapter import Adapter, ConceptPart, LayerPart
-from spectral_diffusion.attach import check_fits_base
-from spectral_diffusion.base import Base
-from spectral_diffusion.concept import check_class_word, check_token
+from spectral_diffusion.adapters.adapter import Adapter, ConceptPart, LayerPart
+from spectral_diffusion.adapters.attach import check_fits_base
+from spectral_diffusion.bases.base import Base
+from spectral_diffusion.bases.layer_names import PEFT_START, layer_key_of, patch_side
+from spectral_diffusion.concepts.concept import check_class_word, check_token
 from spectral_diffusion.errors import InputError
 from spectral_diffusion.imports.tensors import peft_scales, read_embedding, read_tensors, refuse_what_is_no_lora
 from spectral_diffusion.joining import LowRank
-from spectral_diffusion.layer_names import PEFT_START, layer_key_of, patch_side
 
 logger = logging.getLogger(__name__)
 

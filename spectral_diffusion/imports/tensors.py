@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from spectral_diffusion.adapter_file import FORMAT
+from spectral_diffusion.adapters.adapter_file import FORMAT
+from spectral_diffusion.bases.layer_names import PEFT_START
 from spectral_diffusion.errors import InputError
-from spectral_diffusion.layer_names import PEFT_START
 
 _CHECKPOINT_STARTS = ("model.diffusion_model.", "first_stage_model.", "cond_stage_model.", "conditioner.embedders.")
 _VAE_STARTS = ("encoder.conv_in.", "decoder.conv_in.")

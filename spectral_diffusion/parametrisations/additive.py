@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from spectral_diffusion.spectrum import Spectrum
+from spectral_diffusion.spectra.spectrum import Spectrum
 
 TENSORS = ("A", "B", "c")
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from spectral_diffusion.spectrum import Spectrum
+from spectral_diffusion.spectra.spectrum import Spectrum
 
 TENSORS = ("Q_U", "Q_V", "g")
 

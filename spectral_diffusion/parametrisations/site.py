@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from spectral_diffusion.bands import Band
+from spectral_diffusion.spectra.bands import Band
 
 
 @dataclass(frozen=True, kw_only=True)

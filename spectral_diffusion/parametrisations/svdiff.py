@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from spectral_diffusion.parametrisations.site import Beginning, Site
-from spectral_diffusion.spectrum import singular_directions
+from spectral_diffusion.spectra.spectrum import singular_directions
 
 
 def begin(site: Site) -> Beginning:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from spectral_diffusion.prompt_tokens import listed
+from spectral_diffusion.prompts.tokens import listed
 from spectral_diffusion.toyworld.characters import CHARACTER_BY_NAME
 from spectral_diffusion.toyworld.render import Thing
 

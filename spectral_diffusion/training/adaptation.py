@@ -11,15 +11,15 @@ from typing import Any, Literal, Protocol
 
 import torch
 
-from spectral_diffusion.adapter import LayerPart
-from spectral_diffusion.attach import hooked
-from spectral_diffusion.bands import Band, bands_in_order, check_fits
+from spectral_diffusion.adapters.adapter import LayerPart
+from spectral_diffusion.adapters.attach import hooked
+from spectral_diffusion.bases.layer_matrix import Layer, matrix_of
 from spectral_diffusion.errors import InputError
 from spectral_diffusion.joining import LowRank
-from spectral_diffusion.layer_matrix import Layer, matrix_of
 from spectral_diffusion.parametrisations import RIVALS, SPECTRAL
 from spectral_diffusion.parametrisations.site import Beginning, Site
-from spectral_diffusion.spectrum import Spectrum, directions_of
+from spectral_diffusion.spectra.bands import Band, bands_in_order, check_fits
+from spectral_diffusion.spectra.spectrum import Spectrum, directions_of
 from spectral_diffusion.training.company import Company
 from spectral_diffusion.training.settings import TrainingSettings
 from spectral_diffusion.training.stack import ConceptLayer, Stacks, TrainedLayers, stacked

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn.functional import adaptive_avg_pool2d
 
-from spectral_diffusion.cross_attention import cross_attention_layers
+from spectral_diffusion.bases.cross_attention import cross_attention_layers
 
 
 @dataclass

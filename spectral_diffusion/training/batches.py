@@ -8,7 +8,7 @@ from typing import Protocol
 
 import torch
 
-from spectral_diffusion.base import Base
+from spectral_diffusion.bases.base import Base
 from spectral_diffusion.training.company import draw_company
 from spectral_diffusion.training.examples import EncodedExamples
 from spectral_diffusion.training.prediction import target

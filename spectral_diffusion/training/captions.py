@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from spectral_diffusion.concept import DEFAULT_CAPTION, PLACEHOLDER
+from spectral_diffusion.concepts.concept import DEFAULT_CAPTION, PLACEHOLDER
 
 TEMPLATES = (
     DEFAULT_CAPTION,

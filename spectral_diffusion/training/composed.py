@@ -11,15 +11,15 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from spectral_diffusion.adapter import Adapter
-from spectral_diffusion.attach import beside
-from spectral_diffusion.base import Base
-from spectral_diffusion.conditioning import prompts, tokenize
-from spectral_diffusion.drawing import Drawing
-from spectral_diffusion.latents import batches, draw_latents
-from spectral_diffusion.own_models import own_models
-from spectral_diffusion.prompt_tokens import expand_prompt, listed, name_by_class
-from spectral_diffusion.regions import suggest_regions
+from spectral_diffusion.adapters.adapter import Adapter
+from spectral_diffusion.adapters.attach import beside
+from spectral_diffusion.bases.base import Base
+from spectral_diffusion.generation.drawing import Drawing
+from spectral_diffusion.generation.latents import batches, draw_latents
+from spectral_diffusion.generation.own_models import own_models
+from spectral_diffusion.generation.regions import suggest_regions
+from spectral_diffusion.prompts.conditioning import prompts, tokenize
+from spectral_diffusion.prompts.tokens import expand_prompt, listed, name_by_class
 from spectral_diffusion.stages import counted
 from spectral_diffusion.training.batches import Pool
 from spectral_diffusion.training.inertness import DRAWING_STEPS, PLACES, noisy_samples, predicted_pool

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from spectral_diffusion.base import Base
-from spectral_diffusion.concept import PLACEHOLDER, Concept, Example
+from spectral_diffusion.bases.base import Base
+from spectral_diffusion.concepts.concept import PLACEHOLDER, Concept, Example
 from spectral_diffusion.stages import counted
 from spectral_diffusion.training.captions import vary_caption
 

@@ -12,9 +12,9 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from spectral_diffusion.base import Base
-from spectral_diffusion.conditioning import prompts, tokenize
-from spectral_diffusion.latents import batches, draw_latents
+from spectral_diffusion.bases.base import Base
+from spectral_diffusion.generation.latents import batches, draw_latents
+from spectral_diffusion.prompts.conditioning import prompts, tokenize
 from spectral_diffusion.stages import counted
 from spectral_diffusion.training.batches import Pool
 from spectral_diffusion.training.prediction import predict

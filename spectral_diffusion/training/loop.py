@@ -9,15 +9,15 @@ from pathlib import Path
 
 import torch
 
-from spectral_diffusion.adapter import Adapter, ConceptPart, token_words
-from spectral_diffusion.attach import Switch, beside, check_fits_base, check_new_tokens, with_tokens
-from spectral_diffusion.bands import Band
-from spectral_diffusion.base import Base, adaptable_layers
-from spectral_diffusion.concept import Concept
-from spectral_diffusion.conditioning import tokenize, word_ids
+from spectral_diffusion.adapters.adapter import Adapter, ConceptPart, token_words
+from spectral_diffusion.adapters.attach import Switch, beside, check_fits_base, check_new_tokens, with_tokens
+from spectral_diffusion.bases.base import Base, adaptable_layers
+from spectral_diffusion.concepts.concept import Concept
 from spectral_diffusion.errors import AdapterError, InputError
 from spectral_diffusion.parametrisations import BANDED
-from spectral_diffusion.prompt_tokens import expand_prompt
+from spectral_diffusion.prompts.conditioning import tokenize, word_ids
+from spectral_diffusion.prompts.tokens import expand_prompt
+from spectral_diffusion.spectra.bands import Band
 from spectral_diffusion.training.attention import watched_attention
 from spectral_diffusion.training.batches import Photos, Pool, Shown, Source
 from spectral_diffusion.training.examples import EncodedExamples, encode_examples

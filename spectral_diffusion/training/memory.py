@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from spectral_diffusion.base import Base
+from spectral_diffusion.bases.base import Base
 
 logger = logging.getLogger(__name__)
 

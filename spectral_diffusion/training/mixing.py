@@ -13,8 +13,8 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from spectral_diffusion.base import Base
-from spectral_diffusion.concept import Concept, Example
+from spectral_diffusion.bases.base import Base
+from spectral_diffusion.concepts.concept import Concept, Example
 from spectral_diffusion.training.examples import Crop, EncodedExamples, box_of, encoded, mask_of
 from spectral_diffusion.training.scenes import GROUND
 

@@ -8,10 +8,10 @@ from dataclasses import replace
 
 import torch
 
-from spectral_diffusion.attach import Switch
-from spectral_diffusion.bands import Band
-from spectral_diffusion.base import Base
-from spectral_diffusion.conditioning import tokenize
+from spectral_diffusion.adapters.attach import Switch
+from spectral_diffusion.bases.base import Base
+from spectral_diffusion.prompts.conditioning import tokenize
+from spectral_diffusion.spectra.bands import Band
 from spectral_diffusion.training.batches import Pool, Shown
 from spectral_diffusion.training.memory import lightened
 from spectral_diffusion.training.run import Run

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from spectral_diffusion.base import Base
-from spectral_diffusion.conditioning import encode
+from spectral_diffusion.bases.base import Base
+from spectral_diffusion.prompts.conditioning import encode
 
 
 def predict(base: Base, noisy: torch.Tensor, times: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:

@@ -16,13 +16,13 @@ from typing import Any, NoReturn
 import torch
 from PIL import Image
 
-from spectral_diffusion.activations import measure_activations
-from spectral_diffusion.adapter import ConceptPart
-from spectral_diffusion.attach import Switch
-from spectral_diffusion.base import Base
-from spectral_diffusion.conditioning import prompts
+from spectral_diffusion.adapters.adapter import ConceptPart
+from spectral_diffusion.adapters.attach import Switch
+from spectral_diffusion.bases.base import Base
 from spectral_diffusion.errors import TrainingError
-from spectral_diffusion.latents import draw_latents
+from spectral_diffusion.generation.latents import draw_latents
+from spectral_diffusion.prompts.conditioning import prompts
+from spectral_diffusion.training.activations import measure_activations
 from spectral_diffusion.training.attention import CrossAttention
 from spectral_diffusion.training.batches import Batch, Shown, draw_batch
 from spectral_diffusion.training.checkpoint import load_checkpoint, save_checkpoint

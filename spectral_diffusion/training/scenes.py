@@ -19,11 +19,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from spectral_diffusion.base import Base
-from spectral_diffusion.concept import PLACEHOLDER, Concept, Example
-from spectral_diffusion.conditioning import prompts
-from spectral_diffusion.latents import batches, draw_latents
-from spectral_diffusion.prompt_tokens import listed, name_by_class
+from spectral_diffusion.bases.base import Base
+from spectral_diffusion.concepts.concept import PLACEHOLDER, Concept, Example
+from spectral_diffusion.generation.latents import batches, draw_latents
+from spectral_diffusion.prompts.conditioning import prompts
+from spectral_diffusion.prompts.tokens import listed, name_by_class
 from spectral_diffusion.stages import counted
 from spectral_diffusion.training.examples import Crop, EncodedExamples, box_of, encoded, mask_of
 from spectral_diffusion.training.inertness import OTHER_CLASSES

@@ -9,12 +9,12 @@ from dataclasses import dataclass, field, fields, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from spectral_diffusion.bases.layer_names import ATTENTION_LAYERS, CONVOLUTION_LAYERS, FEED_FORWARD_LAYERS
 from spectral_diffusion.errors import InputError
-from spectral_diffusion.layer_names import ATTENTION_LAYERS, CONVOLUTION_LAYERS, FEED_FORWARD_LAYERS
 from spectral_diffusion.parametrisations import PARAMETRISATIONS, TUNERS
 
 if TYPE_CHECKING:
-    from spectral_diffusion.base import Base
+    from spectral_diffusion.bases.base import Base
 
 SEED_STRIDE = 1_000_003
 """Step number `n` of seed `s` draws with the seed `s * SEED_STRIDE + n`."""

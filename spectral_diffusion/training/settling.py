@@ -15,14 +15,14 @@ from typing import Any
 
 import torch
 
-from spectral_diffusion.activations import PROMPTS
-from spectral_diffusion.adapter import Adapter, ConceptPart
-from spectral_diffusion.attach import beside
-from spectral_diffusion.band_plan import band_again
-from spectral_diffusion.base import Base
+from spectral_diffusion.adapters.adapter import Adapter, ConceptPart
+from spectral_diffusion.adapters.attach import beside
+from spectral_diffusion.adapters.band_plan import band_again
+from spectral_diffusion.adapters.fusion import fuse
+from spectral_diffusion.bases.base import Base
 from spectral_diffusion.errors import AdapterError
-from spectral_diffusion.fusion import fuse
 from spectral_diffusion.parametrisations import SPECTRAL
+from spectral_diffusion.training.activations import PROMPTS
 from spectral_diffusion.training.batches import Pool, Source
 from spectral_diffusion.training.composed import Several, composed_pools
 from spectral_diffusion.training.inertness import PICTURES, build_pool

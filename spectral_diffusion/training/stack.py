@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch.nn.functional import pad
 
-from spectral_diffusion.adapter import LayerPart
-from spectral_diffusion.attach import hooked
-from spectral_diffusion.layer_matrix import Layer
-from spectral_diffusion.spectrum import Spectrum
+from spectral_diffusion.adapters.adapter import LayerPart
+from spectral_diffusion.adapters.attach import hooked
+from spectral_diffusion.bases.layer_matrix import Layer
+from spectral_diffusion.spectra.spectrum import Spectrum
 from spectral_diffusion.training.company import Company
 
 

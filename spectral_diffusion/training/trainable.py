@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
-from spectral_diffusion.adapter import ConceptPart
-from spectral_diffusion.bands import Band
-from spectral_diffusion.base import Base, adaptable_layers
-from spectral_diffusion.cross_attention import cross_attention_layers
+from spectral_diffusion.adapters.adapter import ConceptPart
+from spectral_diffusion.bases.base import Base, adaptable_layers
+from spectral_diffusion.bases.cross_attention import cross_attention_layers
 from spectral_diffusion.errors import InputError
 from spectral_diffusion.parametrisations import SPECTRAL
-from spectral_diffusion.spectrum import Spectrum, base_spectrum
+from spectral_diffusion.spectra.bands import Band
+from spectral_diffusion.spectra.spectrum import Spectrum, base_spectrum
 from spectral_diffusion.training.adaptation import Adaptation, adapt
 from spectral_diffusion.training.settings import TrainingSettings
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
-from spectral_diffusion.base import EMBEDDED_BASE, read_base
-from spectral_diffusion.concept import SAMPLES_FOLDER
+from spectral_diffusion.bases.base import EMBEDDED_BASE, read_base
+from spectral_diffusion.concepts.concept import SAMPLES_FOLDER
 from spectral_diffusion.toyworld.recipe.autoencoder import encode_all, train_autoencoder
 from spectral_diffusion.toyworld.recipe.clip import make_clip
 from spectral_diffusion.toyworld.recipe.concepts import render_sample_concepts

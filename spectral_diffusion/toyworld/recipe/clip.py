@@ -18,8 +18,8 @@ from PIL import Image
 from safetensors.torch import save_file
 from transformers import CLIPTokenizer
 
-from spectral_diffusion.clip_scorer import DEFAULT_CLIP, ClipScorer, load_scorer
 from spectral_diffusion.files import write_atomically
+from spectral_diffusion.scoring.clip_scorer import DEFAULT_CLIP, ClipScorer, load_scorer
 from spectral_diffusion.toyworld.captions import caption
 from spectral_diffusion.toyworld.characters import CHARACTER_BY_NAME, CHARACTERS
 from spectral_diffusion.toyworld.recipe.pictures import PictureSet, Scene, load_or_render

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from spectral_diffusion.concept import PLACEHOLDER
+from spectral_diffusion.concepts.concept import PLACEHOLDER
 from spectral_diffusion.toyworld.characters import CHARACTER_BY_NAME, SAMPLE_CONCEPTS
 from spectral_diffusion.toyworld.render import Thing, render
 from spectral_diffusion.toyworld.scenes import SCENES

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from diffusers import StableDiffusionPipeline, T2IAdapter
 from PIL import Image
 
-from spectral_diffusion.condition_picture import EMBEDDED_SKETCH_ADAPTER, given_to, traced
+from spectral_diffusion.generation.condition_picture import EMBEDDED_SKETCH_ADAPTER, given_to, traced
 from spectral_diffusion.toyworld.recipe.denoiser import draw_captions, draw_noise, thing_weights, tokenize_scenes
 from spectral_diffusion.toyworld.recipe.pictures import PictureSet
 from spectral_diffusion.toyworld.recipe.stage import train_stage

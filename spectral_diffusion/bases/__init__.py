@@ -1,0 +1,1 @@
+"""Stable Diffusion checkpoints of every family: recognised, read, and the names and shapes of their layers."""

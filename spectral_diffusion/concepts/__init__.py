@@ -1,0 +1,1 @@
+"""The concept that a user brings: its photos, captions and masks, read and checked."""

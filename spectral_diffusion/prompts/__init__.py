@@ -1,0 +1,1 @@
+"""Prompts: the tokens, weights and parts in them, and what the UNet is given of them."""

@@ -1,0 +1,1 @@
+"""How well pictures fit their prompts and the photos of the concepts."""
