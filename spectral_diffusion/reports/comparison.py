@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,11 +18,14 @@ from spectral_diffusion.files import write_atomically
 from spectral_diffusion.generation.album import Album
 from spectral_diffusion.generation.drawing import Drawing
 from spectral_diffusion.generation.generate import generate
+from spectral_diffusion.prompts.tokens import marked_words
 from spectral_diffusion.reports.axis import MOST_PICTURES, Axis
 from spectral_diffusion.reports.contact_sheet import Cell, Row, contact_sheet
 from spectral_diffusion.scoring.clip_scorer import ClipScorer
 from spectral_diffusion.scoring.score import PictureScore, check_can_be_scored, score_pictures
 from spectral_diffusion.toyworld.judge import Judge
+
+_logger = logging.getLogger(__name__)
 
 _OF_ADAPTERS = ("strength", "method")
 
@@ -111,7 +115,10 @@ def compare(
     if without and not any(adapter for _, adapter in choices):
         raise InputError(f"The bare base has no {without}, so all its pictures would be the same; give an adapter.")
     class_words = {token: word for adapter in adapters.values() if adapter for token, word in adapter.class_words.items()}
-    check_can_be_scored(list(dict.fromkeys(chosen.prompt for chosen, _ in choices)), references, class_words)
+    prompts = list(dict.fromkeys(chosen.prompt for chosen, _ in choices))
+    check_can_be_scored(prompts, references, class_words)
+    if unknown := list(dict.fromkeys(word for prompt in prompts for word in marked_words(prompt, class_words))):
+        _logger.warning("No adapter has %s; it is read as plain letters.", ", ".join(unknown))
     paths, images = [], []
     for chosen, adapter in choices:
         (picture,) = generate(base, chosen, adapter)

@@ -41,6 +41,14 @@ def test_every_pair_of_values_is_drawn_and_scored(tiny_base: Base, photo_folder:
     assert result.sheet().width > 2 * 160
 
 
+def test_a_token_that_no_adapter_has_is_named(tiny_base: Base, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    adapter, drawing = random_adapter(tiny_base), Drawing(prompt="<V1> and <W1>", steps=1)
+    x, y = Axis.parse("seed", ["1"]), Axis.parse("steps", ["1"])
+    compare(tiny_base, drawing, {"a": adapter}, x, y, Album(tmp_path, "tiny"), load_scorer(), references={})
+    assert "No adapter has <W1>; it is read as plain letters." in caplog.text
+    assert "<V1>" not in caplog.text
+
+
 def test_strengths_and_samplers_reach_the_drawing(tiny_base: Base, tmp_path: Path) -> None:
     adapter, drawing = random_adapter(tiny_base, size=0.3), Drawing(prompt="<V1>", steps=2)
     x, y = Axis.parse("strength", ["0", "1"]), Axis.parse("sampler", ["DDIM", "Euler a"])
