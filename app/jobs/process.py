@@ -9,9 +9,10 @@ from pathlib import Path
 
 import psutil
 
-from app.jobs.worker import closing_file
+from app.jobs.worker import TAKEN, closing_file
 
 _LOOK_EVERY = 0.5  # seconds
+_LOOK_WHEN_TAKEN = 3.0  # seconds, while the worker of another studio has the folder
 _GRACE = 30  # seconds that a worker gets for the step that it is doing
 _ROOT = Path(__file__).resolve().parents[2]
 
@@ -19,7 +20,8 @@ _ROOT = Path(__file__).resolve().parents[2]
 class WorkerProcess:
     """Keeps one worker running for the jobs in `folder`; use it as a context.
 
-    A worker that was killed is started again: the job that it had is interrupted, and the next ones are done.
+    A worker that was killed is started again: the job that it had is interrupted, and the next ones are done. While another
+    studio's worker does the jobs of the folder, it is tried now and then whether that one has gone.
     """
 
     def __init__(self, folder: Path, tasks: str):
@@ -66,5 +68,8 @@ class WorkerProcess:
 
     def _watch(self) -> None:
         while not self._closing.wait(_LOOK_EVERY):
-            if self._process is not None and self._process.poll() is not None:
+            ended = self._process.poll() if self._process is not None else None
+            if ended == TAKEN and self._closing.wait(_LOOK_WHEN_TAKEN):
+                return
+            if ended is not None:
                 self._start()

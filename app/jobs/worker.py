@@ -24,7 +24,8 @@ _PAUSE = 0.1  # seconds between two looks into an empty queue
 _BETWEEN = 0.1  # seconds between two reports on one stage, which may count thousands
 _LOOK_EVERY = 0.2  # seconds between two looks for the owner
 LOCK = "worker.lock"
-"""The worker of a folder holds this lock in it; a second one ends at once."""
+"""The worker of a folder holds this lock in it; a second one ends at once, with the exit code `TAKEN`."""
+TAKEN = 1
 
 
 def closing_file(folder: Path, owner: int) -> Path:
@@ -155,5 +156,5 @@ def main(argv: list[str]) -> int:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the studio, which then ends the worker
             worker.run()
     except Timeout:
-        return 1
+        return TAKEN
     return 0

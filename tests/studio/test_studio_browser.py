@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import re
 import shutil
-import signal
 import time
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
@@ -174,7 +173,7 @@ def test_a_training_survives_reloading_stopping_and_a_killed_worker(page: Page, 
         assert time.monotonic() < deadline, "it did not go on from where it was stopped"
         page.wait_for_timeout(100)
 
-    os.kill(served.worker(), signal.SIGKILL)
+    psutil.Process(served.worker()).kill()
     state(page, "interrupted")  # in how many seconds is tested without a page, on which a busy machine spends more
     expect(page.locator("#activity")).to_contain_text("was interrupted")
     page.locator("#training").get_by_role("button", name="Resume").click()

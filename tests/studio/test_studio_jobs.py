@@ -10,10 +10,13 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
+from filelock import FileLock
 
 from app.actions.studio import Studio
 from app.jobs import JobStore, State, TaskContext, WorkerProcess
+from app.jobs.worker import LOCK
 from app.ui.activity import progress
 from spectral_diffusion.errors import InputError
 
@@ -49,7 +52,7 @@ def state_of(store: JobStore, name: str) -> State:
 
 def kill(worker: WorkerProcess) -> None:
     assert worker.pid is not None
-    os.kill(worker.pid, signal.SIGKILL)
+    psutil.Process(worker.pid).kill()
 
 
 def test_jobs_wait_in_order_until_a_worker_comes(store: JobStore, tmp_path: Path) -> None:
@@ -160,6 +163,25 @@ def test_a_closed_studio_goes_on_when_it_is_opened_again(store: JobStore, tmp_pa
     assert store.job(name).result == {"sum": sum(number**2 for number in range(60))}
 
 
+def test_a_second_studio_waits_for_the_worker_of_the_first(
+    store: JobStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[WorkerProcess] = []
+    start = WorkerProcess._start
+    monkeypatch.setattr(WorkerProcess, "_start", lambda process: started.append(process) or start(process))
+    monkeypatch.setattr("app.jobs.process._LOOK_WHEN_TAKEN", 0.5)
+    with FileLock(store.folder / LOCK):
+        second = WorkerProcess(store.folder, TASKS)
+        second.__enter__()
+        wait_for(lambda: len(started) == 2)
+        monkeypatch.setattr("app.jobs.process._LOOK_WHEN_TAKEN", 60.0)
+        wait_for(lambda: second.pid is None)
+        time.sleep(2)
+        assert len(started) == 2
+        second.__exit__()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="a process cannot be forked on this system")
 @pytest.mark.parametrize("crash", ["before it is queued", "before the claim counts", "before the outcome"])
 def test_a_crash_between_two_writes_loses_nothing(
     store: JobStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, crash: str
