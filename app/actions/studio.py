@@ -86,7 +86,7 @@ class Studio:
         """
         path = self.folder(folder) / name
         if Path(name).name != name or not path.is_file():
-            raise InputError(f"There is no '{name}' among the {folder}; reload the page.")
+            raise InputError(f"There is no '{name}' among the {folder} any more; choose another.")
         return path
 
     @property

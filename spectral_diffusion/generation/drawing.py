@@ -72,7 +72,7 @@ class Drawing:
         if self.guidance is not None and not math.isfinite(self.guidance):
             raise InputError(f"guidance must be a number, got {self.guidance}.")
         if not 0 <= self.seed < 2**63:
-            raise InputError(f"seed must be a whole number from 0 on, got {self.seed}.")
+            raise InputError(f"seed must be a whole number from 0 to {2**63 - 1}, got {self.seed}.")
         if self.scheduler not in SCHEDULERS:
             raise InputError(f"There is no sampler '{self.scheduler}'; choose one of {', '.join(SCHEDULERS)}.")
         if self.size is not None and any(edge < 8 or edge % 8 for edge in self.size):
