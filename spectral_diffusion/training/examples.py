@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -36,6 +37,7 @@ class EncodedExamples:
         places: `(n, 1, h, w)`, where the concept itself is.
         known: `(n, 1, h, w)`, 0 where the picture is not to be learnt from at all.
         captions: one each.
+        prints: `(n, 32)`, the fingerprints of the pictures before they were encoded.
         alone: how many of them show it alone.
         scenes: how many of them are scenes.
     """
@@ -45,6 +47,7 @@ class EncodedExamples:
     places: torch.Tensor
     known: torch.Tensor
     captions: tuple[str, ...]
+    prints: torch.Tensor
     alone: int = 0
     scenes: int = 0
 
@@ -56,6 +59,7 @@ class EncodedExamples:
             places=torch.cat([self.places, beside.places]),
             known=torch.cat([self.known, beside.known]),
             captions=self.captions + beside.captions,
+            prints=torch.cat([self.prints, beside.prints]),
             alone=self.alone,
             scenes=self.scenes + beside.scenes,
         )
@@ -114,6 +118,7 @@ def encoded(base: Base, crops: Sequence[Crop]) -> EncodedExamples:
         places=torch.cat([_shrunk(crop.place, size) for crop in crops]).to(device),
         known=torch.cat([_shrunk(crop.known or Image.new("L", crop.picture.size, 255), size) for crop in crops]).to(device),
         captions=tuple(crop.caption for crop in crops),
+        prints=torch.tensor([list(hashlib.sha256(crop.picture.tobytes()).digest()) for crop in crops], dtype=torch.uint8),
     )
 
 
