@@ -16,7 +16,8 @@ LOCAL = ("127.0.0.1", "localhost")
 AUTH_VARIABLE = "SPECTRAL_DIFFUSION_AUTH"
 """Environment variable with `user:password`, for those who do not want it on a command line."""
 DEFAULT_PORT = 7860
-MAX_UPLOAD = "64mb"
+MAX_UPLOAD = "1gb"
+"""What a LoRA of every layer of SDXL may take; photos may be no larger than `photos.MAX_UPLOAD`."""
 _MOST_FAILURES, _PERIOD = 5, 60.0  # wrong logins in so many seconds; then nobody gets in for as long
 _TASKS = "app.actions.tasks:TASKS"
 

@@ -31,6 +31,10 @@ class BaseError(InputError):
     """The base cannot be found, read or used."""
 
 
+class FamilyError(InputError):
+    """Nothing in a file tells which family of bases it was made for."""
+
+
 class AdapterError(InputError):
     """An adapter is damaged, hostile, or does not fit what it is put on."""
 

@@ -27,6 +27,8 @@ FORMATS = {
     "checkpoint": "the whole base",
 }
 """What can be exported, with what it is in words."""
+NO_BAND = "none, imported"
+"""What is said of the band of an imported LoRA."""
 _KINDS = ("adapters", "fused")
 
 
@@ -52,7 +54,9 @@ class AdapterCard:
     @property
     def label(self) -> str:
         """What a list shows."""
-        return f"{self.path.stem} ({' + '.join(self.tokens)})" if self.is_fused else self.tokens[0]
+        if self.is_fused:
+            return f"{self.path.stem} ({' + '.join(self.tokens)})"
+        return f"{self.tokens[0]} (imported)" if self.bands == (NO_BAND,) else self.tokens[0]
 
 
 def adapter_path(studio: Studio, name: str) -> Path:
@@ -93,6 +97,11 @@ def needs_settling(studio: Studio, names: Sequence[str]) -> bool:
     return len(names) > 1 and trained_apart(studio, names) and can_settle([_load(studio, name) for name in names])
 
 
+def imported_tokens(studio: Studio, names: Sequence[str]) -> list[str]:
+    """Return the tokens of those concepts of the adapters called `names` that were imported: they have no band."""
+    return [concept.token for name in names for concept in _load(studio, name).concepts if concept.band is None]
+
+
 def fuse(
     studio: Studio,
     names: Sequence[str],
@@ -112,12 +121,16 @@ def fuse(
         settle: first teach their sum, in so many steps, what each gave alone; see `training.settle`.
 
     Raises:
-        InputError: fewer than two are chosen, a name is taken, or there is no such method.
+        InputError: fewer than two are chosen, one of them was imported and no method is named, a name is taken, or there is
+            no such method.
     """
     if len(names) < 2:
         raise InputError("Choose at least two trained concepts to fuse.")
     if method is not None and method not in METHODS:
         raise InputError(f"There is no method '{method}'; choose one of {', '.join(METHODS)}.")
+    imported = imported_tokens(studio, names)
+    if imported and method is None:
+        raise InputError(f"{imported[0]} was imported, and nothing was measured of it; choose “sum” under “How to join”.")
     tokens = [token for name in names for token in _load(studio, name).tokens]
     stem = plain_name(title.strip() or "-".join(plain_name(token) for token in tokens))
     free = free_fused_name(studio, stem)
@@ -205,7 +218,7 @@ def _file(studio: Studio, name: str) -> tuple[Path, int]:
 @lru_cache(maxsize=1024)
 def _card(path: Path, changed: int) -> AdapterCard:
     adapter = load_adapter(path)
-    bands = tuple(str(concept.band) if concept.band else "none, imported" for concept in adapter.concepts)
+    bands = tuple(str(concept.band) if concept.band else NO_BAND for concept in adapter.concepts)
     name = f"{path.parent.name}/{path.name}"
     return AdapterCard(name=name, tokens=adapter.tokens, bands=bands, method=adapter.method, path=path, changed=changed)
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from app.actions.adapters import adapter_cards
 from app.actions.photos import PhotoCard, make_thumbnails, photo_card
 from app.actions.studio import Studio, concept_folder, concept_names, plain_name, put_away
 from app.jobs import Job
@@ -96,8 +97,24 @@ def concept_cards(studio: Studio) -> list[ConceptCard]:
 def suggest_token(studio: Studio, class_word: str) -> str:
     """Return a token for a `class_word` that no concept has: `<dog>`, `<dog-2>` ..."""
     stem = plain_name("-".join(class_word.split())).lower() if class_word.strip() else "concept"
-    taken = {token.lower() for token in _tokens(studio).values()}
+    taken = {token.lower() for token in _taken_tokens(studio)}
     return next(token for name in numbered(stem) if (token := f"<{name}>") not in taken)
+
+
+def check_free_token(studio: Studio, token: str, class_word: str) -> tuple[str, str]:
+    """Return `token` and `class_word` as a new concept has them.
+
+    Raises:
+        InputError: one of them cannot be used, or the base or another concept has the token.
+    """
+    token, class_word = check_token(token.strip()), check_class_word(class_word)
+    check_new_word(token, _words_of_base(studio))
+    for other in _taken_tokens(studio):
+        if other.lower() == token.lower():
+            raise InputError(
+                f"Another concept has the token '{other}'; choose another, such as '{suggest_token(studio, class_word)}'."
+            )
+    return token, class_word
 
 
 def create_concept(studio: Studio, token: str, class_word: str) -> str:
@@ -106,13 +123,7 @@ def create_concept(studio: Studio, token: str, class_word: str) -> str:
     Raises:
         InputError: the token or the class word cannot be used, or the base or another concept has the token.
     """
-    token, class_word = check_token(token.strip()), check_class_word(class_word)
-    check_new_word(token, _words_of_base(studio))
-    for other in _tokens(studio).values():
-        if other.lower() == token.lower():
-            raise InputError(
-                f"Another concept has the token '{other}'; choose another, such as '{suggest_token(studio, class_word)}'."
-            )
+    token, class_word = check_free_token(studio, token, class_word)
     folders = studio.folder("concepts")
     trained = {name for job in studio.jobs.jobs() for name in trained_by(job)}  # by a removed concept of that name, too
     names = (name for name in numbered(plain_name(token)) if name not in trained)
@@ -158,6 +169,11 @@ def _tokens(studio: Studio) -> dict[str, str]:
         with suppress(InputError):
             tokens[name] = read_words(studio.folder("concepts") / name)[0]
     return tokens
+
+
+def _taken_tokens(studio: Studio) -> list[str]:
+    """Return the tokens of the concepts, and those of adapters that none of them wrote, as imported ones are."""
+    return [*_tokens(studio).values(), *(token for card in adapter_cards(studio, ["adapters"]) for token in card.tokens)]
 
 
 def _adapter_files(studio: Studio, name: str) -> list[Path]:

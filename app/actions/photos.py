@@ -33,7 +33,7 @@ from spectral_diffusion.files import numbered, write_atomically
 from spectral_diffusion.training.examples import random_crop
 
 MAX_UPLOAD = 64_000_000
-"""Bytes that one uploaded file may have."""
+"""Bytes that one photo, mask or caption may have."""
 MASK_SIDE = 768
 """Longest side in pixels of what a mask is painted on."""
 _THUMBNAIL, _MASK_THUMBNAIL = 384, 128
@@ -75,14 +75,13 @@ def add_photos(studio: Studio, name: str, files: Sequence[Path]) -> list[Finding
     """
     folder = concept_folder(studio, name)
     check_count(files)
-    findings, copies = [], {}
+    large = [file for file in files if file.stat().st_size > MAX_UPLOAD]
+    text = f"It is larger than {MAX_UPLOAD // 10**6} MB; scale it down first."
+    findings, copies = [Finding(name=file.name, used=False, text=text) for file in large], {}
+    files = [file for file in files if file not in large]
     beside = [file for file in files if _ending(file)]
     try:
         for file in (file for file in files if not _ending(file)):
-            if file.stat().st_size > MAX_UPLOAD:
-                text = f"It is larger than {MAX_UPLOAD // 10**6} MB; scale it down first."
-                findings.append(Finding(name=file.name, used=False, text=text))
-                continue
             copy = _free_path(folder, file)
             write_atomically(copy, lambda path, file=file: shutil.copyfile(file, path))
             copies[copy.name] = file.name

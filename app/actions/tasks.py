@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import tempfile
 import zipfile
 from collections.abc import Sequence
@@ -17,7 +18,8 @@ import torch
 from PIL import Image
 
 from app.actions.adapters import adapter_path, report
-from app.actions.concepts import concepts_of_tokens
+from app.actions.concepts import check_free_token, concepts_of_tokens
+from app.actions.imports import import_files
 from app.actions.pictures import PREVIEW_ENDING, drawing_of_record, picture_card
 from app.actions.studio import Studio, loading_of
 from app.actions.training_tasks import look_task, settled, train_task
@@ -92,6 +94,15 @@ def report_task(arguments: dict[str, Any], context: TaskContext) -> dict[str, An
     page = studio.folder("reports") / f"{path.stem}.html"
     save_report(made, page)
     return {"report": page.name, "verdicts": [concept.verdict for concept in made.concepts]}
+
+
+def import_task(arguments: dict[str, Any], context: TaskContext) -> dict[str, Any]:
+    """Make an adapter of a LoRA that does not say which base it is for, taken to be for the chosen one."""
+    studio, files = studio_of(context), context.folder / "files"
+    token, class_word = check_free_token(studio, arguments["token"], arguments["class_word"])
+    name = import_files(studio, files, token, class_word, chosen_base(arguments["settings"]))
+    shutil.rmtree(files, ignore_errors=True)
+    return {"adapter": name}
 
 
 def generate_task(arguments: dict[str, Any], context: TaskContext) -> dict[str, Any]:
@@ -214,6 +225,7 @@ TASKS: dict[str, Task] = {
     "train": train_task,
     "fuse": fuse_task,
     "report": report_task,
+    "import": import_task,
     "generate": generate_task,
     "compare": compare_task,
     "export": export_task,

@@ -4,6 +4,7 @@
     jobs/worker.lock         held by the worker
     jobs/NAME/job.json       what is to be done
              claim.json      the process that took it
+             files/          what it was given, if anything
              cancel          there when somebody asked it to stop
              outcome.json    how it ended
              progress.jsonl  what it reported
@@ -18,10 +19,12 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +32,7 @@ from huey.storage import SqliteStorage
 
 from app.jobs.identity import identity, runs
 from spectral_diffusion.errors import InputError
-from spectral_diffusion.files import write_atomically
+from spectral_diffusion.files import write_atomically, write_folder_atomically
 
 _IN_ORDER = "select id, data from task where queue = ? order by priority desc, id"
 _PATIENCE = 60  # seconds to wait for the queue when others use it
@@ -87,9 +90,12 @@ class JobStore:
             name="jobs", filename=str(folder / "queue.db"), strict_fifo=True, timeout=_PATIENCE, fsync=True
         )
 
-    def submit(self, kind: str, title: str, arguments: dict[str, Any]) -> str:
-        """Queue a job and return its name."""
+    def submit(self, kind: str, title: str, arguments: dict[str, Any], *, files: Path | None = None) -> str:
+        """Queue a job, with a copy of the folder `files` as its own `files`, and return its name."""
         name = f"{time.time_ns():019d}-{secrets.token_hex(4)}"
+        if files is not None:
+            copy = partial(shutil.copytree, files, dirs_exist_ok=True)
+            write_folder_atomically(self.folder / name / "files", copy)
         _write(self.folder / name / "job.json", {"kind": kind, "title": title, "arguments": arguments})
         self._queue.enqueue(name.encode())
         return name

@@ -3,30 +3,34 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
 from app.actions import adapters as library
+from app.actions.imports import Imported, add_lora
 from app.actions.studio import Studio
 from app.actions.trainings import train_again
 from app.ui import markup
 from app.ui.charts import band_map_chart, cross_talk_table
-from app.ui.live import EVENT, Live, attempt, said
+from app.ui.live import EVENT, SLOW, Live, attempt, said
 from spectral_diffusion.errors import SpectralDiffusionError
 from spectral_diffusion.joining import FUSERS
 from spectral_diffusion.training.settings import SETTLING_STEPS
 
 _AS_SUITS = "as suits them (sum or aligned)"
+_WEIGHTS = [".safetensors", ".bin", ".pt"]
 
 
 def build_fuse(studio: Studio, live: Live) -> None:
     """Build the tab."""
     chosen = live.offer(
-        gr.CheckboxGroup([], label="Trained concepts", info="Choose two or more.", elem_id="fuse-chosen"),
+        gr.CheckboxGroup([], label="Concepts", info="Choose two or more.", elem_id="fuse-chosen"),
         lambda: [(card.label, card.name) for card in library.adapter_cards(studio, ["adapters"])],
     )
     live.add(gr.HTML(), lambda: _hint(studio))
+    _build_import(studio, live)
     strengths = gr.State({})
     _build_strengths(studio, chosen, strengths)
     bands = live.add(
@@ -80,6 +84,48 @@ def build_fuse(studio: Studio, live: Live) -> None:
     bands.click(retrain, **EVENT)
 
 
+def _build_import(studio: Studio, live: Live) -> None:
+    """Build what makes a concept of a LoRA that another tool trained."""
+    with live.folded("Import a LoRA", elem_id="import"):
+        gr.Markdown(
+            "A LoRA that another tool trained on Stable Diffusion 1, 2 or XL becomes a concept to choose above. If it lay beside "
+            "an `adapter_config.json`, as PEFT’s do, give that with it: it says how strong the LoRA is."
+        )
+        with gr.Row():
+            class_word = gr.Textbox(
+                "", label="What does it show?", placeholder="ohwx cat", max_length=60, min_width=240,
+                info="The words it was trained on; without an embedding the token stands for them.",
+            )  # fmt: skip
+            token = gr.Textbox(
+                "", label="Its new token", placeholder="<friend>", info="The word that will call it in prompts.",
+                max_length=64, min_width=240,
+            )  # fmt: skip
+        with gr.Row():
+            lora = gr.File(
+                label="LoRA", file_count="multiple", file_types=[*_WEIGHTS, ".json"], height=140, elem_id="lora", min_width=240
+            )
+            embedding = gr.File(
+                label="Its embedding, if it came with one", file_types=_WEIGHTS, height=140, elem_id="embedding", min_width=240
+            )
+        start = gr.Button("Import", elem_id="import-lora")
+        imported = gr.HTML(elem_id="imported")
+
+    def begin(files: list[str] | None, word: str, name: str, vectors: str | None) -> tuple[Any, ...]:
+        given, beside = [Path(file) for file in files or ()], Path(vectors) if vectors else None
+        made = attempt(add_lora, studio, given, name, word, beside)
+        return (gr.skip(),) * 5 if made is None else (_imported(made), "", "", None, None)
+
+    fields = [class_word, token, lora, embedding]
+    start.click(begin, [lora, class_word, token, embedding], [imported, *fields], **SLOW)
+
+
+def _imported(made: Imported) -> str:
+    if made.name is None:
+        words = f"Nothing in the file tells which base {made.token} is for; a job tries the one in the tab Settings."
+        return markup.muted(words)
+    return markup.muted(f"{made.token} is imported: choose it above.") + "".join(map(markup.refusal, made.remarks))
+
+
 def _build_strengths(studio: Studio, chosen: gr.CheckboxGroup, strengths: gr.State) -> None:
     """Build a slider for the strength of each of the `chosen`; `strengths` keeps what was set, by the adapter's name."""
 
@@ -108,7 +154,7 @@ def _hint(studio: Studio) -> str:
     trained = library.adapter_cards(studio, ["adapters"])
     if len(trained) >= 2:
         return ""
-    return markup.empty("Fusing needs two trained concepts. Train them in the tab Concepts, or run the tour there.")
+    return markup.empty("Fusing needs two concepts. Train them in the tab Concepts, run the tour there, or import a LoRA.")
 
 
 def _bands(studio: Studio, names: list[str], strengths: dict[str, float]) -> str:
@@ -120,6 +166,7 @@ def _bands(studio: Studio, names: list[str], strengths: dict[str, float]) -> str
         )
     try:
         result = library.map_bands(studio, names, [strengths.get(name, 1.0) for name in names])
+        imported = library.imported_tokens(studio, names)
         apart = len(names) > 1 and library.trained_apart(studio, names)
         settles = library.needs_settling(studio, names)
     except SpectralDiffusionError as error:  # an adapter may be gone or damaged by now
@@ -130,7 +177,11 @@ def _bands(studio: Studio, names: list[str], strengths: dict[str, float]) -> str
         words = f"{one} and {other} share singular directions, so they cannot be fused without damage."
         again = markup.button("retrain", name, f"Train {other} again on a free band")
         parts.append(f'<div class="sd-warning"><p>{markup.text(words)}</p>{again}</div>')
-    if apart:
+    if imported and len(names) > 1:
+        who = f"{' and '.join(imported)} {'was' if len(imported) == 1 else 'were'} imported"
+        words = f"{who}: choose “sum” under “How to join”. Nothing keeps imported ones from disturbing others."
+        parts.append(f'<div class="sd-warning"><p>{markup.text(words)}</p></div>')
+    elif apart:
         cure = "“Settle” teaches it back, without photos." if settles else "Trained in one go they would keep it."
         words = f"These were trained apart and lose identity in one adapter. {cure}"
         parts.append(f'<div class="sd-warning"><p>{markup.text(words)}</p></div>')

@@ -15,7 +15,7 @@ from spectral_diffusion.adapters.attach import check_fits_base
 from spectral_diffusion.bases.base import Base
 from spectral_diffusion.bases.layer_names import PEFT_START, layer_key_of, patch_side
 from spectral_diffusion.concepts.concept import check_class_word, check_token
-from spectral_diffusion.errors import InputError
+from spectral_diffusion.errors import FamilyError, InputError
 from spectral_diffusion.imports.tensors import peft_scales, read_embedding, read_tensors, refuse_what_is_no_lora
 from spectral_diffusion.joining import LowRank
 
@@ -211,7 +211,7 @@ def _family_of_metadata(path: Path, metadata: Mapping[str, str]) -> str:
     said = [metadata.get(field, "").lower() for field in _METADATA]
     found = next((family for begin, family in _FAMILY_OF_METADATA.items() if any(one.startswith(begin) for one in said)), None)
     if found is None:
-        raise InputError(f"Nothing in '{path}' tells which Stable Diffusion it was made for; give that one as --base.")
+        raise FamilyError(f"Nothing in '{path}' tells which Stable Diffusion it was made for; give that one as --base.")
     return found
 
 

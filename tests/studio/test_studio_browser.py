@@ -34,7 +34,9 @@ from studio_pages import (
     train,
 )
 
+from spectral_diffusion.adapters.adapter_file import load_adapter
 from spectral_diffusion.bases.base import EMBEDDED_BASE
+from spectral_diffusion.export import export_kohya
 
 if CHROMIUM is None:
     pytest.skip("There is no Chromium here; install it (apt-get install chromium) to test the studio.", allow_module_level=True)
@@ -250,6 +252,7 @@ def test_refusals_are_sentences_on_the_page(page: Page) -> None:
 
 
 def test_what_changes_in_the_folder_disturbs_no_open_page(browser: Browser, adapters: tuple[Path, Path], tmp_path: Path) -> None:
+    lora = export_kohya(load_adapter(adapters[0]), tmp_path / "lora.safetensors").path
     served = Served(tmp_path / "studio")
     first, second = (served.folder / "adapters" / path.name for path in adapters)
     for path, adapter in zip((first, second), adapters, strict=True):
@@ -267,6 +270,16 @@ def test_what_changes_in_the_folder_disturbs_no_open_page(browser: Browser, adap
         expect(strength).to_have_value("0.5")
         (served.folder / "away").rename(first)
         expect(page.locator("#fuse-chosen").get_by_label("<V1>")).not_to_be_checked()
+
+        page.get_by_role("button", name="Import a LoRA").click()
+        page.get_by_label("What does it show?").fill("cat")
+        page.get_by_label("Its new token").fill("<friend>")
+        page.locator("#lora input[type=file]").set_input_files([lora])
+        expect(page.locator("#lora .file-preview")).to_be_visible()
+        page.locator("#import-lora").click()
+        page.locator("#fuse-chosen").get_by_label("<friend> (imported)").check()
+        expect(page.locator("#band-map")).to_contain_text("<friend> was imported: choose “sum”")
+        expect(page.get_by_label("What does it show?")).to_have_value("")
 
         go_to(page, "Concepts")
         page.locator("#concept-cards").get_by_role("button", name="<raccoon>").click()
