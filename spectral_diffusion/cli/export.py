@@ -47,7 +47,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="TOKEN=X",
         help="factor on one concept's strength; give it once per concept (default: 1)",
     )
-    parser.add_argument("--precision", choices=("fp16", "fp32"), default="fp16", help="of the numbers (default: %(default)s)")
+    parser.add_argument(
+        "--precision", choices=("fp16", "bf16", "fp32"), default="fp16", help="of the numbers (default: %(default)s)"
+    )
     parser.add_argument(
         "--rank", type=int, metavar="R", help="compress a LoRA to this rank and print the errors (default: exact)"
     )
@@ -117,7 +119,8 @@ def _export(adapter: Adapter, arguments: argparse.Namespace) -> Export:
 
     from spectral_diffusion.export import export_checkpoint, export_diffusers, export_embeddings, export_kohya
 
-    common = {"dtype": {"fp16": torch.float16, "fp32": torch.float32}[arguments.precision], "overwrite": arguments.force}
+    precisions = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+    common = {"dtype": precisions[arguments.precision], "overwrite": arguments.force}
     if arguments.format == "kohya":
         return export_kohya(adapter, arguments.out, rank=arguments.rank, preview=arguments.preview, **common)
     if arguments.format == "diffusers":

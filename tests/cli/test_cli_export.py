@@ -24,8 +24,9 @@ def test_every_format_is_exported(run: Commands, adapters: tuple[Path, Path], tm
     assert said["rank"] == 2 and 0 < said["errors"]["overall"] < 1
     names = ["V1.safetensors", "V2.safetensors", "lora.json", "lora.png", "lora.safetensors"]
     assert sorted(path.name for path in out.iterdir()) == names
-    run("export", pair, "--format", "diffusers", "--out", out / "peft.safetensors", "--precision", "fp32", "--force")
-    assert {tensor.dtype for tensor in tensors(out / "peft.safetensors")} == {torch.float32}
+    for precision, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+        run("export", pair, "--format", "diffusers", "--out", out / "peft.safetensors", "--precision", precision, "--force")
+        assert {tensor.dtype for tensor in tensors(out / "peft.safetensors")} == {dtype}
     run("export", pair, "--format", "embedding", "--out", tmp_path / "tokens")
     assert sorted(path.name for path in (tmp_path / "tokens").iterdir()) == names[:2]
     run("export", pair, "--format", "checkpoint", "--base", run.base, "--out", tmp_path / "merged")
