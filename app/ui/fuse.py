@@ -15,7 +15,6 @@ from app.actions.trainings import train_again
 from app.ui import markup
 from app.ui.charts import band_map_chart, cross_talk_table
 from app.ui.live import EVENT, SLOW, Live, attempt, said
-from app.ui.strengths import build_strengths
 from spectral_diffusion.errors import SpectralDiffusionError
 from spectral_diffusion.joining import FUSERS
 from spectral_diffusion.training.settings import SETTLING_STEPS
@@ -33,7 +32,7 @@ def build_fuse(studio: Studio, live: Live) -> None:
     live.add(gr.HTML(), lambda: _hint(studio))
     _build_import(studio, live)
     strengths = gr.State({})
-    build_strengths(chosen, strengths, partial(_labels, studio))
+    _build_strengths(studio, chosen, strengths)
     bands = live.add(
         gr.HTML(elem_id="band-map", js_on_load=markup.CLICKS),
         lambda names, known: _bands(studio, sorted(names), known),
@@ -127,9 +126,21 @@ def _imported(made: Imported) -> str:
     return markup.muted(f"{made.token} is imported: choose it above.") + "".join(map(markup.refusal, made.remarks))
 
 
-def _labels(studio: Studio, names: list[str]) -> dict[str, str]:
-    labels = {card.name: card.label for card in library.adapter_cards(studio, ["adapters"])}
-    return {name: labels.get(name, name) for name in sorted(names)}
+def _build_strengths(studio: Studio, chosen: gr.CheckboxGroup, strengths: gr.State) -> None:
+    """Build a slider for the strength of each of the `chosen`; `strengths` keeps what was set, by the adapter's name."""
+
+    @gr.render(inputs=[chosen, strengths], triggers=[chosen.change], show_progress="hidden", concurrency_limit=None)
+    def show(names: list[str], known: dict[str, float]) -> None:
+        labels = {card.name: card.label for card in library.adapter_cards(studio, ["adapters"])}
+        with gr.Row():
+            for name in sorted(names):
+                how = {"label": f"Strength of {labels.get(name, name)}", "step": 0.05, "min_width": 220, "buttons": []}
+                slider = gr.Slider(0, 1.5, known.get(name, 1.0), interactive=True, **how)
+                slider.change(partial(_with_strength, name), [slider, strengths], strengths, **EVENT)
+
+
+def _with_strength(name: str, value: float, known: dict[str, float]) -> dict[str, float]:
+    return known | {name: value}
 
 
 def _wants_settling(studio: Studio, names: list[str]) -> bool:
