@@ -19,9 +19,8 @@ from spectral_diffusion.bases.base import Base
 from spectral_diffusion.errors import FamilyError, InputError
 from spectral_diffusion.files import files_in, numbered, reserve, write_atomically
 from spectral_diffusion.imports import import_lora
+from spectral_diffusion.imports.tensors import PEFT_CONFIGURATION
 
-CONFIGURATION = "adapter_config.json"
-"""The file in which PEFT says by what a LoRA beside it is scaled."""
 _WORDS = {"--embedding": "its embedding", "--base": "the base in the tab Settings", "copy that here": "give that with it"}
 """What stands in the command's sentences, and what the page says instead."""
 
@@ -49,11 +48,11 @@ def add_lora(studio: Studio, files: Sequence[Path], token: str, class_word: str,
     """
     token, class_word = check_free_token(studio, token, class_word)
     loras = [file for file in files if file.suffix.lower() != ".json"]
-    wrong = next((file.name for file in files if file not in loras and file.name != CONFIGURATION), None)
+    wrong = next((file.name for file in files if file not in loras and file.name != PEFT_CONFIGURATION), None)
     if len(loras) != 1:
         raise InputError("Give the file of one LoRA: .safetensors, .bin or .pt.")
     if wrong is not None:
-        raise InputError(f"'{wrong}' is no part of a LoRA; only PEFT's '{CONFIGURATION}' is read beside one.")
+        raise InputError(f"'{wrong}' is no part of a LoRA; only PEFT's '{PEFT_CONFIGURATION}' is read beside one.")
     given = [("lora", file) for file in files] + ([("embedding", embedding)] if embedding else [])
     with tempfile.TemporaryDirectory(dir=studio.folder("uploads")) as name:
         folder = Path(name)
@@ -75,7 +74,7 @@ def import_files(studio: Studio, folder: Path, token: str, class_word: str, base
         InputError: it cannot be used; `FamilyError` where nothing tells its family and no base is given.
         StorageError: the disk is full.
     """
-    lora = next(path for path in files_in(folder / "lora", "") if path.name != CONFIGURATION)
+    lora = next(path for path in files_in(folder / "lora", "") if path.name != PEFT_CONFIGURATION)
     embedding = next(iter(files_in(folder / "embedding", "")), None)
     try:
         adapter = import_lora(lora, token=token, class_word=class_word, embedding=embedding, base=base)

@@ -14,7 +14,6 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
 
 from app.actions.adapters import adapter_path, report
@@ -34,6 +33,7 @@ from spectral_diffusion.bases.base import Base, read_base
 from spectral_diffusion.concepts.photos import read_photos
 from spectral_diffusion.errors import InputError, SpectralDiffusionError
 from spectral_diffusion.export import (
+    PRECISIONS,
     Export,
     export_checkpoint,
     export_diffusers,
@@ -54,8 +54,6 @@ from spectral_diffusion.scoring.score import ClipScorer, PictureScore, load_scor
 from spectral_diffusion.toyworld.judge import Judge, load_judge
 
 logger = logging.getLogger(__name__)
-
-_PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def fuse_task(arguments: dict[str, Any], context: TaskContext) -> dict[str, Any]:
@@ -204,7 +202,7 @@ def export_task(arguments: dict[str, Any], context: TaskContext) -> dict[str, An
 
 
 def _export(adapter: Adapter, arguments: dict[str, Any], files: Path, preview: Path | None) -> Export:
-    stem, rank, dtype = Path(arguments["adapter"]).stem, arguments["rank"], _PRECISIONS[arguments["precision"]]
+    stem, rank, dtype = Path(arguments["adapter"]).stem, arguments["rank"], PRECISIONS[arguments["precision"]]
     match arguments["format"]:
         case "kohya":
             return export_kohya(adapter, files / f"{stem}-lora.safetensors", dtype=dtype, rank=rank, preview=preview)

@@ -25,7 +25,7 @@ _BETWEEN = 0.1  # seconds between two reports on one stage, which may count thou
 _LOOK_EVERY = 0.2  # seconds between two looks for the owner
 LOCK = "worker.lock"
 """The worker of a folder holds this lock in it; a second one ends at once, with the exit code `TAKEN`."""
-TAKEN = 1
+TAKEN = 75  # what a worker that fails never ends with
 
 
 def closing_file(folder: Path, owner: int) -> Path:

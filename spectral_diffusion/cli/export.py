@@ -115,12 +115,9 @@ def _strengths(arguments: argparse.Namespace) -> dict[str, float]:
 
 
 def _export(adapter: Adapter, arguments: argparse.Namespace) -> Export:
-    import torch
+    from spectral_diffusion.export import PRECISIONS, export_checkpoint, export_diffusers, export_embeddings, export_kohya
 
-    from spectral_diffusion.export import export_checkpoint, export_diffusers, export_embeddings, export_kohya
-
-    precisions = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-    common = {"dtype": precisions[arguments.precision], "overwrite": arguments.force}
+    common = {"dtype": PRECISIONS[arguments.precision], "overwrite": arguments.force}
     if arguments.format == "kohya":
         return export_kohya(adapter, arguments.out, rank=arguments.rank, preview=arguments.preview, **common)
     if arguments.format == "diffusers":

@@ -2,11 +2,13 @@
 
 from spectral_diffusion.export.checkpoint import export_checkpoint
 from spectral_diffusion.export.embedding import export_embeddings
+from spectral_diffusion.export.factors import PRECISIONS
 from spectral_diffusion.export.kohya import export_kohya
 from spectral_diffusion.export.peft import export_diffusers
 from spectral_diffusion.export.result import Export, places, remarks
 
 __all__ = [
+    "PRECISIONS",
     "Export",
     "export_checkpoint",
     "export_diffusers",

@@ -14,6 +14,9 @@ from spectral_diffusion.errors import AdapterError, InputError
 from spectral_diffusion.finite import is_finite
 from spectral_diffusion.joining import LowRank
 
+PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+"""What the numbers in a file can be, by the names that users give."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class LoraFactors:

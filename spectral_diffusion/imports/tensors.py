@@ -33,6 +33,10 @@ _OTHER_KINDS = {
 """What stands in the names of files that are no plain LoRA."""
 
 
+PEFT_CONFIGURATION = "adapter_config.json"
+"""The file in which PEFT says by what a LoRA beside it is scaled."""
+
+
 def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Return the tensors and the metadata in `path`: safetensors, or a pickle, of which nothing but tensors is ever loaded.
 
@@ -118,7 +122,7 @@ def peft_scales(path: Path, names: Collection[str], metadata: Mapping[str, str])
     Raises:
         InputError: that is damaged.
     """
-    beside = path.with_name("adapter_config.json")
+    beside = path.with_name(PEFT_CONFIGURATION)
     try:
         if "lora_adapter_metadata" in metadata:
             configuration = json.loads(metadata["lora_adapter_metadata"])
