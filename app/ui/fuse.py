@@ -135,8 +135,9 @@ def _build_strengths(studio: Studio, chosen: gr.CheckboxGroup, strengths: gr.Sta
         with gr.Row():
             for name in sorted(names):
                 how = {"label": f"Strength of {labels.get(name, name)}", "step": 0.05, "min_width": 220, "buttons": []}
-                slider = gr.Slider(0, 1.5, known.get(name, 1.0), interactive=True, **how)
-                slider.change(partial(_with_strength, name), [slider, strengths], strengths, **EVENT)
+                # by the same key it stays the same slider when others come and go, with what is being set in it
+                slider = gr.Slider(0, 1.5, known.get(name, 1.0), interactive=True, key=f"strength {name}", **how)
+                slider.change(partial(_with_strength, name), [slider, strengths], strengths, key=f"set {name}", **EVENT)
 
 
 def _with_strength(name: str, value: float, known: dict[str, float]) -> dict[str, float]:

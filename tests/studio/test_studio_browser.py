@@ -252,7 +252,6 @@ def test_refusals_are_sentences_on_the_page(page: Page) -> None:
 
 
 def test_what_changes_in_the_folder_disturbs_no_open_page(browser: Browser, adapters: tuple[Path, Path], tmp_path: Path) -> None:
-    lora = export_kohya(load_adapter(adapters[0]), tmp_path / "lora.safetensors").path
     served = Served(tmp_path / "studio")
     first, second = (served.folder / "adapters" / path.name for path in adapters)
     for path, adapter in zip((first, second), adapters, strict=True):
@@ -271,16 +270,6 @@ def test_what_changes_in_the_folder_disturbs_no_open_page(browser: Browser, adap
         (served.folder / "away").rename(first)
         expect(page.locator("#fuse-chosen").get_by_label("<V1>")).not_to_be_checked()
 
-        page.get_by_role("button", name="Import a LoRA").click()
-        page.get_by_label("What does it show?").fill("cat")
-        page.get_by_label("Its new token").fill("<friend>")
-        page.locator("#lora input[type=file]").set_input_files([lora])
-        expect(page.locator("#lora .file-preview")).to_be_visible()
-        page.locator("#import-lora").click()
-        page.locator("#fuse-chosen").get_by_label("<friend> (imported)").check()
-        expect(page.locator("#band-map")).to_contain_text("<friend> was imported: choose “sum”")
-        expect(page.get_by_label("What does it show?")).to_have_value("")
-
         go_to(page, "Concepts")
         page.locator("#concept-cards").get_by_role("button", name="<raccoon>").click()
         folder = served.folder / "concepts"
@@ -290,6 +279,27 @@ def test_what_changes_in_the_folder_disturbs_no_open_page(browser: Browser, adap
         expect(page.locator("#concept-cards")).to_contain_text("has unknown keys (note)")
         page.locator("#concept-cards").get_by_role("button", name="<black-cat>").click()
         expect(page.locator("#concept-title code")).to_have_text("<black-cat>")
+        expect(page.locator(".toast-body")).to_have_count(0)
+    served.close()
+
+
+def test_a_lora_is_imported_and_can_be_chosen(browser: Browser, adapters: tuple[Path, Path], tmp_path: Path) -> None:
+    lora = export_kohya(load_adapter(adapters[0]), tmp_path / "lora.safetensors").path
+    served = Served(tmp_path / "studio")
+    shutil.copyfile(adapters[1], served.folder / "adapters" / adapters[1].name)
+    with opened(browser, served.address) as page:
+        go_to(page, "Fuse")
+        page.locator("#fuse-chosen").get_by_label("<V2>").check()
+        expect(page.get_by_label("number input for Strength of <V2>")).to_be_visible()
+        page.get_by_role("button", name="Import a LoRA").click()
+        page.get_by_label("What does it show?").fill("cat")
+        page.get_by_label("Its new token").fill("<friend>")
+        page.locator("#lora input[type=file]").set_input_files([lora])
+        expect(page.locator("#lora .file-preview")).to_be_visible()
+        page.locator("#import-lora").click()
+        page.locator("#fuse-chosen").get_by_label("<friend> (imported)").check()
+        expect(page.locator("#band-map")).to_contain_text("<friend> was imported: choose “sum”")
+        expect(page.get_by_label("What does it show?")).to_have_value("")
         expect(page.locator(".toast-body")).to_have_count(0)
     served.close()
 
