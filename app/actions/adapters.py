@@ -10,7 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from app.actions.studio import Studio, plain_name
+from app.actions.studio import Studio, plain_name, put_away
 from spectral_diffusion.adapters import fusion
 from spectral_diffusion.adapters.adapter import METHODS, Adapter
 from spectral_diffusion.adapters.adapter_file import load_adapter
@@ -79,6 +79,29 @@ def adapter_cards(studio: Studio, kinds: Sequence[str] = _KINDS) -> list[Adapter
         with suppress(AdapterError, OSError):
             cards.append(_card(path, path.stat().st_mtime_ns))
     return cards
+
+
+def is_of_a_concept(studio: Studio, card: AdapterCard) -> bool:
+    """Tell whether an adapter is that of one of the studio's concepts, in whose folder its photos lie."""
+    return not card.is_fused and (studio.folder("concepts") / card.path.stem).exists()
+
+
+def remove_adapter(studio: Studio, name: str) -> None:
+    """Move the fused or imported adapter called `name`, and its report, to the removed ones.
+
+    Raises:
+        InputError: there is none, it is a concept's, or a job that uses it is not done.
+    """
+    path = adapter_path(studio, name)
+    card = _card(path, path.stat().st_mtime_ns)
+    if is_of_a_concept(studio, card):
+        raise InputError(f"{card.label} is a concept; remove it in the tab Concepts.")
+    for job in studio.jobs.jobs():
+        if not job.state.ended and name in (job.arguments.get("adapter"), *job.arguments.get("adapters", ())):
+            raise InputError(f"“{job.title}” uses {card.label} and is {job.state}; stop it first.")
+    put_away(studio, path)
+    if card.is_fused:
+        put_away(studio, report_path(studio, path))
 
 
 def map_bands(studio: Studio, names: Sequence[str], strengths: Sequence[float] | None = None) -> BandMap:
@@ -173,9 +196,14 @@ def report(studio: Studio, name: str, settings: dict[str, Any] | None = None) ->
     return studio.jobs.submit("report", title, {"adapter": name, "settings": settings or asdict(studio.settings)})
 
 
+def report_path(studio: Studio, path: Path) -> Path:
+    """Return where the report on the fused adapter at `path` lies."""
+    return studio.folder("reports") / f"{path.stem}.html"
+
+
 def report_file(studio: Studio, card: AdapterCard) -> Path | None:
     """Return the page of the report on a fused adapter, None where there is none of the adapter as it is now."""
-    path = studio.folder("reports") / f"{card.path.stem}.html"
+    path = report_path(studio, card.path)
     return path if path.exists() and path.stat().st_mtime_ns > card.path.stat().st_mtime_ns else None
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from PIL import Image
 
-from app.actions.adapters import adapter_path, report
+from app.actions.adapters import adapter_path, report, report_path
 from app.actions.concepts import check_free_token, concepts_of_tokens
 from app.actions.imports import import_files
 from app.actions.pictures import PREVIEW_ENDING, drawing_of_record, picture_card
@@ -89,7 +89,7 @@ def report_task(arguments: dict[str, Any], context: TaskContext) -> dict[str, An
     folders = concepts_of_tokens(studio, fused.tokens)
     photos = {token: [photo.image for photo in read_photos(folder).photos] for token, folder in folders.items()}
     made = report_fusion(base, fused, _scorer(settings["clip"], str(base.device)), photos, on_picture=count)
-    page = studio.folder("reports") / f"{path.stem}.html"
+    page = report_path(studio, path)
     save_report(made, page)
     return {"report": page.name, "verdicts": [concept.verdict for concept in made.concepts]}
 

@@ -11,9 +11,9 @@ from app.actions.adapters import adapter_cards
 from app.actions.studio import Studio
 from app.jobs import State
 from app.ui import markup
+from app.ui.generate import how_fields, negative_field, read_fields
 from app.ui.live import EVENT, Live, attempt
 from spectral_diffusion.adapters.adapter import METHODS
-from spectral_diffusion.generation.drawing import Drawing
 from spectral_diffusion.reports.axis import AXES, Axis
 
 _EXAMPLES = {
@@ -39,18 +39,20 @@ def build_compare(studio: Studio, live: Live) -> None:
     )
     prompt = gr.Textbox("", label="Prompt", placeholder="<poodle> near a lake", max_length=2000, elem_id="compare-prompt")
     with gr.Row():
-        seed = gr.Number(1, label="Seed", precision=0, min_width=120)
-        steps = gr.Slider(1, 100, Drawing.steps, step=1, label="Steps", min_width=200, buttons=[])
+        negative = negative_field()
+        seed = gr.Number(1, label="Seed (-1: any)", precision=0, min_width=120)
+    with live.folded("More settings"):
+        how = how_fields()
     with gr.Row():
         x_name, x_values = _axis("Across", "seed", "1, 2, 3")
         y_name, y_values = _axis("Down", "strength", "0.6, 1")
     start = gr.Button("Compare", variant="primary", elem_id="compare")
     live.add(gr.HTML(elem_id="comparisons"), lambda: _results(studio))
 
-    def begin(names: list[str], words: str, number: float | None, count: float, *axes: str) -> None:
-        attempt(_compare, studio, names, words, int(number or 0), int(count), *axes, done="The grid is queued.")
+    def begin(names: list[str], x: str, across: str, y: str, down: str, words: str, *fields: Any) -> None:
+        attempt(_compare, studio, names, (x, across), (y, down), words, *fields, done="The grid is queued.")
 
-    start.click(begin, [chosen, prompt, seed, steps, x_name, x_values, y_name, y_values], **EVENT)
+    start.click(begin, [chosen, x_name, x_values, y_name, y_values, prompt, negative, seed, *how], **EVENT)
 
 
 def _axis(label: str, name: str, values: str) -> tuple[gr.Dropdown, gr.Textbox]:
@@ -64,12 +66,13 @@ def _axis(label: str, name: str, values: str) -> tuple[gr.Dropdown, gr.Textbox]:
 
 
 def _compare(
-    studio: Studio, names: list[str], prompt: str, seed: int, steps: int, x_name: str, x_values: str, y_name: str, y_values: str
-) -> str:
-    x, y = _parse(x_name, x_values), _parse(y_name, y_values)
-    prompts = [axis.values[0] for axis in (x, y) if axis.name == "prompt"]
-    drawing = Drawing(prompt=prompt if prompt.strip() or not prompts else str(prompts[0]), seed=seed, steps=steps)
-    return library.compare(studio, names or [], drawing, x, y)
+    studio: Studio, names: list[str], across: tuple[str, str], down: tuple[str, str],
+    prompt: str, negative: str, seed: float | None, *how: Any,
+) -> str:  # fmt: skip
+    x, y = _parse(*across), _parse(*down)
+    prompts = [str(axis.values[0]) for axis in (x, y) if axis.name == "prompt"]
+    words = prompt if prompt.strip() or not prompts else prompts[0]
+    return library.compare(studio, names or [], read_fields(words, negative, 1, seed, *how), x, y)
 
 
 def _parse(name: str, values: str) -> Axis:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from spectral_diffusion.joining import FUSERS
 from spectral_diffusion.training.settings import SETTLING_STEPS
 
 _AS_SUITS = "as suits them (sum or aligned)"
+_STRONGEST = 1.5
 _WEIGHTS = [".safetensors", ".bin", ".pt"]
 
 
@@ -32,7 +32,12 @@ def build_fuse(studio: Studio, live: Live) -> None:
     live.add(gr.HTML(), lambda: _hint(studio))
     _build_import(studio, live)
     strengths = gr.State({})
-    _build_strengths(studio, chosen, strengths)
+    sliders = live.add(
+        gr.HTML(elem_id="strengths", js_on_load=markup.SLIDES + markup.CLICKS),
+        lambda names, known: _sliders(studio, sorted(names), known),
+        chosen,
+        strengths,
+    )
     bands = live.add(
         gr.HTML(elem_id="band-map", js_on_load=markup.CLICKS),
         lambda names, known: _bands(studio, sorted(names), known),
@@ -57,7 +62,7 @@ def build_fuse(studio: Studio, live: Live) -> None:
         True, label="Report", info="Draws every concept alone and fused, and says what is left of it.", elem_id="fuse-report"
     )
     start = gr.Button("Fuse", variant="primary", elem_id="fuse")
-    live.add(gr.HTML(elem_id="fused"), lambda: _fused(studio))
+    fused = live.add(gr.HTML(elem_id="fused", js_on_load=markup.CLICKS), lambda: _fused(studio))
     asked = gr.State("")
     reports = live.add(gr.HTML(elem_id="reports", js_on_load=markup.CLICKS), lambda name: _reports(studio, name), asked)
 
@@ -67,10 +72,19 @@ def build_fuse(studio: Studio, live: Live) -> None:
         job = attempt(library.fuse, studio, names, [known.get(one, 1.0) for one in names], **options, done="Fusing …")
         return (gr.skip(), gr.skip()) if job is None else ("", "")
 
+    def set_strength(known: dict[str, float], event: gr.EventData) -> dict[str, float]:
+        _, name, value = said(event)
+        return known | {name: float(value)}
+
     def retrain(event: gr.EventData) -> None:
         do, name, _ = said(event)
         if do == "retrain":
             attempt(train_again, studio, name, done="It is trained again, on a free band.")
+
+    def remove(event: gr.EventData) -> None:
+        do, name, _ = said(event)
+        if do == "remove":
+            attempt(library.remove_adapter, studio, name, done="It lies among the removed ones.")
 
     def show_report(event: gr.EventData) -> Any:
         do, name, _ = said(event)
@@ -78,10 +92,12 @@ def build_fuse(studio: Studio, live: Live) -> None:
             attempt(library.report, studio, name, done="The report is queued.")
         return name
 
+    sliders.click(set_strength, strengths, strengths, **EVENT)
     chosen.change(lambda names: _wants_settling(studio, sorted(names)), chosen, wants_settling, **EVENT)
     start.click(begin, [chosen, title, method, wants_settling, wants_report, strengths], [title, asked], **EVENT)
     reports.click(show_report, None, asked, **EVENT)
     bands.click(retrain, **EVENT)
+    fused.click(remove, **EVENT)
 
 
 def _build_import(studio: Studio, live: Live) -> None:
@@ -126,22 +142,14 @@ def _imported(made: Imported) -> str:
     return markup.muted(f"{made.token} is imported: choose it above.") + "".join(map(markup.refusal, made.remarks))
 
 
-def _build_strengths(studio: Studio, chosen: gr.CheckboxGroup, strengths: gr.State) -> None:
-    """Build a slider for the strength of each of the `chosen`; `strengths` keeps what was set, by the adapter's name."""
-
-    @gr.render(inputs=[chosen, strengths], triggers=[chosen.change], show_progress="hidden", concurrency_limit=None)
-    def show(names: list[str], known: dict[str, float]) -> None:
-        labels = {card.name: card.label for card in library.adapter_cards(studio, ["adapters"])}
-        with gr.Row():
-            for name in sorted(names):
-                how = {"label": f"Strength of {labels.get(name, name)}", "step": 0.05, "min_width": 220, "buttons": []}
-                # by the same key it stays the same slider when others come and go, with what is being set in it
-                slider = gr.Slider(0, 1.5, known.get(name, 1.0), interactive=True, key=f"strength {name}", **how)
-                slider.change(partial(_with_strength, name), [slider, strengths], strengths, key=f"set {name}", **EVENT)
-
-
-def _with_strength(name: str, value: float, known: dict[str, float]) -> dict[str, float]:
-    return known | {name: value}
+def _sliders(studio: Studio, names: list[str], strengths: dict[str, float]) -> str:
+    """Return a slider for the strength of each concept."""
+    labels = {card.name: card.label for card in library.adapter_cards(studio, ["adapters"])}
+    sliders = (
+        markup.slider("strength", name, f"Strength of {labels.get(name, name)}", strengths.get(name, 1.0), _STRONGEST)
+        for name in names
+    )
+    return f'<div class="sd-sliders">{"".join(sliders)}</div>' if names else ""
 
 
 def _wants_settling(studio: Studio, names: list[str]) -> bool:
@@ -193,11 +201,18 @@ def _bands(studio: Studio, names: list[str], strengths: dict[str, float]) -> str
 
 
 def _fused(studio: Studio) -> str:
-    cards = library.adapter_cards(studio, ["fused"])
+    """Return what was fused and imported here; a concept's own adapter is removed with the concept."""
+    cards = [card for card in library.adapter_cards(studio) if not library.is_of_a_concept(studio, card)]
     if not cards:
         return ""
-    rows = [[card.path.stem, " + ".join(card.tokens), ", ".join(card.bands), card.method] for card in cards]
-    return markup.heading("Fused adapters") + markup.table(["name", "concepts", "bands", "joined by"], rows)
+    rows = [
+        [card.path.stem, " + ".join(card.tokens), ", ".join(card.bands), card.method if card.is_fused else "—"] for card in cards
+    ]
+    ends = [
+        markup.button("remove", card.name, "✕", kind="sd-quiet", title=f"Remove {card.label}", confirm=f"Remove {card.label}?")
+        for card in cards
+    ]
+    return markup.heading("Fused and imported") + markup.table(["name", "concepts", "bands", "joined by", ""], rows, ends)
 
 
 def _reports(studio: Studio, asked: str) -> str:

@@ -145,22 +145,34 @@ def adapter_list(
 
 def drawing_fields() -> list[Any]:
     """Build the settings of a drawing beside its prompt, in the order that `read_fields` takes them, and who is attached."""
-    negative = gr.Textbox("", label="Not in the picture", placeholder="blurred", max_length=2000)
+    negative = negative_field()
     with gr.Row():
         count = gr.Number(4, label="Pictures", minimum=1, maximum=library.MOST_DRAWN, precision=0, min_width=90)
         seed = gr.Number(-1, label="Seed (-1: any)", precision=0, min_width=110)
     with gr.Accordion("More settings", open=False):
-        sampler = gr.Dropdown(list(SCHEDULERS), value=Drawing.scheduler, label="Sampler")
-        steps = gr.Slider(1, 100, Drawing.steps, step=1, label="Steps", buttons=[])
-        guidance = gr.Slider(0, 15, 0, step=0.5, label="Guidance (0: the base's own)", buttons=[])
-        size = gr.Textbox("", label="Size", placeholder="the base's own, or 512x768", max_length=12)
+        how = how_fields()
         whole = gr.Checkbox(
             False,
             label="Attach all concepts",
             info="As an exported file does; else only those are attached that the prompt names.",
             elem_id="whole",
         )
-    return [negative, count, seed, sampler, steps, guidance, size, whole]
+    return [negative, count, seed, *how, whole]
+
+
+def negative_field() -> gr.Textbox:
+    """Build the field for what shall not be drawn."""
+    return gr.Textbox("", label="Not in the picture", placeholder="blurred", max_length=2000)
+
+
+def how_fields() -> list[Any]:
+    """Build the settings of how a picture is drawn, in the order that `read_fields` takes them."""
+    return [
+        gr.Dropdown(list(SCHEDULERS), value=Drawing.scheduler, label="Sampler"),
+        gr.Slider(1, 100, Drawing.steps, step=1, label="Steps", buttons=[]),
+        gr.Slider(0, 15, 0, step=0.5, label="Guidance (0: the base's own)", buttons=[]),
+        gr.Textbox("", label="Size", placeholder="the base's own, or 512x768", max_length=12),
+    ]
 
 
 def read_fields(
@@ -172,8 +184,8 @@ def read_fields(
     steps: float,
     guidance: float,
     size: str,
-    regions: tuple[Region, ...],
-    acting: str,
+    regions: tuple[Region, ...] = (),
+    acting: str = next(iter(ACTING)),
 ) -> Drawing:
     """Return what the fields of a drawing say."""
     return library.drawing_from(

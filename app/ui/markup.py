@@ -24,6 +24,19 @@ element.addEventListener('change', (event) => send(event, 'change'));
 """
 """JavaScript of a piece with buttons and fields: one that has `data-do` reports it, with `data-name`, as a click."""
 
+SLIDES = """
+const both = (event) => [...event.target.closest('.sd-slider').querySelectorAll('input')];
+element.addEventListener('input', (event) => {
+  if (event.target.value !== '') for (const field of both(event)) if (field !== event.target) field.value = event.target.value;
+});
+element.addEventListener('change', (event) => {
+  const {value, defaultValue, min, max} = event.target;
+  const kept = value === '' ? defaultValue : Math.min(Math.max(value, min), max);
+  for (const field of both(event)) field.value = kept;
+});
+"""
+"""JavaScript of a piece with sliders, to go before `CLICKS`: number and knob follow each other and stay in their bounds."""
+
 
 def text(value: object) -> str:
     """Return `value` as text that HTML takes for nothing else, also between quotation marks."""
@@ -46,6 +59,14 @@ def button(do: str, name: str, label: str, *, kind: str = "", confirm: str = "",
     more += f' aria-label="{text(title)}" title="{text(title)}"' if title else ""
     what = f'data-do="{text(do)}" data-name="{text(name)}"'
     return f'<button type="button" class="sd-button {kind}" {what}{more}>{text(label)}</button>'
+
+
+def slider(do: str, name: str, label: str, value: float, most: float) -> str:
+    """Return a slider from 0 to `most` with a field for its number; either reports `do`, `name` and the value."""
+    what = f'data-do="{text(do)}" data-name="{text(name)}" min="0" max="{most:g}" step="0.05" value="{value:g}"'
+    field = f'<input type="number" class="sd-field" aria-label="number input for {text(label)}" {what}>'
+    knob = f'<input type="range" aria-label="{text(label)}" {what}>'
+    return f'<div class="sd-slider"><span>{text(label)}</span>{field}{knob}</div>'
 
 
 def image(path: Path, alternative: str, *, kind: str = "") -> str:
@@ -109,12 +130,13 @@ def empty(words: str) -> str:
     return f'<p class="sd-empty">{text(words)}</p>'
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Return a table of texts, the first of each row being its heading."""
+def table(head: Sequence[str], rows: Iterable[Sequence[str]], ends: Iterable[str] = ()) -> str:
+    """Return a table of texts, the first of each row being its heading; `ends` are pieces of HTML, one for each row's end."""
     top = "".join(f'<th scope="col">{text(cell)}</th>' for cell in head)
-    body = "".join(
-        f'<tr><th scope="row">{text(row[0])}</th>{"".join(f"<td>{text(cell)}</td>" for cell in row[1:])}</tr>' for row in rows
-    )
+    lines = [f'<th scope="row">{text(row[0])}</th>{"".join(f"<td>{text(cell)}</td>" for cell in row[1:])}' for row in rows]
+    for number, end in enumerate(ends):
+        lines[number] += f"<td>{end}</td>"
+    body = "".join(f"<tr>{line}</tr>" for line in lines)
     return f'<div class="sd-scroll"><table class="sd-table"><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
 
 

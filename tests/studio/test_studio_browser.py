@@ -10,6 +10,7 @@ import time
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -61,6 +62,10 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 def page(browser: Browser, served: Served) -> Iterator[Page]:
     with opened(browser, served.address) as page:
         yield page
+
+
+def jobs_of(served: Served) -> list[dict[str, Any]]:
+    return [json.loads(path.read_text()) for path in sorted(served.folder.glob("jobs/*/job.json"))]
 
 
 def test_from_uploaded_photos_to_a_file_that_diffusers_loads(
@@ -120,8 +125,7 @@ def test_from_uploaded_photos_to_a_file_that_diffusers_loads(
     page.get_by_label("Attach all concepts").check()
     page.locator("#draw").click()
     expect(page.locator("#pictures img")).to_have_count(2)
-    jobs = [json.loads(path.read_text()) for path in sorted((served.folder / "jobs").glob("*/job.json"))]
-    assert [job["arguments"]["whole"] for job in jobs if job["kind"] == "generate"] == [True]
+    assert [job["arguments"]["whole"] for job in jobs_of(served) if job["kind"] == "generate"] == [True]
     page.get_by_label("Attach all concepts").uncheck()
     expect(page.locator("#pictures .sd-card").first).to_contain_text(re.compile(r"<wizard> -?\d\."))
     last = page.locator("#pictures .sd-card").last
@@ -133,9 +137,14 @@ def test_from_uploaded_photos_to_a_file_that_diffusers_loads(
     go_to(page, "Compare")
     page.locator("#compare-adapters").get_by_label("pair").check()
     page.locator("#compare-prompt textarea, #compare-prompt input").fill("<leopard> near a lake")
+    page.locator("#tab-compare").get_by_label("Not in the picture").fill("a lake")
+    page.locator("#tab-compare").get_by_role("button", name="More settings").click()
     page.locator("#tab-compare").get_by_label("number input for Steps").fill("2")
+    page.locator("#tab-compare").get_by_label("number input for Steps").press("Tab")
     page.locator("#compare").click()
     expect(page.locator("#comparisons img")).to_have_count(1)
+    drawing = next(job for job in jobs_of(served) if job["kind"] == "compare")["arguments"]["drawing"]
+    assert (drawing["negative_prompt"], drawing["steps"]) == ("a lake", 2)
 
     go_to(page, "Export")
     choose_adapter(page, "export", "pair (<leopard> + <wizard>)")
@@ -194,10 +203,7 @@ def test_two_pages_see_one_studio(page: Page, browser: Browser, served: Served) 
         expect(other.get_by_text("<pinata> is ", exact=False)).to_be_visible()
         state(page, "done")
         state(other, "done")
-    trained = [
-        path for path in served.folder.glob("jobs/*/job.json") if json.loads(path.read_text())["title"] == "Train <pinata>"
-    ]
-    assert len(trained) == 1
+    assert [job["title"] for job in jobs_of(served)].count("Train <pinata>") == 1
 
 
 def test_the_stream_of_answers_never_closes(page: Page) -> None:
@@ -262,6 +268,7 @@ def test_what_changes_in_the_folder_disturbs_no_open_page(browser: Browser, adap
             page.locator("#fuse-chosen").get_by_label(token).check()
         strength = page.get_by_label("number input for Strength of <V2>")
         strength.fill("0.5")
+        expect(page.get_by_label("Strength of <V2>", exact=True)).to_have_value("0.5")
         strength.press("Tab")
         first.rename(served.folder / "away")
         expect(page.get_by_label("number input for Strength of <V1>")).to_have_count(0)
@@ -301,6 +308,10 @@ def test_a_lora_is_imported_and_can_be_chosen(browser: Browser, adapters: tuple[
         expect(page.locator("#band-map")).to_contain_text("<friend> was imported: choose “sum”")
         expect(page.get_by_label("What does it show?")).to_have_value("")
         expect(page.locator(".toast-body")).to_have_count(0)
+        page.on("dialog", lambda dialog: dialog.accept())
+        page.locator("#fused").get_by_role("button", name="Remove <friend> (imported)").click()
+        expect(page.locator("#fuse-chosen").get_by_label("<friend> (imported)")).to_have_count(0)
+        expect(page.get_by_label("number input for Strength of <friend>")).to_have_count(0)
     served.close()
 
 
