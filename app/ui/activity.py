@@ -7,7 +7,7 @@ import gradio as gr
 from app.actions.studio import Studio
 from app.jobs import Job, State
 from app.ui import markup
-from app.ui.live import EVENT, Live, attempt, said
+from app.ui.live import EVENT, PIECE, Live, attempt, said
 
 _MOST_JOBS = 25
 
@@ -31,7 +31,7 @@ def build_jobs(studio: Studio, live: Live) -> None:
         do, name, _ = said(event)
         return log if do != "log" else "" if log == name else name
 
-    listing.click(show_log, shown, shown, **EVENT)
+    listing.click(show_log, shown, shown, **PIECE)
 
 
 def wire_jobs(studio: Studio, piece: gr.HTML) -> None:
@@ -46,7 +46,7 @@ def wire_jobs(studio: Studio, piece: gr.HTML) -> None:
         elif do == "up":
             attempt(studio.jobs.move, name, 1)
 
-    piece.click(act, **EVENT)
+    piece.click(act, **PIECE)
 
 
 def _activity(studio: Studio) -> str:

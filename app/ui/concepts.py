@@ -27,7 +27,7 @@ from app.jobs import State
 from app.ui import markup
 from app.ui.activity import wire_jobs
 from app.ui.charts import loss_curve
-from app.ui.live import EVENT, SLOW, Live, attempt, said
+from app.ui.live import EVENT, PIECE, SLOW, Live, attempt, said
 from app.ui.painter import PAINTING, painted, painter
 from spectral_diffusion.errors import InputError, StorageError
 from spectral_diffusion.files import files_in
@@ -102,8 +102,8 @@ def build_concepts(studio: Studio, live: Live) -> None:
     welcome.click(
         lambda: attempt(queue_tour, studio, done="The tour is queued: a training, then fusing, drawing, exporting."), **EVENT
     )
-    cards.click(open_concept, None, [chosen, paper, findings], **EVENT)
-    photos.click(remove_concept, None, [chosen, paper], **EVENT)
+    cards.click(open_concept, None, [chosen, paper, findings], **PIECE)
+    photos.click(remove_concept, None, [chosen, paper], **PIECE)
     class_word.blur(
         lambda word: gr.update(placeholder=library.suggest_token(studio, word) if word.strip() else _TOKEN),  # taken when empty
         class_word,
@@ -150,7 +150,7 @@ def _build_training(studio: Studio, live: Live, chosen: gr.State) -> None:
             attempt(train_again, studio, name, longer=True, done="It will be trained on; the adapter stays until that is done.")
 
     start.click(begin, [chosen, preset, beside, steps, sample_every, *further.values()], **EVENT)
-    training.click(go_longer, **EVENT)
+    training.click(go_longer, **PIECE)
 
 
 def _further(name: str, help: str) -> gr.Textbox:
@@ -187,8 +187,8 @@ def _wire_photos(studio: Studio, chosen: gr.State, photos: gr.HTML, paper: gr.HT
         attempt(photo_library.set_mask, studio, name, target, mask, done=done)
         return now + 1, ""
 
-    photos.click(act, [chosen, version], [version, paper], **EVENT)
-    paper.click(paint, [chosen, version], [version, paper], **EVENT)
+    photos.click(act, [chosen, version], [version, paper], **PIECE)
+    paper.click(paint, [chosen, version], [version, paper], **PIECE)
 
 
 def _paper(studio: Studio, name: str, photo: str, shown: tuple[Image.Image, Image.Image | None] | None) -> Any:

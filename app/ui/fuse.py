@@ -13,7 +13,7 @@ from app.actions.studio import Studio
 from app.actions.trainings import train_again
 from app.ui import markup
 from app.ui.charts import band_map_chart, cross_talk_table
-from app.ui.live import EVENT, SLOW, Live, attempt, said
+from app.ui.live import EVENT, PIECE, SLOW, Live, attempt, said
 from spectral_diffusion.errors import SpectralDiffusionError
 from spectral_diffusion.joining import FUSERS
 from spectral_diffusion.training.settings import SETTLING_STEPS
@@ -92,12 +92,12 @@ def build_fuse(studio: Studio, live: Live) -> None:
             attempt(library.report, studio, name, done="The report is queued.")
         return name
 
-    sliders.click(set_strength, strengths, strengths, **EVENT)
+    sliders.click(set_strength, strengths, strengths, **PIECE)
     chosen.change(lambda names: _wants_settling(studio, sorted(names)), chosen, wants_settling, **EVENT)
     start.click(begin, [chosen, title, method, wants_settling, wants_report, strengths], [title, asked], **EVENT)
-    reports.click(show_report, None, asked, **EVENT)
-    bands.click(retrain, **EVENT)
-    fused.click(remove, **EVENT)
+    reports.click(show_report, None, asked, **PIECE)
+    bands.click(retrain, **PIECE)
+    fused.click(remove, **PIECE)
 
 
 def _build_import(studio: Studio, live: Live) -> None:

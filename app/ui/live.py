@@ -20,6 +20,8 @@ logger = logging.getLogger(__name__)
 
 EVENT: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private", "concurrency_limit": None}
 """How events run; nearly all are quick."""
+PIECE: dict[str, Any] = EVENT | {"trigger_mode": "multiple", "concurrency_limit": 1}
+"""How events of our own HTML run, in which many things report as one: in order, and none dropped while another is under way."""
 SLOW: dict[str, Any] = EVENT | {"show_progress": "full"}
 """How events run that read photos."""
 MOST_PAGES = 100

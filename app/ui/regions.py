@@ -10,7 +10,7 @@ from app.actions import regions as actions
 from app.actions.pictures import picture_cards
 from app.actions.studio import Studio
 from app.ui import markup
-from app.ui.live import EVENT, attempt, said
+from app.ui.live import EVENT, PIECE, attempt, said
 from app.ui.painter import PAINTING, brushes, canvas, coloured, painted
 from spectral_diffusion.generation.regions import Region
 
@@ -116,7 +116,7 @@ def build_regions(studio: Studio, adapter: Any, prompt: Any) -> tuple[gr.State, 
             return shown(attempt(actions.removed, before, number), before)
         return gr.skip(), gr.skip()
 
-    board.click(edit, regions, outputs, **EVENT)
+    board.click(edit, regions, outputs, **PIECE)
     suggest.click(
         lambda before, name, words: shown(attempt(actions.suggested, studio, name, words), before),
         [regions, adapter, prompt],

@@ -81,11 +81,12 @@ def test_from_uploaded_photos_to_a_file_that_diffusers_loads(
         expect(page.locator("#concept-title code")).to_have_text(token)
         expect(page.locator("#findings li")).to_have_count(0)  # they were about another concept
     expect(page.locator("#photos img")).to_have_count(6)
-    caption = page.locator("#photos input").first
-    caption.fill("<TOK> in the snow")
-    caption.press("Tab")
-    captions = served.folder / "concepts" / "leopard"
-    served.wait_for(lambda: any("in the snow" in path.read_text() for path in captions.glob("*.txt")))
+    captions = {f"<TOK> {words}" for words in ("in the snow", "asleep", "from behind")}
+    for field, caption in zip(page.locator("#photos input").all(), captions, strict=False):
+        field.fill(caption)  # the one before is still being kept
+        field.press("Tab")
+    folder = served.folder / "concepts" / "leopard"
+    served.wait_for(lambda: captions <= {path.read_text().strip() for path in folder.glob("*.txt")})
     train(page, 3)
     add_concept(page, "wizard", photos_of("wizard"))
     train(page, 3)
@@ -268,12 +269,14 @@ def test_what_changes_in_the_folder_disturbs_no_open_page(browser: Browser, adap
             page.locator("#fuse-chosen").get_by_label(token).check()
         strength = page.get_by_label("number input for Strength of <V2>")
         strength.fill("0.5")
-        expect(page.get_by_label("Strength of <V2>", exact=True)).to_have_value("0.5")
-        strength.press("Tab")
+        knob = page.get_by_label("Strength of <V2>", exact=True)
+        expect(knob).to_have_value("0.5")
+        for _ in range(3):
+            knob.press("ArrowLeft")
         first.rename(served.folder / "away")
         expect(page.get_by_label("number input for Strength of <V1>")).to_have_count(0)
         expect(page.locator("#fuse-chosen").get_by_label("<V1>")).to_have_count(0)
-        expect(strength).to_have_value("0.5")
+        expect(strength).to_have_value("0.35")
         (served.folder / "away").rename(first)
         expect(page.locator("#fuse-chosen").get_by_label("<V1>")).not_to_be_checked()
 
