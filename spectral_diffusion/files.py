@@ -82,22 +82,29 @@ def write_together(writers: Mapping[Path, Write]) -> None:
                     os.fsync(file.fileno())
                 os.chmod(temporaries[path], 0o644)
         for path, temporary in temporaries.items():
-            with _storage_failures(path):
-                _replace(temporary, path)
+            move(temporary, path)
     finally:
         for temporary in temporaries.values():
             temporary.unlink(missing_ok=True)
 
 
-def _replace(new: Path, path: Path) -> None:
-    """Move `new` to `path`; Windows refuses that for as long as somebody reads what stands there, a page or a virus scanner."""
+def move(source: Path, target: Path) -> None:
+    """Move a file or folder to `target`, over a file that stands there.
+
+    Windows refuses that for as long as somebody reads either of them, a page or a virus scanner; it is tried for a while.
+
+    Raises:
+        StorageError: it cannot be moved; both are as they were.
+    """
     until = time.monotonic() + _PATIENCE
     while True:
-        try:
-            return os.replace(new, path)
-        except PermissionError:
-            if time.monotonic() > until:
-                raise
+        with _storage_failures(target):
+            try:
+                os.replace(source, target)
+                return
+            except PermissionError:
+                if time.monotonic() > until:
+                    raise
         time.sleep(0.02)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from spectral_diffusion.errors import StorageError
-from spectral_diffusion.files import write_atomically, write_folder_atomically
+from spectral_diffusion.files import move, write_atomically, write_folder_atomically
 
 
 @pytest.fixture
@@ -49,6 +49,18 @@ def test_a_file_that_somebody_reads_on_windows_is_replaced_once_it_is_free(
     with pytest.raises(StorageError, match=r"preview' could not be written .*the page reads it"):
         write_atomically(tmp_path / "preview", lambda path: path.write_text("newer"))
     assert [path.read_text() for path in tmp_path.iterdir()] == ["new"]
+
+
+def test_a_folder_that_somebody_reads_on_windows_is_moved_once_it_is_free(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.replace", failing_from(1, PermissionError(13, "the page reads it"), until=3))
+    move(folder, tmp_path / "removed")
+    assert (tmp_path / "removed" / "weights").read_text() == "precious" and not folder.exists()
+    monkeypatch.setattr("spectral_diffusion.files._PATIENCE", 0.1)
+    monkeypatch.setattr("os.replace", failing_from(1, PermissionError(13, "the page reads it")))
+    with pytest.raises(StorageError, match=r"again' could not be written .*the page reads it"):
+        move(tmp_path / "removed", tmp_path / "again")
 
 
 @pytest.mark.parametrize("error", [PermissionError(13, "a scanner holds it"), KeyboardInterrupt()])

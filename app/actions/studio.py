@@ -24,7 +24,7 @@ from app.jobs import JobStore
 from spectral_diffusion.concepts.concept import SETTINGS_FILE
 from spectral_diffusion.errors import InputError
 from spectral_diffusion.export.embedding import embedding_file_name
-from spectral_diffusion.files import clear_leftovers, write_atomically
+from spectral_diffusion.files import clear_leftovers, move, write_atomically
 from spectral_diffusion.scoring.clip_scorer import DEFAULT_CLIP
 
 FOLDERS = (
@@ -156,9 +156,13 @@ def concept_folder(studio: Studio, name: str) -> Path:
 
 
 def put_away(studio: Studio, path: Path) -> None:
-    """Move what lies at `path`, if anything, to the removed things."""
+    """Move what lies at `path`, if anything, to the removed things.
+
+    Raises:
+        StorageError: another program holds it.
+    """
     if path.exists():
-        path.rename(studio.folder("removed") / f"{time.time_ns()}-{path.name}")
+        move(path, studio.folder("removed") / f"{time.time_ns()}-{path.name}")
 
 
 def plain_name(text: str) -> str:
