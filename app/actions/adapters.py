@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from app.actions.studio import Studio, plain_name, put_away
@@ -207,14 +208,24 @@ def report_file(studio: Studio, card: AdapterCard) -> Path | None:
     return path if path.exists() and path.stat().st_mtime_ns > card.path.stat().st_mtime_ns else None
 
 
-def export(studio: Studio, name: str, precision: str = "fp16", *, format: str = "kohya", rank: int | None = None) -> str:
+def export(
+    studio: Studio,
+    name: str,
+    precision: str = "fp16",
+    *,
+    format: str = "kohya",
+    rank: int | None = None,
+    strengths: Mapping[str, float] = MappingProxyType({}),
+) -> str:
     """Queue the export of the adapter called `name` as a zip file and return the job's name.
 
     Args:
         rank: what a LoRA is compressed to; None keeps it exact.
+        strengths: token to factor on that concept's strength.
 
     Raises:
         InputError: there is no such adapter, precision or format, or the rank makes no sense.
+        AdapterError: it has no concept of one of the tokens.
     """
     if precision not in PRECISIONS:
         raise InputError(f"There is no precision '{precision}'; choose one of {', '.join(PRECISIONS)}.")
@@ -223,7 +234,9 @@ def export(studio: Studio, name: str, precision: str = "fp16", *, format: str = 
     if rank is not None and (rank < 1 or format not in ("kohya", "diffusers")):
         raise InputError("A rank is a number from 1 on, for LoRAs only; leave it empty for an exact file.")
     path = adapter_path(studio, name)
-    arguments = {"adapter": name, "precision": precision, "format": format, "rank": rank, "settings": asdict(studio.settings)}
+    _load(studio, name).strengthened(strengths)
+    arguments = {"adapter": name, "precision": precision, "format": format, "rank": rank, "strengths": dict(strengths)}
+    arguments["settings"] = asdict(studio.settings)
     arguments["out"] = f"{path.stem}-{format}-{time.strftime('%Y%m%d-%H%M%S')}.zip"
     return studio.jobs.submit("export", f"Export {path.stem} as {format}", arguments)
 

@@ -179,7 +179,7 @@ def compare_task(arguments: dict[str, Any], context: TaskContext) -> dict[str, A
 def export_task(arguments: dict[str, Any], context: TaskContext) -> dict[str, Any]:
     """Export an adapter and pack the files, notes and a picture into one zip."""
     studio = studio_of(context)
-    adapter = load_adapter(adapter_path(studio, arguments["adapter"]))
+    adapter = load_adapter(adapter_path(studio, arguments["adapter"])).strengthened(arguments.get("strengths", {}))
     with tempfile.TemporaryDirectory(dir=context.folder) as folder:
         files = Path(folder)
         made = _export(adapter, arguments, files, _preview(studio, arguments["adapter"]))

@@ -6,12 +6,13 @@ from typing import Any
 
 import gradio as gr
 
-from app.actions.adapters import FORMATS, PRECISIONS, export
+from app.actions.adapters import FORMATS, PRECISIONS, adapter_cards, export
 from app.actions.studio import Studio
 from app.jobs import State
 from app.ui import markup
 from app.ui.generate import adapter_list
-from app.ui.live import EVENT, Live, attempt
+from app.ui.live import Live, attempt
+from app.ui.strengths import READING, build_strengths
 
 _MOST_SHOWN = 6
 
@@ -30,13 +31,20 @@ def build_export(studio: Studio, live: Live) -> None:
             0, label="Rank", info="0: exact. A smaller rank makes a smaller LoRA; its error is measured.", minimum=0, precision=0,
             min_width=240,
         )  # fmt: skip
+    strengths = build_strengths(live, adapter, lambda name: {token: token for token in _tokens(studio, name)})
     start = gr.Button("Export", variant="primary", elem_id="export")
     live.add(gr.HTML(elem_id="exports"), lambda: _results(studio))
 
-    def begin(name: str | None, form: str, how: str, columns: float | None) -> None:
-        attempt(export, studio, name or "", how, format=form, rank=int(columns) if columns else None, done="Exporting …")
+    def begin(name: str | None, form: str, how: str, columns: float | None, known: dict[str, float]) -> None:
+        factors = {token: known[token] for token in _tokens(studio, name) if token in known}
+        options = {"format": form, "rank": int(columns) if columns else None, "strengths": factors}
+        attempt(export, studio, name or "", how, **options, done="Exporting …")
 
-    start.click(begin, [adapter, format, precision, rank], **EVENT)
+    start.click(begin, [adapter, format, precision, rank, strengths], **READING)
+
+
+def _tokens(studio: Studio, name: str | None) -> tuple[str, ...]:
+    return next((card.tokens for card in adapter_cards(studio) if card.name == name), ())
 
 
 def _results(studio: Studio) -> str:

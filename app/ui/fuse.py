@@ -14,12 +14,12 @@ from app.actions.trainings import train_again
 from app.ui import markup
 from app.ui.charts import band_map_chart, cross_talk_table
 from app.ui.live import EVENT, PIECE, SLOW, Live, attempt, said
+from app.ui.strengths import READING, build_strengths
 from spectral_diffusion.errors import SpectralDiffusionError
 from spectral_diffusion.joining import FUSERS
 from spectral_diffusion.training.settings import SETTLING_STEPS
 
 _AS_SUITS = "as suits them (sum or aligned)"
-_STRONGEST = 1.5
 _WEIGHTS = [".safetensors", ".bin", ".pt"]
 
 
@@ -31,13 +31,7 @@ def build_fuse(studio: Studio, live: Live) -> None:
     )
     live.add(gr.HTML(), lambda: _hint(studio))
     _build_import(studio, live)
-    strengths = gr.State({})
-    sliders = live.add(
-        gr.HTML(elem_id="strengths", js_on_load=markup.SLIDES + markup.CLICKS),
-        lambda names, known: _sliders(studio, sorted(names), known),
-        chosen,
-        strengths,
-    )
+    strengths = build_strengths(live, chosen, lambda names: _labels(studio, names))
     bands = live.add(
         gr.HTML(elem_id="band-map", js_on_load=markup.CLICKS),
         lambda names, known: _bands(studio, sorted(names), known),
@@ -72,10 +66,6 @@ def build_fuse(studio: Studio, live: Live) -> None:
         job = attempt(library.fuse, studio, names, [known.get(one, 1.0) for one in names], **options, done="Fusing …")
         return (gr.skip(), gr.skip()) if job is None else ("", "")
 
-    def set_strength(known: dict[str, float], event: gr.EventData) -> dict[str, float]:
-        _, name, value = said(event)
-        return known | {name: float(value)}
-
     def retrain(event: gr.EventData) -> None:
         do, name, _ = said(event)
         if do == "retrain":
@@ -92,9 +82,8 @@ def build_fuse(studio: Studio, live: Live) -> None:
             attempt(library.report, studio, name, done="The report is queued.")
         return name
 
-    sliders.click(set_strength, strengths, strengths, **PIECE)
     chosen.change(lambda names: _wants_settling(studio, sorted(names)), chosen, wants_settling, **EVENT)
-    start.click(begin, [chosen, title, method, wants_settling, wants_report, strengths], [title, asked], **EVENT)
+    start.click(begin, [chosen, title, method, wants_settling, wants_report, strengths], [title, asked], **READING)
     reports.click(show_report, None, asked, **PIECE)
     bands.click(retrain, **PIECE)
     fused.click(remove, **PIECE)
@@ -142,14 +131,9 @@ def _imported(made: Imported) -> str:
     return markup.muted(f"{made.token} is imported: choose it above.") + "".join(map(markup.refusal, made.remarks))
 
 
-def _sliders(studio: Studio, names: list[str], strengths: dict[str, float]) -> str:
-    """Return a slider for the strength of each concept."""
+def _labels(studio: Studio, names: list[str]) -> dict[str, str]:
     labels = {card.name: card.label for card in library.adapter_cards(studio, ["adapters"])}
-    sliders = (
-        markup.slider("strength", name, f"Strength of {labels.get(name, name)}", strengths.get(name, 1.0), _STRONGEST)
-        for name in names
-    )
-    return f'<div class="sd-sliders">{"".join(sliders)}</div>' if names else ""
+    return {name: labels.get(name, name) for name in sorted(names)}
 
 
 def _wants_settling(studio: Studio, names: list[str]) -> bool:

@@ -149,10 +149,14 @@ def test_from_uploaded_photos_to_a_file_that_diffusers_loads(
 
     go_to(page, "Export")
     choose_adapter(page, "export", "pair (<leopard> + <wizard>)")
+    strength = page.locator("#tab-export").get_by_label("number input for Strength of <wizard>")
+    strength.fill("0.5")
+    strength.press("Tab")
     page.locator("#export").click()
     with page.expect_download() as download:
         page.locator("#exports").get_by_role("link", name="Download").click()
     download.value.save_as(tmp_path / "pair.zip")
+    assert [job["arguments"]["strengths"] for job in jobs_of(served) if job["kind"] == "export"] == [{"<wizard>": 0.5}]
     with zipfile.ZipFile(tmp_path / "pair.zip") as archive:
         archive.extractall(tmp_path / "pair")
     pipeline = StableDiffusionPipeline.from_pretrained(
