@@ -68,6 +68,12 @@ class Served:
         claims = sorted((self.folder / "jobs").glob("*/claim.json"), key=lambda path: path.stat().st_mtime)
         return int(json.loads(claims[-1].read_text())["pid"])
 
+    def __enter__(self) -> Served:
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        self.close()
+
     def close(self) -> None:
         """End it as Ctrl-C does."""
         self.process.send_signal(signal.SIGINT)

@@ -17,10 +17,10 @@ from spectral_diffusion.adapters.adapter import METHODS, Adapter
 from spectral_diffusion.adapters.adapter_file import load_adapter
 from spectral_diffusion.adapters.band_map import BandMap, band_map
 from spectral_diffusion.errors import AdapterError, InputError
+from spectral_diffusion.export import PRECISIONS
 from spectral_diffusion.files import files_in, numbered
 from spectral_diffusion.training import can_settle
 
-PRECISIONS = ("fp16", "bf16", "fp32")
 FORMATS = {
     "kohya": "a LoRA for all tools",
     "diffusers": "a LoRA with PEFT’s names",
@@ -91,7 +91,9 @@ def remove_adapter(studio: Studio, name: str) -> None:
     """Move the fused or imported adapter called `name`, and its report, to the removed ones.
 
     Raises:
+        AdapterError: its file is damaged.
         InputError: there is none, it is a concept's, or a job that uses it is not done.
+        StorageError: another program holds it.
     """
     path = adapter_path(studio, name)
     card = _card(path, path.stat().st_mtime_ns)
@@ -234,7 +236,7 @@ def export(
     if rank is not None and (rank < 1 or format not in ("kohya", "diffusers")):
         raise InputError("A rank is a number from 1 on, for LoRAs only; leave it empty for an exact file.")
     path = adapter_path(studio, name)
-    _load(studio, name).strengthened(strengths)
+    _load(studio, name).strengthened(strengths)  # to refuse a wrong token now and not in the job
     arguments = {"adapter": name, "precision": precision, "format": format, "rank": rank, "strengths": dict(strengths)}
     arguments["settings"] = asdict(studio.settings)
     arguments["out"] = f"{path.stem}-{format}-{time.strftime('%Y%m%d-%H%M%S')}.zip"

@@ -11,7 +11,7 @@ from app.actions.adapters import adapter_cards
 from app.actions.studio import Studio
 from app.jobs import State
 from app.ui import markup
-from app.ui.generate import how_fields, negative_field, read_fields
+from app.ui.generate import negative_field, read_fields, sampling_fields
 from app.ui.live import EVENT, Live, attempt
 from spectral_diffusion.adapters.adapter import METHODS
 from spectral_diffusion.reports.axis import AXES, Axis
@@ -42,7 +42,7 @@ def build_compare(studio: Studio, live: Live) -> None:
         negative = negative_field()
         seed = gr.Number(1, label="Seed (-1: any)", precision=0, min_width=120)
     with live.folded("More settings"):
-        how = how_fields()
+        sampling = sampling_fields()
     with gr.Row():
         x_name, x_values = _axis("Across", "seed", "1, 2, 3")
         y_name, y_values = _axis("Down", "strength", "0.6, 1")
@@ -52,7 +52,7 @@ def build_compare(studio: Studio, live: Live) -> None:
     def begin(names: list[str], x: str, across: str, y: str, down: str, words: str, *fields: Any) -> None:
         attempt(_compare, studio, names, (x, across), (y, down), words, *fields, done="The grid is queued.")
 
-    start.click(begin, [chosen, x_name, x_values, y_name, y_values, prompt, negative, seed, *how], **EVENT)
+    start.click(begin, [chosen, x_name, x_values, y_name, y_values, prompt, negative, seed, *sampling], **EVENT)
 
 
 def _axis(label: str, name: str, values: str) -> tuple[gr.Dropdown, gr.Textbox]:
@@ -67,12 +67,12 @@ def _axis(label: str, name: str, values: str) -> tuple[gr.Dropdown, gr.Textbox]:
 
 def _compare(
     studio: Studio, names: list[str], across: tuple[str, str], down: tuple[str, str],
-    prompt: str, negative: str, seed: float | None, *how: Any,
+    prompt: str, negative: str, seed: float | None, *sampling: Any,
 ) -> str:  # fmt: skip
     x, y = _parse(*across), _parse(*down)
     prompts = [str(axis.values[0]) for axis in (x, y) if axis.name == "prompt"]
     words = prompt if prompt.strip() or not prompts else prompts[0]
-    return library.compare(studio, names or [], read_fields(words, negative, 1, seed, *how), x, y)
+    return library.compare(studio, names or [], read_fields(words, negative, 1, seed, *sampling), x, y)
 
 
 def _parse(name: str, values: str) -> Axis:

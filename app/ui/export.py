@@ -6,13 +6,14 @@ from typing import Any
 
 import gradio as gr
 
-from app.actions.adapters import FORMATS, PRECISIONS, adapter_cards, export
+from app.actions.adapters import FORMATS, adapter_cards, export
 from app.actions.studio import Studio
 from app.jobs import State
 from app.ui import markup
 from app.ui.generate import adapter_list
 from app.ui.live import Live, attempt
-from app.ui.strengths import READING, build_strengths
+from app.ui.strengths import READS_STRENGTHS, build_strengths
+from spectral_diffusion.export import PRECISIONS
 
 _MOST_SHOWN = 6
 
@@ -26,7 +27,9 @@ def build_export(studio: Studio, live: Live) -> None:
             [(f"{name}: {words}", name) for name, words in FORMATS.items()], value="kohya", label="Format", min_width=240
         )
     with gr.Row():
-        precision = gr.Radio(list(PRECISIONS), value=PRECISIONS[0], label="Precision", info="fp16 is what other tools expect.")
+        precision = gr.Radio(
+            list(PRECISIONS), value=next(iter(PRECISIONS)), label="Precision", info="fp16 is what other tools expect."
+        )
         rank = gr.Number(
             0, label="Rank", info="0: exact. A smaller rank makes a smaller LoRA; its error is measured.", minimum=0, precision=0,
             min_width=240,
@@ -40,7 +43,7 @@ def build_export(studio: Studio, live: Live) -> None:
         options = {"format": form, "rank": int(columns) if columns else None, "strengths": factors}
         attempt(export, studio, name or "", how, **options, done="Exporting …")
 
-    start.click(begin, [adapter, format, precision, rank, strengths], **READING)
+    start.click(begin, [adapter, format, precision, rank, strengths], **READS_STRENGTHS)
 
 
 def _tokens(studio: Studio, name: str | None) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from app.actions.trainings import train_again
 from app.ui import markup
 from app.ui.charts import band_map_chart, cross_talk_table
 from app.ui.live import EVENT, PIECE, SLOW, Live, attempt, said
-from app.ui.strengths import READING, build_strengths
+from app.ui.strengths import READS_STRENGTHS, build_strengths
 from spectral_diffusion.errors import SpectralDiffusionError
 from spectral_diffusion.joining import FUSERS
 from spectral_diffusion.training.settings import SETTLING_STEPS
@@ -83,7 +83,7 @@ def build_fuse(studio: Studio, live: Live) -> None:
         return name
 
     chosen.change(lambda names: _wants_settling(studio, sorted(names)), chosen, wants_settling, **EVENT)
-    start.click(begin, [chosen, title, method, wants_settling, wants_report, strengths], [title, asked], **READING)
+    start.click(begin, [chosen, title, method, wants_settling, wants_report, strengths], [title, asked], **READS_STRENGTHS)
     reports.click(show_report, None, asked, **PIECE)
     bands.click(retrain, **PIECE)
     fused.click(remove, **PIECE)

@@ -150,14 +150,14 @@ def drawing_fields(live: Live) -> list[Any]:
         count = gr.Number(4, label="Pictures", minimum=1, maximum=library.MOST_DRAWN, precision=0, min_width=90)
         seed = gr.Number(-1, label="Seed (-1: any)", precision=0, min_width=110)
     with live.folded("More settings"):
-        how = how_fields()
+        sampling = sampling_fields()
         whole = gr.Checkbox(
             False,
             label="Attach all concepts",
             info="As an exported file does; else only those are attached that the prompt names.",
             elem_id="whole",
         )
-    return [negative, count, seed, *how, whole]
+    return [negative, count, seed, *sampling, whole]
 
 
 def negative_field() -> gr.Textbox:
@@ -165,7 +165,7 @@ def negative_field() -> gr.Textbox:
     return gr.Textbox("", label="Not in the picture", placeholder="blurred", max_length=2000)
 
 
-def how_fields() -> list[Any]:
+def sampling_fields() -> list[Any]:
     """Build the settings of how a picture is drawn, in the order that `read_fields` takes them."""
     return [
         gr.Dropdown(list(SCHEDULERS), value=Drawing.scheduler, label="Sampler"),

@@ -11,7 +11,7 @@ from app.ui import markup
 from app.ui.live import EVENT, PIECE, Live, said
 
 _IN_ORDER = {"concurrency_id": "strengths", "concurrency_limit": 1}
-READING: dict[str, Any] = EVENT | _IN_ORDER
+READS_STRENGTHS: dict[str, Any] = EVENT | _IN_ORDER
 """How events run that read strengths: after all that was set before."""
 _STRONGEST = 1.5
 
@@ -20,7 +20,7 @@ def build_strengths(live: Live, chosen: gr.components.Component, labels: Callabl
     """Build a slider for each of what `labels` returns for the value of `chosen`: what is set, and what it is called.
 
     Returns:
-        What was set, by name; what is not in it is 1. Events that read it run as `READING` says.
+        What was set, by name; what is not in it is 1. Events that read it run as `READS_STRENGTHS` says.
     """
     strengths = gr.State({})
     sliders = live.add(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import os
-import shutil
 import time
 import zipfile
 from collections.abc import Callable
@@ -25,10 +24,8 @@ from app.actions.adapters import (
     library_class_words,
     map_bands,
     needs_settling,
-    remove_adapter,
     report,
     report_file,
-    report_path,
 )
 from app.actions.concepts import add_samples, concept_card, concept_cards, create_concept
 from app.actions.photos import set_caption
@@ -290,45 +287,6 @@ def test_the_tour_is_queued_once_the_samples_are_there(studio: Studio) -> None:
     jobs = [studio.jobs.job(name) for name in queue_tour(studio)]
     assert [job.kind for job in jobs] == ["train", "fuse", "generate", "export"]
     assert len(queue_tour(studio)) == 3
-
-
-def test_nothing_fused_is_overwritten(tiny_studio: Studio, adapters: tuple[Path, Path]) -> None:
-    for path in adapters:
-        shutil.copyfile(path, tiny_studio.folder("adapters") / path.name)
-    names = [card.name for card in adapter_cards(tiny_studio)]
-    for _ in range(2):
-        fuse(tiny_studio, names, [1.0, 1.0])
-    fuse(tiny_studio, names, [1.0, 1.0], title="Mine")
-    with pytest.raises(InputError, match="There is a fused adapter 'mine' already, or one is being made"):
-        fuse(tiny_studio, names, [1.0, 1.0], title="mine")
-    assert work(tiny_studio) == [State.DONE] * 3
-    stems = [card.path.stem for card in adapter_cards(tiny_studio, ["fused"])]
-    assert len(stems) == 3 and "Mine" in stems
-
-
-def test_what_was_fused_is_removed_with_its_report_once_nothing_uses_it(tiny_studio: Studio, adapters: tuple[Path, Path]) -> None:
-    concept = create_concept(tiny_studio, "<own>", "cat")
-    for path, name in zip(adapters, (f"{concept}.safetensors", "other.safetensors"), strict=True):
-        shutil.copyfile(path, tiny_studio.folder("adapters") / name)
-    names = [card.name for card in adapter_cards(tiny_studio)]
-    fuse(tiny_studio, names, [1.0, 1.0], title="other")
-    with pytest.raises(InputError, match=r"“Fuse .*” uses .* and is queued; stop it first"):
-        remove_adapter(tiny_studio, "adapters/other.safetensors")
-    assert {*work(tiny_studio)} == {State.DONE}
-    (card,) = adapter_cards(tiny_studio, ["fused"])
-    report_path(tiny_studio, card.path).write_text("what it kept")
-    remove_adapter(tiny_studio, "adapters/other.safetensors")
-    assert report_file(tiny_studio, card) is not None  # it is of the fused one, which is called the same
-    generate(tiny_studio, card.name, drawing_from({"prompt": "<V1>", "steps": 1, "count": 1}))
-    with pytest.raises(InputError, match=r"uses other .* and is queued; stop it first"):
-        remove_adapter(tiny_studio, card.name)
-    assert {*work(tiny_studio)} == {State.DONE}
-    remove_adapter(tiny_studio, card.name)
-    assert [one.name for one in adapter_cards(tiny_studio)] == [f"adapters/{concept}.safetensors"]
-    with pytest.raises(InputError, match="is a concept; remove it in the tab Concepts"):
-        remove_adapter(tiny_studio, f"adapters/{concept}.safetensors")
-    kept = sorted(path.name.split("-", 1)[1] for path in tiny_studio.folder("removed").iterdir())
-    assert kept == ["other.html", "other.safetensors", "other.safetensors"]
 
 
 def test_what_a_killed_process_left_half_written_is_passed_over_and_cleared(tiny_studio: Studio, photo_folder: Path) -> None:

@@ -53,9 +53,8 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    served = Served(tmp_path_factory.mktemp("served") / "studio")
-    yield served
-    served.close()
+    with Served(tmp_path_factory.mktemp("served") / "studio") as served:
+        yield served
 
 
 @pytest.fixture
@@ -263,69 +262,66 @@ def test_refusals_are_sentences_on_the_page(page: Page) -> None:
 
 
 def test_what_changes_in_the_folder_disturbs_no_open_page(browser: Browser, adapters: tuple[Path, Path], tmp_path: Path) -> None:
-    served = Served(tmp_path / "studio")
-    first, second = (served.folder / "adapters" / path.name for path in adapters)
-    for path, adapter in zip((first, second), adapters, strict=True):
-        shutil.copyfile(adapter, path)
-    with opened(browser, served.address) as page:
-        go_to(page, "Fuse")
-        for token in ("<V1>", "<V2>"):
-            page.locator("#fuse-chosen").get_by_label(token).check()
-        strength = page.get_by_label("number input for Strength of <V2>")
-        strength.fill("0.5")
-        knob = page.get_by_label("Strength of <V2>", exact=True)
-        expect(knob).to_have_value("0.5")
-        for _ in range(3):
-            knob.press("ArrowLeft")
-        first.rename(served.folder / "away")
-        expect(page.get_by_label("number input for Strength of <V1>")).to_have_count(0)
-        expect(page.locator("#fuse-chosen").get_by_label("<V1>")).to_have_count(0)
-        expect(strength).to_have_value("0.35")
-        (served.folder / "away").rename(first)
-        expect(page.locator("#fuse-chosen").get_by_label("<V1>")).not_to_be_checked()
+    with Served(tmp_path / "studio") as served:
+        first, second = (served.folder / "adapters" / path.name for path in adapters)
+        for path, adapter in zip((first, second), adapters, strict=True):
+            shutil.copyfile(adapter, path)
+        with opened(browser, served.address) as page:
+            go_to(page, "Fuse")
+            for token in ("<V1>", "<V2>"):
+                page.locator("#fuse-chosen").get_by_label(token).check()
+            strength = page.get_by_label("number input for Strength of <V2>")
+            strength.fill("0.5")
+            knob = page.get_by_label("Strength of <V2>", exact=True)
+            expect(knob).to_have_value("0.5")
+            for _ in range(3):
+                knob.press("ArrowLeft")
+            first.rename(served.folder / "away")
+            expect(page.get_by_label("number input for Strength of <V1>")).to_have_count(0)
+            expect(page.locator("#fuse-chosen").get_by_label("<V1>")).to_have_count(0)
+            expect(strength).to_have_value("0.35")
+            (served.folder / "away").rename(first)
+            expect(page.locator("#fuse-chosen").get_by_label("<V1>")).not_to_be_checked()
 
-        go_to(page, "Concepts")
-        page.locator("#concept-cards").get_by_role("button", name="<raccoon>").click()
-        folder = served.folder / "concepts"
-        (folder / "raccoon" / "1.txt").write_bytes("in a café".encode("cp1252"))
-        (folder / "poodle" / "concept.toml").write_text('note = "mine"')
-        expect(page.locator("#photos")).to_contain_text("is not UTF-8 text")
-        expect(page.locator("#concept-cards")).to_contain_text("has unknown keys (note)")
-        page.locator("#concept-cards").get_by_role("button", name="<black-cat>").click()
-        expect(page.locator("#concept-title code")).to_have_text("<black-cat>")
-        expect(page.locator(".toast-body")).to_have_count(0)
-    served.close()
+            go_to(page, "Concepts")
+            page.locator("#concept-cards").get_by_role("button", name="<raccoon>").click()
+            folder = served.folder / "concepts"
+            (folder / "raccoon" / "1.txt").write_bytes("in a café".encode("cp1252"))
+            (folder / "poodle" / "concept.toml").write_text('note = "mine"')
+            expect(page.locator("#photos")).to_contain_text("is not UTF-8 text")
+            expect(page.locator("#concept-cards")).to_contain_text("has unknown keys (note)")
+            page.locator("#concept-cards").get_by_role("button", name="<black-cat>").click()
+            expect(page.locator("#concept-title code")).to_have_text("<black-cat>")
+            expect(page.locator(".toast-body")).to_have_count(0)
 
 
 def test_a_lora_is_imported_and_can_be_chosen(browser: Browser, adapters: tuple[Path, Path], tmp_path: Path) -> None:
     lora = export_kohya(load_adapter(adapters[0]), tmp_path / "lora.safetensors").path
-    served = Served(tmp_path / "studio")
-    shutil.copyfile(adapters[1], served.folder / "adapters" / adapters[1].name)
-    with opened(browser, served.address) as page:
-        go_to(page, "Fuse")
-        page.locator("#fuse-chosen").get_by_label("<V2>").check()
-        expect(page.get_by_label("number input for Strength of <V2>")).to_be_visible()
-        page.get_by_role("button", name="Import a LoRA").click()
-        page.get_by_label("What does it show?").fill("cat")
-        page.get_by_label("Its new token").fill("<friend>")
-        page.locator("#lora input[type=file]").set_input_files([lora])
-        expect(page.locator("#lora .file-preview")).to_be_visible()
-        page.locator("#import-lora").click()
-        page.locator("#fuse-chosen").get_by_label("<friend> (imported)").check()
-        expect(page.locator("#band-map")).to_contain_text("<friend> was imported: choose “sum”")
-        expect(page.get_by_label("What does it show?")).to_have_value("")
-        expect(page.locator(".toast-body")).to_have_count(0)
-        page.on("dialog", lambda dialog: dialog.accept())
-        page.locator("#fused").get_by_role("button", name="Remove <friend> (imported)").click()
-        expect(page.locator("#fuse-chosen").get_by_label("<friend> (imported)")).to_have_count(0)
-        expect(page.get_by_label("number input for Strength of <friend>")).to_have_count(0)
-    served.close()
+    with Served(tmp_path / "studio") as served:
+        shutil.copyfile(adapters[1], served.folder / "adapters" / adapters[1].name)
+        with opened(browser, served.address) as page:
+            go_to(page, "Fuse")
+            page.locator("#fuse-chosen").get_by_label("<V2>").check()
+            expect(page.get_by_label("number input for Strength of <V2>")).to_be_visible()
+            page.get_by_role("button", name="Import a LoRA").click()
+            page.get_by_label("What does it show?").fill("cat")
+            page.get_by_label("Its new token").fill("<friend>")
+            page.locator("#lora input[type=file]").set_input_files([lora])
+            expect(page.locator("#lora .file-preview")).to_be_visible()
+            page.locator("#import-lora").click()
+            page.locator("#fuse-chosen").get_by_label("<friend> (imported)").check()
+            expect(page.locator("#band-map")).to_contain_text("<friend> was imported: choose “sum”")
+            expect(page.get_by_label("What does it show?")).to_have_value("")
+            expect(page.locator(".toast-body")).to_have_count(0)
+            page.on("dialog", lambda dialog: dialog.accept())
+            page.locator("#fused").get_by_role("button", name="Remove <friend> (imported)").click()
+            expect(page.locator("#fuse-chosen").get_by_label("<friend> (imported)")).to_have_count(0)
+            expect(page.get_by_label("number input for Strength of <friend>")).to_have_count(0)
 
 
 def test_only_who_logs_in_gets_in(browser: Browser, tmp_path: Path) -> None:
-    served = Served(tmp_path / "studio", "--listen", "0.0.0.0", "--auth", ":".join(LOGIN))
-    address = served.address.replace("0.0.0.0", "127.0.0.1")
-    try:
+    with Served(tmp_path / "studio", "--listen", "0.0.0.0", "--auth", ":".join(LOGIN)) as served:
+        address = served.address.replace("0.0.0.0", "127.0.0.1")
         page = browser.new_page()
         page.set_default_timeout(PATIENCE)
         thumbnail = next((served.folder / "thumbnails").rglob("*.webp"))
@@ -347,5 +343,3 @@ def test_only_who_logs_in_gets_in(browser: Browser, tmp_path: Path) -> None:
             assert page.request.get(refused).status == 403
         assert LOGIN[1] not in page.content() and LOGIN[1] not in page.request.get(f"{address}config").text()
         page.close()
-    finally:
-        served.close()
