@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate
+from math import sqrt
 
 import torch
 
@@ -18,12 +19,12 @@ SHRINKAGE = 0.9
 
 
 def aligned_sum(deltas: Sequence[LowRank], weights: Sequence[float], inputs: Inputs, rho: float = RHO) -> LowRank:
-    """Return the delta that acts on each concept's inputs as that concept's own delta does.
+    """Return the delta that acts on each concept's inputs as that concept's own delta does, and as strongly.
 
-    It minimises `sum_i |(D - w_i delta_i) G_i^(1/2)|^2 + rho |D - sum_i w_i delta_i|^2`, which gives
-    `D = sum_i w_i up_i (Q^-1 (G_i + rho I) down_i)^T` with `Q = sum_i G_i + rho I`: the rank stays that of the sum. With all
-    factors side by side in `F`, `Q^-1 F = F (rho I + F^T F)^-1`, so `down_i` loses `F (rho I + F^T F)^-1 F^T down_i`, where the
-    rows of its own factor in `F^T down_i` are zero: what the others' inputs would read of it.
+    That is the answer of `least_squares_sum`, made as strong as the concepts' own deltas are. Where all read alike, least
+    squares gives the mean of what they do, and changes that point nowhere alike are shorter in the mean; layer upon layer that
+    weakens every concept. So the joined delta is scaled until `sum_i |D F_i|^2 = sum_i |w_i delta_i F_i|^2`, at most by the root
+    of the number of concepts, which is what as many orthogonal changes lose that read the very same.
 
     Args:
         deltas: one per concept.
@@ -33,6 +34,29 @@ def aligned_sum(deltas: Sequence[LowRank], weights: Sequence[float], inputs: Inp
 
     Raises:
         ArithmeticError: the measurements are too large to compute with.
+    """
+    joined = least_squares_sum(deltas, weights, inputs, rho)
+    pairs = zip(deltas, weights, inputs.factors, strict=True)
+    own = sum(weight**2 * _energy(delta, factor) for delta, weight, factor in pairs)
+    now = sum(_energy(joined, factor) for factor in inputs.factors)
+    scale = sqrt(own / max(now, own / len(deltas))) if own else 1.0
+    return LowRank(up=joined.up, down=joined.down * scale)
+
+
+def _energy(delta: LowRank, factor: torch.Tensor) -> float:
+    """Return `|delta F|^2`, what `delta` gives on the inputs of Gram matrix `F F^T`."""
+    read, up = delta.down.double().T @ factor.double(), delta.up.double()
+    return float((read * (up.T @ up @ read)).sum())
+
+
+def least_squares_sum(deltas: Sequence[LowRank], weights: Sequence[float], inputs: Inputs, rho: float = RHO) -> LowRank:
+    """Return the delta that acts on each concept's inputs most as that concept's own delta does.
+
+    It minimises `sum_i |(D - w_i delta_i) G_i^(1/2)|^2 + rho |D - sum_i w_i delta_i|^2`, which gives
+    `D = sum_i w_i up_i (Q^-1 (G_i + rho I) down_i)^T` with `Q = sum_i G_i + rho I`: the rank stays that of the sum. With all
+    factors side by side in `F`, `Q^-1 F = F (rho I + F^T F)^-1`, so `down_i` loses `F (rho I + F^T F)^-1 F^T down_i`, where the
+    rows of its own factor in `F^T down_i` are zero: what the others' inputs would read of it. Arguments and errors are those of
+    `aligned_sum`.
     """
     F = inputs.side_by_side
     cholesky, failed = torch.linalg.cholesky_ex(inputs.inner + rho * torch.eye(F.shape[1], dtype=F.dtype, device=F.device))

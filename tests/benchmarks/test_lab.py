@@ -223,6 +223,8 @@ def test_a_variant_of_the_aligned_sum_is_the_one_that_it_says(tmp_path: Path) ->
     expected = sum(
         own.up.double() @ (inverse @ (gram + near) @ own.down.double()).T for own, gram in zip(deltas, grams, strict=True)
     )
+    alone = sum((own.dense().double() @ factor).square().sum() for own, factor in zip(deltas, factors, strict=True))
+    expected *= (alone / (expected.T @ expected @ (sum(grams) + 0.3 * bare)).trace()).sqrt()
     torch.testing.assert_close(joined(base=0.3), expected, **same)
     assert min(float((joined(**other) - ships).abs().max()) for other in ({"rho": 0.5}, {"base": 0.3})) > same["atol"]
 

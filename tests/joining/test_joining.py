@@ -7,7 +7,7 @@ import torch
 from peft.utils import merge_utils
 
 from spectral_diffusion.joining import FUSERS, RHO, Inputs, LowRank, aligned_sum, weighted_sum
-from spectral_diffusion.joining.aligned import SHRINKAGE, regression_mean
+from spectral_diffusion.joining.aligned import SHRINKAGE, least_squares_sum, regression_mean
 from spectral_diffusion.joining.gradient import ITERATIONS, gradient_fusion
 from spectral_diffusion.joining.merges import DENSITY, SEED, dare, svd, ties
 from spectral_diffusion.joining.routing import signal_routing
@@ -48,8 +48,8 @@ def test_as_many_weights_as_deltas_are_needed(deltas: list[LowRank]) -> None:
 
 
 @pytest.mark.parametrize("rho", [RHO, 0.5])
-def test_the_aligned_sum_minimises_what_it_says(deltas: list[LowRank], activations: list[torch.Tensor], rho: float) -> None:
-    D = aligned_sum(deltas, WEIGHTS, Inputs(activations), rho).dense().requires_grad_()
+def test_the_least_squares_sum_minimises_what_it_says(deltas: list[LowRank], activations: list[torch.Tensor], rho: float) -> None:
+    D = least_squares_sum(deltas, WEIGHTS, Inputs(activations), rho).dense().requires_grad_()
     objective = rho * (D - dense_sum(deltas)).square().sum()
     for delta, weight, F in zip(deltas, WEIGHTS, activations, strict=True):
         objective = objective + ((D - weight * delta.dense()) @ F).square().sum()
@@ -58,13 +58,35 @@ def test_the_aligned_sum_minimises_what_it_says(deltas: list[LowRank], activatio
     assert gradient.abs().max() < 1e-12
 
 
-def test_the_aligned_sum_is_the_dense_solution(deltas: list[LowRank], activations: list[torch.Tensor]) -> None:
+def test_the_least_squares_sum_is_the_dense_solution(deltas: list[LowRank], activations: list[torch.Tensor]) -> None:
     grams = [F @ F.T + RHO * torch.eye(IN, dtype=torch.float64) for F in activations]
     Q = sum(F @ F.T for F in activations) + RHO * torch.eye(IN, dtype=torch.float64)
     terms = zip(deltas, WEIGHTS, grams, strict=True)
     dense = torch.linalg.solve(Q, sum(weight * delta.dense() @ gram for delta, weight, gram in terms), left=False)
     # float64 round-off times the condition of Q, about 1e4
-    torch.testing.assert_close(aligned_sum(deltas, WEIGHTS, Inputs(activations)).dense(), dense, rtol=0, atol=1e-11)
+    torch.testing.assert_close(least_squares_sum(deltas, WEIGHTS, Inputs(activations)).dense(), dense, rtol=0, atol=1e-11)
+
+
+def test_the_aligned_sum_acts_as_strongly_as_the_concepts_do_alone(
+    deltas: list[LowRank], activations: list[torch.Tensor]
+) -> None:
+    alike = [activations[0], activations[0] + 0.1 * activations[0].roll(1, 0)]  # so that least squares is near the mean
+    squares = least_squares_sum(deltas, WEIGHTS, Inputs(alike)).dense()
+    aligned = aligned_sum(deltas, WEIGHTS, Inputs(alike)).dense()
+    own = sum((w * delta.dense() @ F).square().sum() for delta, w, F in zip(deltas, WEIGHTS, alike, strict=True))
+    weaker, now = (sum((D @ F).square().sum() for F in alike) for D in (squares, aligned))
+    assert weaker < 0.95 * own
+    torch.testing.assert_close(now, own, rtol=1e-12, atol=0)
+    torch.testing.assert_close(aligned, squares * (own / weaker).sqrt(), rtol=0, atol=1e-12)
+
+
+def test_changes_that_undo_each_other_are_not_blown_up(deltas: list[LowRank], activations: list[torch.Tensor]) -> None:
+    own, F = deltas[0], activations[0]
+    nearly = LowRank(up=-own.up * (1 - 1e-9), down=own.down)
+    squares, aligned = (join([own, nearly], [1.0, 1.0], Inputs([F, F])).dense() for join in (least_squares_sum, aligned_sum))
+    torch.testing.assert_close(aligned, squares * 2**0.5, rtol=1e-12, atol=1e-15)
+    gone = aligned_sum(deltas, (0.0, 0.0), Inputs(activations)).dense()
+    assert torch.equal(gone, torch.zeros_like(gone))
 
 
 def test_on_inputs_that_no_other_concept_has_a_concept_acts_as_alone(deltas: list[LowRank]) -> None:
@@ -80,7 +102,8 @@ def test_on_inputs_that_no_concept_has_it_is_the_plain_sum(deltas: list[LowRank]
     directions = torch.linalg.qr(normal(IN, IN, seed=3)).Q
     inputs = directions[:, 9:]
     joined = aligned_sum(deltas, WEIGHTS, Inputs((directions[:, :5], directions[:, 5:9]))).dense()
-    torch.testing.assert_close(joined @ inputs, dense_sum(deltas) @ inputs, rtol=0, atol=1e-12)
+    # rho takes that part of what is read with others' inputs, by which all is scaled
+    torch.testing.assert_close(joined @ inputs, dense_sum(deltas) @ inputs, rtol=RHO, atol=0)
 
 
 def test_alignment_keeps_the_rank_the_ups_and_the_precision(deltas: list[LowRank], activations: list[torch.Tensor]) -> None:
