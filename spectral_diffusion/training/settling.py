@@ -4,6 +4,8 @@ Each concept's own model draws pictures of itself, and with the others' pictures
 attached, and a short training asks their sum for the very predictions of those whose tokens the caption names, and for the
 base's own on all other captions. That is what inertness asks of one concept, asked of all of them together (distillation,
 Hinton et al. 2015, with every concept its own teacher).
+
+What least squares cannot fit it fits too weakly, so among the others each concept is asked for more than it changed alone.
 """
 
 from __future__ import annotations
@@ -21,11 +23,12 @@ from spectral_diffusion.adapters.band_plan import band_again
 from spectral_diffusion.adapters.fusion import fuse
 from spectral_diffusion.bases.base import Base
 from spectral_diffusion.errors import AdapterError
+from spectral_diffusion.generation.latents import batches
 from spectral_diffusion.parametrisations import SPECTRAL
 from spectral_diffusion.training.activations import PROMPTS
 from spectral_diffusion.training.batches import Pool, Source
 from spectral_diffusion.training.composed import Several, composed_pools
-from spectral_diffusion.training.inertness import PICTURES, build_pool
+from spectral_diffusion.training.inertness import PICTURES, build_pool, predicted_pool
 from spectral_diffusion.training.loop import Subject, TrainingResult, train_subjects
 from spectral_diffusion.training.run import TrainingProgress
 from spectral_diffusion.training.settings import SETTLING_STEPS, TrainingSettings
@@ -36,6 +39,9 @@ PRESENCE = 0.75
 """Share of the steps in which the sum is asked; in the others each concept alone, which is to stay as it was."""
 SEVERAL = 0.5
 """Share of the samples in which it stands beside others."""
+EMPHASIS = 1.3
+"""How many times what the own models change of the base's predictions their sum is asked for; so much comes out about as it is
+alone (see `benchmarks/findings.md`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,10 +50,12 @@ class Taught:
 
     Attributes:
         own: samples of its own pictures.
-        several: samples of pictures in which it stands beside others.
+        own_among: the same, emphasised for the sum.
+        several: samples of pictures in which it stands beside others, those for the sum emphasised.
     """
 
     own: Pool
+    own_among: Pool
     several: Several
 
     def samples(
@@ -55,7 +63,7 @@ class Taught:
     ) -> dict[str, torch.Tensor]:
         """Return samples of its own pictures and, in a share of them, of pictures of several: as its own model sees these, or
         in a step among the others as all models do."""
-        pools = self.own, self.several.together if among else self.several.own
+        pools = (self.own_among, self.several.together) if among else (self.own, self.several.own)
         alone, beside_others = (pool.samples(base, settings, count, generator, among=among) for pool in pools)
         chosen = (torch.rand(count, generator=generator) < SEVERAL).to(base.device)
         return {
@@ -99,7 +107,8 @@ def settle(
             captions = [PROMPTS[number % PICTURES % len(PROMPTS)].format(written[part.token]) for number in range(SAMPLES)]
             with beside(base, adapter):
                 own = build_pool(base, captions, torch.Generator().manual_seed(settings.seed))
-            sources.append(Taught(own=own, several=several))
+            together = _emphasised(base, several.together)
+            sources.append(Taught(own=own, own_among=_emphasised(base, own), several=Several(together=together, own=several.own)))
         return sources
 
     return train_subjects(
@@ -113,6 +122,13 @@ def settle(
         on_progress=on_progress,
         should_stop=should_stop,
     )
+
+
+@torch.no_grad()
+def _emphasised(base: Base, pool: Pool) -> Pool:
+    """Return `pool` with `EMPHASIS` times what its predictions are off those of `base`, which must have nothing attached."""
+    bare = predicted_pool(base, pool.noisy, pool.times, pool.ids, batches(base, len(pool.times)))
+    return replace(pool, predictions=bare.predictions + EMPHASIS * (pool.predictions - bare.predictions))
 
 
 def can_settle(adapters: Sequence[Adapter]) -> bool:
