@@ -117,21 +117,36 @@ def test_each_meets_one_or_two_of_the_others_in_any_place(monkeypatch: pytest.Mo
     assert {len(group) for group in composed._groups(2, torch.Generator())} == {2}
 
 
+@torch.no_grad()
+def test_the_sum_is_asked_for_more_than_the_own_models_change(base: Base, apart: list[Adapter]) -> None:
+    side, generator = base.resolution // base.pipeline.vae_scale_factor, torch.Generator().manual_seed(2)
+    noisy = torch.randn(3, base.pipeline.unet.config.in_channels, side, side, generator=generator)
+    times = torch.tensor([10, 400, 900])
+    with with_tokens(base, apart[0].embeddings):
+        ids = tokenize(base, [apart[0].tokens[0]] * 3)
+        bare = predict(base, noisy, times, ids)
+        with beside(base, apart[0]):
+            own = predict(base, noisy, times, ids)
+        pool = settling._emphasised(base, Pool(noisy=noisy, times=times, ids=ids, predictions=own))
+    assert torch.equal(pool.noisy, noisy) and torch.equal(pool.ids, ids) and (own - bare).norm() > 0.1 * bare.norm()
+    torch.testing.assert_close(pool.predictions - bare, 1.3 * (own - bare), rtol=1e-4, atol=1e-5)
+
+
 def test_pictures_of_several_are_taught_as_all_see_them_among_the_others_and_else_as_its_own_model_does() -> None:
-    own, together, alone = (
+    own, own_among, together, alone = (
         Pool(
             noisy=torch.full((3, 4, 2, 2), value),
             times=torch.zeros(3),
             ids=torch.zeros(3, 1, 5),
             predictions=torch.full((3, 4, 2, 2), value),
         )
-        for value in (0.0, 1.0, 2.0)
+        for value in (0.0, 3.0, 1.0, 2.0)
     )
-    taught = settling.Taught(own=own, several=composed.Several(together=together, own=alone))
+    taught = settling.Taught(own=own, own_among=own_among, several=composed.Several(together=together, own=alone))
     base, generator = SimpleNamespace(device=torch.device("cpu")), torch.Generator().manual_seed(0)
-    for among, value in ((True, 1.0), (False, 2.0)):
+    for among, single, value in ((True, 3.0, 1.0), (False, 0.0, 2.0)):
         samples = taught.samples(base, SHORT, 400, generator, among=among)
-        assert torch.equal(samples["noisy"], samples["targets"]) and set(samples["noisy"].flatten().tolist()) == {0.0, value}
+        assert torch.equal(samples["noisy"], samples["targets"]) and set(samples["noisy"].flatten().tolist()) == {single, value}
         assert (samples["noisy"] == value).float().mean().item() == pytest.approx(settling.SEVERAL, abs=0.08)
 
 
