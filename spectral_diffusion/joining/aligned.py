@@ -38,15 +38,15 @@ def aligned_sum(deltas: Sequence[LowRank], weights: Sequence[float], inputs: Inp
     joined = least_squares_sum(deltas, weights, inputs, rho)
     pairs = zip(deltas, weights, inputs.factors, strict=True)
     own = sum(weight**2 * _energy(delta, factor) for delta, weight, factor in pairs)
-    now = sum(_energy(joined, factor) for factor in inputs.factors)
+    now = _energy(joined, inputs.side_by_side)
     scale = sqrt(own / max(now, own / len(deltas))) if own else 1.0
     return LowRank(up=joined.up, down=joined.down * scale)
 
 
 def _energy(delta: LowRank, factor: torch.Tensor) -> float:
     """Return `|delta F|^2`, what `delta` gives on the inputs of Gram matrix `F F^T`."""
-    read, up = delta.down.double().T @ factor.double(), delta.up.double()
-    return float((read * (up.T @ up @ read)).sum())
+    read = delta.down.T @ factor.to(delta.down.dtype)
+    return float((read * (delta.up.T @ delta.up @ read)).sum())
 
 
 def least_squares_sum(deltas: Sequence[LowRank], weights: Sequence[float], inputs: Inputs, rho: float = RHO) -> LowRank:
