@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from math import log2
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +40,9 @@ PRESENCE = 0.75
 """Share of the steps in which the sum is asked; in the others each concept alone, which is to stay as it was."""
 SEVERAL = 0.5
 """Share of the samples in which it stands beside others."""
-EMPHASIS = 1.3
-"""How many times what the own models change of the base's predictions their sum is asked for; so much comes out about as it is
-alone (see `benchmarks/findings.md`)."""
+EMPHASIS = 0.1
+"""How much more than their own models change of the base's predictions the sum is asked for, for every doubling of the number of
+concepts; so about as much comes out as of each alone (see `benchmarks/findings.md`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,10 +126,13 @@ def settle(
 
 
 @torch.no_grad()
-def _emphasised(base: Base, pool: Pool) -> Pool:
-    """Return `pool` with `EMPHASIS` times what its predictions are off those of `base`, which must have nothing attached."""
-    bare = predicted_pool(base, pool.noisy, pool.times, pool.ids, batches(base, len(pool.times)))
-    return replace(pool, predictions=bare.predictions + EMPHASIS * (pool.predictions - bare.predictions))
+def _emphasised(base: Base, pool: Pool, concepts: int) -> Pool:
+    """Return `pool` with predictions farther off those of `base`, as a sum of so many concepts is asked for them.
+
+    `base` must have nothing attached.
+    """
+    bare = predicted_pool(base, pool.noisy, pool.times, pool.ids, batches(base, len(pool.times))).predictions
+    return replace(pool, predictions=torch.lerp(bare, pool.predictions, 1 + EMPHASIS * log2(concepts)))
 
 
 def can_settle(adapters: Sequence[Adapter]) -> bool:
