@@ -108,8 +108,8 @@ def settle(
             captions = [PROMPTS[number % PICTURES % len(PROMPTS)].format(written[part.token]) for number in range(SAMPLES)]
             with beside(base, adapter):
                 own = build_pool(base, captions, torch.Generator().manual_seed(settings.seed))
-            together = _emphasised(base, several.together)
-            sources.append(Taught(own=own, own_among=_emphasised(base, own), several=Several(together=together, own=several.own)))
+            own_among, together = (_emphasised(base, pool, len(parts)) for pool in (own, several.together))
+            sources.append(Taught(own=own, own_among=own_among, several=Several(together=together, own=several.own)))
         return sources
 
     return train_subjects(
