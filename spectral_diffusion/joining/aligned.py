@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate
-from math import sqrt
+from math import isfinite, sqrt
 
 import torch
 
@@ -33,12 +33,14 @@ def aligned_sum(deltas: Sequence[LowRank], weights: Sequence[float], inputs: Inp
         rho: how strongly directions that no concept uses stay as in the plain sum.
 
     Raises:
-        ArithmeticError: the measurements are too large to compute with.
+        ArithmeticError: the measurements or the deltas are too large to compute with.
     """
     joined = least_squares_sum(deltas, weights, inputs, rho)
     pairs = zip(deltas, weights, inputs.factors, strict=True)
     own = sum(weight**2 * _energy(delta, factor) for delta, weight, factor in pairs)
     now = _energy(joined, inputs.side_by_side)
+    if not isfinite(own + now):
+        raise ArithmeticError("its changes are too large to compute with")
     scale = sqrt(own / max(now, own / len(deltas))) if own else 1.0
     return LowRank(up=joined.up, down=joined.down * scale)
 

@@ -106,6 +106,12 @@ def test_on_inputs_that_no_concept_has_it_is_the_plain_sum(deltas: list[LowRank]
     torch.testing.assert_close(joined @ inputs, dense_sum(deltas) @ inputs, rtol=RHO, atol=0)
 
 
+def test_changes_too_large_to_compute_with_are_said(deltas: list[LowRank], activations: list[torch.Tensor]) -> None:
+    huge = [LowRank(up=1e30 * delta.up.float(), down=delta.down.float()) for delta in deltas]
+    with pytest.raises(ArithmeticError, match="too large"):
+        aligned_sum(huge, WEIGHTS, Inputs(activations))
+
+
 def test_alignment_keeps_the_rank_the_ups_and_the_precision(deltas: list[LowRank], activations: list[torch.Tensor]) -> None:
     halves = [LowRank(up=delta.up.float(), down=delta.down.float()) for delta in deltas]
     plain, aligned = weighted_sum(halves, WEIGHTS), aligned_sum(halves, WEIGHTS, Inputs(activations))
