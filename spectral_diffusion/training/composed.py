@@ -38,7 +38,7 @@ class Several:
     """Samples of pictures in which a concept stands beside others.
 
     Attributes:
-        together: with all of them named, and what their own models predict together.
+        together: with all of them named, and what their own models predict together, emphasised.
         own: with the others named by their class words, and what its own model predicts.
     """
 
@@ -47,12 +47,13 @@ class Several:
 
 
 @torch.no_grad()
-def composed_pools(base: Base, adapter: Adapter, written: Mapping[str, str], seed: int) -> list[Several]:
+def composed_pools(base: Base, adapter: Adapter, written: Mapping[str, str], seed: int, asked: float) -> list[Several]:
     """Return for each concept of `adapter` samples of pictures in which it stands beside others.
 
     Args:
         adapter: the base must know its tokens, with nothing attached.
         written: the words that stand for each token.
+        asked: what is asked of all of them together, see `emphasised`.
     """
     generator = torch.Generator().manual_seed(seed)
     together: dict[str, list[Pool]] = {token: [] for token in adapter.tokens}
@@ -61,10 +62,18 @@ def composed_pools(base: Base, adapter: Adapter, written: Mapping[str, str], see
         tokens = [adapter.tokens[place] for place in group]
         prompt = f"{listed(tokens)} {PLACES[number % len(PLACES)]}"
         pool = _drawn(base, adapter.only(tokens), prompt, written, generator)
+        emphatic = emphasised(base, pool, asked)
         for token in tokens:
-            together[token].append(pool)
+            together[token].append(emphatic)
             own[token].append(_by_its_own_model(base, adapter.only([token]), prompt, adapter.class_words, written, pool))
     return [Several(together=_joined(together[token]), own=_joined(own[token])) for token in adapter.tokens]
+
+
+@torch.no_grad()
+def emphasised(base: Base, pool: Pool, asked: float) -> Pool:
+    """Return `pool` with predictions `asked` times as far from those of `base`, which must have nothing attached."""
+    bare = _predicted(base, pool.noisy, pool.times, pool.ids).predictions
+    return replace(pool, predictions=torch.lerp(bare, pool.predictions, asked))
 
 
 def _groups(concepts: int, generator: torch.Generator) -> list[tuple[int, ...]]:
@@ -93,7 +102,7 @@ def _drawn(base: Base, adapter: Adapter, prompt: str, written: Mapping[str, str]
         )
     noisy, times = noisy_samples(base, drawn, PICTURES * SAMPLES, generator)
     with own_models(base, replace(drawing, guidance=1.0), adapter):
-        return _predicted(base, noisy, times, captions[0])
+        return _predicted(base, noisy, times, tokenize(base, captions[:1] * len(noisy)))
 
 
 def _by_its_own_model(
@@ -102,12 +111,12 @@ def _by_its_own_model(
     """Return the samples of `pool` with what the only concept of `adapter` predicts, which reads the others as class words."""
     caption = expand_prompt(name_by_class(prompt, {**class_words, adapter.tokens[0]: adapter.tokens[0]}), written)
     with beside(base, adapter):
-        return _predicted(base, pool.noisy, pool.times, caption)
+        return _predicted(base, pool.noisy, pool.times, tokenize(base, [caption] * len(pool.noisy)))
 
 
-def _predicted(base: Base, noisy: torch.Tensor, times: torch.Tensor, caption: str) -> Pool:
-    """Return samples with what is predicted for them by `caption` with what is attached."""
-    return predicted_pool(base, noisy, times, tokenize(base, [caption] * len(noisy)), batches(base, len(noisy)))
+def _predicted(base: Base, noisy: torch.Tensor, times: torch.Tensor, ids: torch.Tensor) -> Pool:
+    """Return samples with what is predicted for them by the captions of `ids` with what is attached."""
+    return predicted_pool(base, noisy, times, ids, batches(base, len(noisy)))
 
 
 def _joined(pools: list[Pool]) -> Pool:

@@ -24,12 +24,11 @@ from spectral_diffusion.adapters.band_plan import band_again
 from spectral_diffusion.adapters.fusion import fuse
 from spectral_diffusion.bases.base import Base
 from spectral_diffusion.errors import AdapterError
-from spectral_diffusion.generation.latents import batches
 from spectral_diffusion.parametrisations import SPECTRAL
 from spectral_diffusion.training.activations import PROMPTS
 from spectral_diffusion.training.batches import Pool, Source
-from spectral_diffusion.training.composed import Several, composed_pools
-from spectral_diffusion.training.inertness import PICTURES, build_pool, predicted_pool
+from spectral_diffusion.training.composed import Several, composed_pools, emphasised
+from spectral_diffusion.training.inertness import PICTURES, build_pool
 from spectral_diffusion.training.loop import Subject, TrainingResult, train_subjects
 from spectral_diffusion.training.run import TrainingProgress
 from spectral_diffusion.training.settings import SETTLING_STEPS, TrainingSettings
@@ -52,7 +51,7 @@ class Taught:
     Attributes:
         own: samples of its own pictures.
         own_among: the same, emphasised for the sum.
-        several: samples of pictures in which it stands beside others, those for the sum emphasised.
+        several: samples of pictures in which it stands beside others.
     """
 
     own: Pool
@@ -103,13 +102,13 @@ def settle(
 
     def own_pictures(written: dict[str, str]) -> list[Source]:
         sources = []
-        composed = composed_pools(base, fuse(adapters, method="sum", allow_overlap=True), written, settings.seed)
+        asked = _asked(len(parts))
+        composed = composed_pools(base, fuse(adapters, method="sum", allow_overlap=True), written, settings.seed, asked)
         for adapter, part, several in zip(adapters, parts, composed, strict=True):
             captions = [PROMPTS[number % PICTURES % len(PROMPTS)].format(written[part.token]) for number in range(SAMPLES)]
             with beside(base, adapter):
                 own = build_pool(base, captions, torch.Generator().manual_seed(settings.seed))
-            own_among, together = (_emphasised(base, pool, len(parts)) for pool in (own, several.together))
-            sources.append(Taught(own=own, own_among=own_among, several=Several(together=together, own=several.own)))
+            sources.append(Taught(own=own, own_among=emphasised(base, own, asked), several=several))
         return sources
 
     return train_subjects(
@@ -125,14 +124,9 @@ def settle(
     )
 
 
-@torch.no_grad()
-def _emphasised(base: Base, pool: Pool, concepts: int) -> Pool:
-    """Return `pool` with predictions farther off those of `base`, as a sum of so many concepts is asked for them.
-
-    `base` must have nothing attached.
-    """
-    bare = predicted_pool(base, pool.noisy, pool.times, pool.ids, batches(base, len(pool.times))).predictions
-    return replace(pool, predictions=torch.lerp(bare, pool.predictions, 1 + EMPHASIS * log2(concepts)))
+def _asked(concepts: int) -> float:
+    """Return how many times what their own models change the sum of so many concepts is asked for."""
+    return 1 + EMPHASIS * log2(concepts)
 
 
 def can_settle(adapters: Sequence[Adapter]) -> bool:

@@ -87,7 +87,7 @@ def test_what_is_taught_of_several_is_what_their_own_models_predict(
     monkeypatch.setattr(composed, "own_models", watched)
     words, pair = {one.tokens[0]: one.tokens[0] for one in apart}, fuse(apart, method="sum")
     with with_tokens(base, pair.embeddings):
-        pools = composed.composed_pools(base, pair, words, seed=0)
+        pools = composed.composed_pools(base, pair, words, seed=0, asked=1.1)
         each = composed.PICTURES * composed.SAMPLES
         numbers = base.pipeline.tokenizer.convert_tokens_to_ids(list(pair.tokens))
         for number, several in enumerate(pools):
@@ -102,7 +102,8 @@ def test_what_is_taught_of_several_is_what_their_own_models_predict(
         for ids, drawing in ((first.ids[:each], asked[1]), (tokenize(base, [asked[1].prompt] * each), asked[1])):
             with own_models(base, drawing, pair):
                 predicted = predict(base, first.noisy[:each], first.times[:each], ids)
-            torch.testing.assert_close(predicted, first.predictions[:each], rtol=1e-4, atol=1e-5)
+            bare = predict(base, first.noisy[:each], first.times[:each], ids)
+            torch.testing.assert_close(1.1 * predicted - 0.1 * bare, first.predictions[:each], rtol=1e-4, atol=1e-5)
 
 
 def test_each_meets_one_or_two_of_the_others_in_any_place(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,7 +129,7 @@ def test_the_sum_is_asked_for_more_than_the_own_models_change(base: Base, apart:
         with beside(base, apart[0]):
             own = predict(base, noisy, times, ids)
         pool = Pool(noisy=noisy, times=times, ids=ids, predictions=own)
-        pair, eight = (settling._emphasised(base, pool, concepts) for concepts in (2, 8))
+        pair, eight = (composed.emphasised(base, pool, settling._asked(concepts)) for concepts in (2, 8))
     assert torch.equal(eight.noisy, noisy) and torch.equal(eight.ids, ids) and (own - bare).norm() > 0.1 * bare.norm()
     for asked, factor in ((pair, 1.1), (eight, 1.3)):
         torch.testing.assert_close(asked.predictions - bare, factor * (own - bare), rtol=1e-4, atol=1e-5)
