@@ -82,14 +82,15 @@ def look_task(arguments: dict[str, Any], context: TaskContext) -> dict[str, Any]
 
 
 def train_task(arguments: dict[str, Any], context: TaskContext) -> dict[str, Any]:
-    """Train concepts in one go, each on a free band, among those that are trained already, going on from a checkpoint."""
+    """Train concepts in one go, each on a free band, among those trained already that they may meet, from a checkpoint on."""
     studio, names = studio_of(context), arguments["concepts"]
     base = chosen_base(arguments["settings"])
     concepts = [load_concept(concept_folder(studio, name)) for name in names]
     settings = preset(arguments["preset"], base, concepts=len(names), changes=arguments["changes"])
     outs = [studio.folder("adapters") / f"{name}.safetensors" for name in names]
     checkpoint = outs[0].with_name(f"{outs[0].name}.checkpoint")
-    known = known_adapters([studio.folder("adapters")], base, except_for=outs)
+    strangers = [studio.folder("adapters") / Path(name).name for name in arguments.get("apart_from", ())]
+    known = known_adapters([studio.folder("adapters")], base, except_for=[*outs, *strangers])
     start = [load_adapter(out) for out in outs] if arguments["longer"] else []
     if start:
         parts = [adapter.concept(concept.token) for adapter, concept in zip(start, concepts, strict=True)]
@@ -98,7 +99,8 @@ def train_task(arguments: dict[str, Any], context: TaskContext) -> dict[str, Any
         bands = [band_again(part, settings.rank) for part in parts]
     else:
         bands = [
-            _reserved_band(studio, base, settings, concept.token, out, known) for concept, out in zip(concepts, outs, strict=True)
+            _reserved_band(base, settings, concept.token, out, known, strangers)
+            for concept, out in zip(concepts, outs, strict=True)
         ]
     folders = [studio.folder("thumbnails") / name / "samples" for name in names]
 
@@ -175,18 +177,22 @@ def _reservation(out: Path) -> Path:
 
 
 def _reserved_band(
-    studio: Studio, base: Base, settings: TrainingSettings, token: str, out: Path, known: dict[Path, Adapter]
+    base: Base, settings: TrainingSettings, token: str, out: Path, known: dict[Path, Adapter], strangers: Sequence[Path]
 ) -> Band:
-    """Return the band that an earlier start of this training took, or a free one, which is then taken."""
+    """Return the band that an earlier start of this training took, or a free one, which is then taken.
+
+    Bands count as taken of the adapters in `known`, and of those that are being trained but `strangers`.
+    """
     mine = _reservation(out)
     if mine.exists():
         record = json.loads(mine.read_text(encoding="utf-8"))
         if record["rank"] == settings.rank and record["fingerprint"] == base.fingerprint:
             return Band(start=record["start"], rank=record["rank"])
     taken = taken_bands(known)
-    for path in files_in(studio.folder("adapters"), ".band.json"):
+    passed_over = [mine, *map(_reservation, strangers)]
+    for path in files_in(out.parent, ".band.json"):
         record = json.loads(path.read_text(encoding="utf-8"))
-        if path != mine:
+        if path not in passed_over:
             taken.append(TakenBand(token=record["token"], band=Band(start=record["start"], rank=record["rank"]), path=path))
     directions = fewest_directions(base, settings.layers)
     band = choose_band(None, settings.rank, directions, taken, weakest_first=settings.weakest_first)

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from app.actions.adapters import adapter_cards, adapter_path
 from app.actions.concepts import concept_card, trained_by
 from app.actions.studio import Studio, concept_names, loading_of
 from app.jobs import Job
@@ -116,6 +117,7 @@ def train(
     changes: dict[str, Any] | None = None,
     *,
     beside: Sequence[str] = (),
+    apart_from: Sequence[str] = (),
     longer: bool = False,
 ) -> str:
     """Queue the training of the concept called `name` and return the job's name.
@@ -123,12 +125,14 @@ def train(
     Args:
         changes: settings that go before the preset's.
         beside: concepts to be trained in one go with it, and among one another.
+        apart_from: adapters that it is not trained among, and whose bands it may get: those that it will never be drawn with.
         longer: go on from what they were trained to, on the bands that they have.
 
     Raises:
-        InputError: one has no photos or is being trained, or there is no such preset.
+        InputError: one has no photos, is being trained, or is to be both beside and apart, or there is no such preset or adapter.
     """
     cards = [concept_card(studio, one) for one in dict.fromkeys([name, *beside])]
+    strangers = {adapter_path(studio, one).stem for one in apart_from}
     if preset not in PRESETS:
         raise InputError(f"There is no preset '{preset}'; choose one of {', '.join(PRESETS)}.")
     for card in cards:
@@ -136,11 +140,14 @@ def train(
             raise InputError(f"{card.token} has no photos; add five or six.")
         if card.job is not None and not card.job.state.ended:
             raise InputError(f"{card.token} is {card.job.state} already.")
+        if card.name in strangers:
+            raise InputError(f"{card.token} cannot be trained and be one that is never drawn with it; choose one of the two.")
     arguments = {
         "concepts": [card.name for card in cards],
         "preset": preset,
         "changes": changes or {},
         "longer": longer,
+        "apart_from": list(apart_from),
         "settings": asdict(studio.settings),
     }
     return studio.jobs.submit("train", f"Train {' and '.join(card.token for card in cards)}", arguments)
@@ -150,8 +157,8 @@ def train_again(studio: Studio, name: str, *, longer: bool = False) -> str:
     """Queue the training of a concept once more with the settings of the last, and return the job's name.
 
     Args:
-        longer: go on from what it was trained to, for as many more steps, with those that it was trained in one go with; else
-            anew, by itself, on a band that is free.
+        longer: go on from what it was trained to, for as many more steps, with those that it was trained in one go with and
+            apart from the same; else anew, by itself, among all, on a band that is free.
 
     Raises:
         InputError: it was never trained here, or is being trained.
@@ -159,8 +166,13 @@ def train_again(studio: Studio, name: str, *, longer: bool = False) -> str:
     last = concept_card(studio, name).job
     if last is None:
         raise InputError("It was not trained here yet; choose how long, then Train.")
-    beside = [one for one in trained_by(last) if one in concept_names(studio)] if longer else []
-    return train(studio, name, last.arguments["preset"], last.arguments["changes"], beside=beside, longer=longer)
+    arguments = last.arguments
+    if not longer:
+        return train(studio, name, arguments["preset"], arguments["changes"])
+    beside = [one for one in trained_by(last) if one in concept_names(studio)]
+    still = [card.name for card in adapter_cards(studio, ["adapters"])]
+    apart_from = [one for one in arguments.get("apart_from", ()) if one in still]
+    return train(studio, name, arguments["preset"], arguments["changes"], beside=beside, apart_from=apart_from, longer=True)
 
 
 def training_view(studio: Studio, job: Job, name: str) -> TrainingView:

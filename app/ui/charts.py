@@ -65,8 +65,8 @@ def band_map_chart(result: BandMap) -> str:
     shares = {share.token: share for row in result.rows for share in row.shares}
     name = "Band map: " + "; ".join(f"{token} owns {_owned(share)}" for token, share in shares.items())
     chart = (
-        f'<div class="sd-scroll"><svg class="sd-bands" viewBox="0 0 {left + width + 4} {bottom + 6}" role="img" '
-        f'aria-label="{text(name)}">{"".join(parts)}</svg></div>'
+        f'<svg class="sd-bands" viewBox="0 0 {left + width + 4} {bottom + 6}" role="img" '
+        f'aria-label="{text(name)}">{"".join(parts)}</svg>'
     )
     legend = "".join(
         f'<span class="sd-key"><span class="sd-c{number % _COLOURS}"></span>{text(token)}</span>'

@@ -11,6 +11,7 @@ from PIL import Image
 
 from app.actions import concepts as library
 from app.actions import photos as photo_library
+from app.actions.adapters import adapter_cards
 from app.actions.pictures import likeness_of
 from app.actions.studio import Studio, concept_names
 from app.actions.tour import queue_tour
@@ -127,7 +128,17 @@ def _build_training(studio: Studio, live: Live, chosen: gr.State) -> None:
         ),
         lambda: _trainable(studio),
     )
-    with live.folded("More settings"):
+    with live.folded("More settings", elem_id="more-settings"):
+        apart = live.offer(
+            gr.CheckboxGroup(
+                [],
+                label="Never drawn with",
+                info="All that are trained take part while this one learns to stand beside them, and keep their bands; "
+                "those chosen here do not.",
+                elem_id="apart",
+            ),
+            lambda: [(card.label, card.name) for card in adapter_cards(studio, ["adapters"])],
+        )
         steps = gr.Number(0, label="Steps", info="0: what the preset says. More steps, more likeness.", minimum=0, precision=0)
         sample_every = gr.Number(label="Sample pictures every … steps", info="0 draws none.", value=50, minimum=0, precision=0)
     with live.folded("Every setting"):
@@ -138,18 +149,21 @@ def _build_training(studio: Studio, live: Live, chosen: gr.State) -> None:
     training = live.add(gr.HTML(elem_id="training", js_on_load=markup.CLICKS), lambda name: _training(studio, name), chosen)
     wire_jobs(studio, training)
 
-    def begin(name: str | None, how: str, others: list[str], count: float | None, every: float | None, *texts: str) -> None:
+    def begin(
+        name: str | None, how: str, others: list[str], never: list[str], count: float | None, every: float | None, *texts: str
+    ) -> None:
         changes = attempt(changes_from, dict(zip(further, texts, strict=True)))
         if changes is not None:
             changes |= ({"steps": int(count)} if count else {}) | {"sample_every": int(every or 0)}
-            attempt(train, studio, name or "", how, changes, beside=others, done="The training is queued.")
+            done = "The training is queued."
+            attempt(train, studio, name or "", how, changes, beside=others, apart_from=never, done=done)
 
     def go_longer(event: gr.EventData) -> None:
         do, name, _ = said(event)
         if do == "longer":
             attempt(train_again, studio, name, longer=True, done="It will be trained on; the adapter stays until that is done.")
 
-    start.click(begin, [chosen, preset, beside, steps, sample_every, *further.values()], **EVENT)
+    start.click(begin, [chosen, preset, beside, apart, steps, sample_every, *further.values()], **EVENT)
     training.click(go_longer, **PIECE)
 
 

@@ -46,12 +46,16 @@ def build_fuse(studio: Studio, live: Live) -> None:
             label="How to join",
             min_width=240,
         )
-    wants_settling = gr.Checkbox(
-        False,
-        label="Settle",
-        info="For concepts trained apart: a short training, without photos, teaches their sum what each gave alone.",
-        elem_id="fuse-settle",
-    )
+    with gr.Row():
+        wants_settling = gr.Checkbox(
+            False,
+            label="Settle",
+            info="For concepts trained apart: a short training, without photos, teaches their sum what each gave alone.",
+            elem_id="fuse-settle",
+        )
+        settling_steps = gr.Number(
+            SETTLING_STEPS, label="Settling steps", minimum=1, precision=0, scale=0, min_width=160, elem_id="settling-steps"
+        )
     wants_report = gr.Checkbox(
         True, label="Report", info="Draws every concept alone and fused, and says what is left of it.", elem_id="fuse-report"
     )
@@ -60,9 +64,12 @@ def build_fuse(studio: Studio, live: Live) -> None:
     asked = gr.State("")
     reports = live.add(gr.HTML(elem_id="reports", js_on_load=markup.CLICKS), lambda name: _reports(studio, name), asked)
 
-    def begin(names: list[str], name: str, how: str, settle: bool, report: bool, known: dict[str, float]) -> Any:
+    def begin(
+        names: list[str], name: str, how: str, settle: bool, steps: float | None, report: bool, known: dict[str, float]
+    ) -> Any:
         names = sorted(names)
-        options = {"title": name, "method": how or None, "settle": SETTLING_STEPS if settle else 0, "report": report}
+        settling = int(steps or SETTLING_STEPS) if settle else 0
+        options = {"title": name, "method": how or None, "settle": settling, "report": report}
         job = attempt(library.fuse, studio, names, [known.get(one, 1.0) for one in names], **options, done="Fusing …")
         return (gr.skip(), gr.skip()) if job is None else ("", "")
 
@@ -83,7 +90,8 @@ def build_fuse(studio: Studio, live: Live) -> None:
         return name
 
     chosen.change(lambda names: _wants_settling(studio, sorted(names)), chosen, wants_settling, **EVENT)
-    start.click(begin, [chosen, title, method, wants_settling, wants_report, strengths], [title, asked], **READS_STRENGTHS)
+    asked_for = [chosen, title, method, wants_settling, settling_steps, wants_report, strengths]
+    start.click(begin, asked_for, [title, asked], **READS_STRENGTHS)
     reports.click(show_report, None, asked, **PIECE)
     bands.click(retrain, **PIECE)
     fused.click(remove, **PIECE)

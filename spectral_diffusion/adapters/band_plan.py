@@ -32,7 +32,7 @@ def known_adapters(places: Sequence[Path], base: Base, except_for: Sequence[Path
 
     Args:
         places: adapter files, or folders of which every adapter counts.
-        except_for: the files that are about to be written; what stands there now does not count.
+        except_for: files that do not count, such as those that are about to be written.
 
     Raises:
         AdapterError: a file that was named is no adapter, or a folder does not exist.

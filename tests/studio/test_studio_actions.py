@@ -264,6 +264,29 @@ def test_concepts_are_trained_in_one_go_and_longer(tiny_studio: Studio, photo_fo
     assert steps == [4, 2, 4]
 
 
+def test_those_never_drawn_with_it_neither_stand_by_nor_keep_their_bands(tiny_studio: Studio, photo_folder: Path) -> None:
+    studio = tiny_studio
+    first, second, third = (concept_of(studio, token, photo_folder) for token in ("<one>", "<two>", "<three>"))
+    for name in (first, second):
+        train(studio, name, changes=QUICK)
+    assert work(studio) == [State.DONE] * 2
+    never = [f"adapters/{second}.safetensors"]
+    job = train(studio, third, changes=QUICK, apart_from=never)
+    assert work(studio)[-1] is State.DONE, studio.jobs.job(job).reason
+    longer = train_again(studio, third, longer=True)
+    assert work(studio)[-1] is State.DONE, studio.jobs.job(longer).reason
+    made = [load_adapter(adapter_path(studio, f"adapters/{name}.safetensors")).concepts[0] for name in (second, third)]
+    assert made[1].band == made[0].band and made[1].settings["among"] == ["<one>"]
+    assert "share" not in studio.jobs.log(longer) and studio.jobs.job(longer).arguments["apart_from"] == never
+    anew = train_again(studio, third)
+    assert work(studio)[-1] is State.DONE, studio.jobs.job(anew).reason
+    assert not load_adapter(adapter_path(studio, f"adapters/{third}.safetensors")).concepts[0].band.overlaps(made[0].band)
+    with pytest.raises(InputError, match="<two> cannot be trained and be one that is never drawn with it"):
+        train(studio, third, beside=[second], apart_from=never)
+    with pytest.raises(InputError, match=r"There is no 'x\.safetensors'"):
+        train(studio, third, apart_from=["adapters/x.safetensors"])
+
+
 def test_a_training_of_an_older_queue_is_nobodys(studio: Studio) -> None:
     add_samples(studio)
     studio.jobs.submit("train", "Train <poodle>", {"concept": "poodle", "preset": "fast", "changes": {}, "settings": {}})

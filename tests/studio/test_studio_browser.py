@@ -295,6 +295,28 @@ def test_what_changes_in_the_folder_disturbs_no_open_page(browser: Browser, adap
             expect(page.locator(".toast-body")).to_have_count(0)
 
 
+def test_steps_to_settle_and_those_never_drawn_with_reach_the_jobs(
+    browser: Browser, adapters: tuple[Path, Path], tmp_path: Path
+) -> None:
+    with Served(tmp_path / "studio") as served:
+        for adapter in adapters:
+            shutil.copyfile(adapter, served.folder / "adapters" / adapter.name)
+        with opened(browser, served.address) as page:
+            page.locator("#more-settings").get_by_role("button", name="More settings").click()
+            page.locator("#apart").get_by_label("<V2>").check()
+            train(page, 1)
+            go_to(page, "Fuse")
+            for token in ("<V1>", "<V2>"):
+                page.locator("#fuse-chosen").get_by_label(token).check()
+            page.locator("#tab-fuse").get_by_label("Settle", exact=True).check()
+            page.locator("#settling-steps input").fill("7")
+            page.locator("#settling-steps input").press("Tab")
+            page.locator("#fuse").click()
+            served.wait_for(lambda: len([job for job in jobs_of(served) if job["kind"] in ("train", "fuse")]) == 2)
+    asked = {job["kind"]: job["arguments"] for job in jobs_of(served)}
+    assert asked["train"]["apart_from"] == [f"adapters/{adapters[1].name}"] and asked["fuse"]["settle"] == 7
+
+
 def test_a_lora_is_imported_and_can_be_chosen(browser: Browser, adapters: tuple[Path, Path], tmp_path: Path) -> None:
     lora = export_kohya(load_adapter(adapters[0]), tmp_path / "lora.safetensors").path
     with Served(tmp_path / "studio") as served:
