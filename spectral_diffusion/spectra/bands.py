@@ -69,5 +69,5 @@ def next_free_band(taken: Iterable[Band], rank: int, directions: int, *, weakest
             return band
     raise BandError(
         f"All {slots(directions, rank)} bands of rank {rank} that this base has room for are taken; "
-        "choose a smaller rank or avoid fewer adapters."
+        "choose a smaller rank, or avoid fewer adapters: those that it is never drawn with may share its band."
     )
