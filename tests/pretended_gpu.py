@@ -162,12 +162,16 @@ def pretended_gpu(base: bases.Base) -> Iterator[None]:
     """While entered, there is one GPU, and `load_base` loads `base`, which was read before."""
     functions = {
         torch.cuda: {
-            "_lazy_init": lambda: None, "is_available": lambda: True, "empty_cache": lambda: None,
-            "mem_get_info": lambda device: (20 * _GIGABYTE, 24 * _GIGABYTE), "memory_reserved": lambda device: _GIGABYTE,
-            "memory_allocated": lambda device: _GIGABYTE, "max_memory_allocated": lambda device: 2 * _GIGABYTE,
-            "reset_peak_memory_stats": lambda device: None, "get_per_process_memory_fraction": lambda device: 1.0,
+            "_lazy_init": lambda: None, "is_available": lambda: True, "empty_cache": lambda: None, "synchronize": lambda: None,
+            "mem_get_info": lambda device=None: (20 * _GIGABYTE, 24 * _GIGABYTE),
+            "memory_allocated": lambda device=None: _GIGABYTE, "max_memory_allocated": lambda device=None: 2 * _GIGABYTE,
+            "memory_reserved": lambda device=None: _GIGABYTE,
+            "reset_peak_memory_stats": lambda device=None: None, "get_per_process_memory_fraction": lambda device=None: 1.0,
         },
-        torch: {"tensor": partial(_made, torch.tensor), "as_tensor": partial(_made, torch.as_tensor), "autocast": _Autocast},
+        torch: {
+            "Generator": lambda device=None, make=torch.Generator: make(),
+            "tensor": partial(_made, torch.tensor), "as_tensor": partial(_made, torch.as_tensor), "autocast": _Autocast,
+        },
         torch.Tensor: {"data": property(_data.__get__, _set_data), "to": _to, "pin_memory": lambda tensor: tensor},
         torch.nn.functional: {"scaled_dot_product_attention": _attention},
         torch.optim.Optimizer: {"_accelerator_graph_capture_health_check": lambda optimizer: None},

@@ -15,6 +15,8 @@ from pretended_gpu import GPU, WAITS, OnGPU, pretended_gpu
 from random_adapters import random_adapter
 from short_trainings import BAND, SHORT, trained_tensors
 
+from benchmarks import speed
+from benchmarks.whole_training import measure_training
 from spectral_diffusion.adapters.adapter import Adapter
 from spectral_diffusion.adapters.fusion import fuse
 from spectral_diffusion.bases.base import Base, load_base, read_base
@@ -112,6 +114,17 @@ def test_every_form_is_trained_and_goes_on(form: str, tiny_base: Base, concept: 
         result = train(base, concept, BAND, settings, checkpoint=kept)
         (picture,) = generate(base, Drawing(prompt="<V1> near a lake", steps=1, seed=1), result.adapter)
     assert result.finished and np.asarray(picture.image).std() > 1
+
+
+def test_what_is_to_be_measured_there_runs(tiny_base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(speed, "kept_bytes", lambda *of: 1)  # it looks where numbers lie
+    with pretended_gpu(tiny_base):
+        figures = measure_training(load_base(), replace(SHORT, steps=2 * READ_EVERY))
+        models = speed.random_models(0.1, GPU, torch.bfloat16)
+        steps = speed.measure_steps(models, ("additive", "peft_lora"), 1, 1, 64, again=False, rounds=1, folder=tmp_path)
+        drawing = speed.measure_drawing(models, 1, 64, rounds=1)
+    assert min(figures["step_seconds"], figures["over_diffusers"], drawing["folded_over_bare"]) > 0
+    assert steps["methods"]["additive"]["over_peft"]["peak_bytes"] == 1
 
 
 def test_no_step_waits(tiny_base: Base, photo_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
