@@ -109,19 +109,23 @@ def _together(workshop: Workshop, fused: Adapter, names: Sequence[str], things: 
 
 
 def show(records: Sequence[Record]) -> tuple[dict[str, Figure], str]:
-    """Return identity by number of concepts, and the table with the standard deviation over seeds, as of a sample."""
+    """Return identity by number of concepts, and the table with the standard deviation over seeds, as of a sample.
+
+    What was joined of concepts that were not all drawn alone yet is left out.
+    """
     alone = {_key(r["case"], r["case"]["concept"]): r["result"] for r in records if r["case"]["kind"] == "alone"}
+    fused = [r for r in records if r["case"]["kind"] == "fused"]
+    fused = [r for r in fused if all(_key(r["case"], name) in alone for name in r["case"]["concepts"])]
     found: dict[tuple[int, str], list[dict[str, float]]] = {}
-    for record in records:
+    for record in fused:
         case = record["case"]
-        if case["kind"] == "fused":
-            before = [alone[_key(case, name)] for name in case["concepts"]]
-            after = [record["result"]["concepts"][name] for name in case["concepts"]]
-            figures = {f"{key} {when}": mean(one[key] for one in group) for when, group in (("alone", before), ("fused", after))
-                       for key in ("identity", "clip_image", "clip_text")}  # fmt: skip
-            figures["lost"] = mean(one["lost"] for one in after)
-            figures |= {f"joint {things}": share for things, share in record["result"]["joint"].items()}
-            found.setdefault((len(case["concepts"]), case["method"]), []).append(figures)
+        before = [alone[_key(case, name)] for name in case["concepts"]]
+        after = [record["result"]["concepts"][name] for name in case["concepts"]]
+        figures = {f"{key} {when}": mean(one[key] for one in group) for when, group in (("alone", before), ("fused", after))
+                   for key in ("identity", "clip_image", "clip_text")}  # fmt: skip
+        figures["lost"] = mean(one["lost"] for one in after)
+        figures |= {f"joint {things}": share for things, share in record["result"]["joint"].items()}
+        found.setdefault((len(case["concepts"]), case["method"]), []).append(figures)
     rows = []
     for (count, method), runs in sorted(found.items()):
         value = {key: mean(run[key] for run in runs) for key in runs[0]}
@@ -149,7 +153,7 @@ def show(records: Sequence[Record]) -> tuple[dict[str, Figure], str]:
         return {}, ""
     sheets = {}
     for count in sorted({count for count, _ in found}):
-        chosen = [r for r in records if r["case"]["kind"] == "fused" and len(r["case"]["concepts"]) == count]
+        chosen = [r for r in fused if len(r["case"]["concepts"]) == count]
         first = [r for r in chosen if r["case"]["settings"]["seed"] == chosen[0]["case"]["settings"]["seed"]]
         strips = {r["case"]["method"]: unpacked(r["result"]["strip"]) for r in first}
         names = [*chosen[0]["case"]["concepts"], *(f"the first {things}" for things in chosen[0]["result"]["joint"])]
