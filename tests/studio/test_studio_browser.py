@@ -308,7 +308,8 @@ def test_steps_to_settle_and_those_never_drawn_with_reach_the_jobs(
             go_to(page, "Fuse")
             for token in ("<V1>", "<V2>"):
                 page.locator("#fuse-chosen").get_by_label(token).check()
-            page.locator("#tab-fuse").get_by_label("Settle", exact=True).check()
+            expect(page.locator("#band-map table")).to_be_visible()  # what lies below it moves down
+            expect(page.locator("#tab-fuse").get_by_label("Settle", exact=True)).to_be_checked()
             page.locator("#settling-steps input").fill("7")
             page.locator("#settling-steps input").press("Tab")
             page.locator("#fuse").click()
