@@ -12,8 +12,9 @@ from spectral_diffusion.joining.inputs import Inputs
 from spectral_diffusion.joining.low_rank import LowRank
 from spectral_diffusion.joining.sums import weighted_sum
 
-RHO = 1e-2
-"""Weight of staying near the plain sum in the aligned sum, relative to Gram matrices of trace `in`."""
+RHO = 0.3
+"""Weight of staying near the plain sum in the aligned sum, relative to Gram matrices of trace `in`: of 0.01 to 30, with two, four
+and eight concepts, the one by which least of their own predictions is lost (see `benchmarks/findings.md`)."""
 SHRINKAGE = 0.9
 """RegMean's factor on the entries of a Gram matrix beside its diagonal."""
 
