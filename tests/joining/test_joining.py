@@ -83,7 +83,8 @@ def test_the_aligned_sum_acts_as_strongly_as_the_concepts_do_alone(
 def test_changes_that_undo_each_other_are_not_blown_up(deltas: list[LowRank], activations: list[torch.Tensor]) -> None:
     own, F = deltas[0], activations[0]
     nearly = LowRank(up=-own.up * (1 - 1e-9), down=own.down)
-    squares, aligned = (join([own, nearly], [1.0, 1.0], Inputs([F, F])).dense() for join in (least_squares_sum, aligned_sum))
+    both = [own, nearly], [1.0, 1.0], Inputs([F, F])
+    squares, aligned = (join(*both, rho=1e-2).dense() for join in (least_squares_sum, aligned_sum))
     torch.testing.assert_close(aligned, squares * 2**0.5, rtol=1e-12, atol=1e-15)
     gone = aligned_sum(deltas, (0.0, 0.0), Inputs(activations)).dense()
     assert torch.equal(gone, torch.zeros_like(gone))
