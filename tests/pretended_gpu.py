@@ -131,7 +131,8 @@ def _set_data(tensor: torch.Tensor, value: torch.Tensor) -> None:
     """Do what setting `tensor.data` does, for which torch asks that both be of one kind."""
     if isinstance(tensor, OnGPU) == isinstance(value, OnGPU):
         _data.__set__(tensor, value)
-        tensor.there = getattr(value, "there", None)
+        if isinstance(value, OnGPU):
+            tensor.there = value.there
     else:
         value = value.detach()
         if isinstance(tensor, torch.nn.Parameter):

@@ -277,7 +277,7 @@ def test_those_never_drawn_with_it_neither_stand_by_nor_keep_their_bands(tiny_st
     assert work(studio)[-1] is State.DONE, studio.jobs.job(longer).reason
     made = [load_adapter(adapter_path(studio, f"adapters/{name}.safetensors")).concepts[0] for name in (second, third)]
     assert made[1].band == made[0].band and made[1].settings["among"] == ["<one>"]
-    assert "share" not in studio.jobs.log(longer) and studio.jobs.job(longer).arguments["apart_from"] == never
+    assert "cannot be summed" not in studio.jobs.log(longer) and studio.jobs.job(longer).arguments["apart_from"] == never
     anew = train_again(studio, third)
     assert work(studio)[-1] is State.DONE, studio.jobs.job(anew).reason
     assert not load_adapter(adapter_path(studio, f"adapters/{third}.safetensors")).concepts[0].band.overlaps(made[0].band)
