@@ -36,6 +36,11 @@ DROP = """async (address) => {
 }"""
 """Drops the picture at an address on the page."""
 
+FRAMES = """async () => {
+  for (let frame = 0; frame < 10; frame++) await new Promise(requestAnimationFrame);
+}"""
+"""Waits for some frames of the page."""
+
 expect.set_options(timeout=PATIENCE)
 
 
@@ -102,9 +107,16 @@ def opened(browser: Browser, address: str, width: int = 1280, theme: str = "ligh
     expect(page.locator("#concept-cards .sd-cards, #concept-cards .sd-empty")).to_be_visible()
     try:
         yield page
+    except BaseException as failure:
+        failure.add_note(f"The page then said, of which the first lines are the console's:\n{wrong}\n{what_it_says(page)}")
+        raise
     finally:
         page.close()
     assert not wrong, wrong
+
+
+def what_it_says(page: Page) -> str:
+    return page.locator("body").inner_text(timeout=10_000)
 
 
 def go_to(page: Page, tab: str) -> None:
@@ -115,6 +127,7 @@ def go_to(page: Page, tab: str) -> None:
         button = page.locator(".overflow-dropdown button", has_text=tab)
     button.click()
     expect(page.locator(f"#tab-{tab.lower()}")).to_be_visible()
+    page.evaluate(FRAMES)  # gradio sets all fields of a tab once more in the frame after it is first shown
 
 
 def add_concept(page: Page, word: str, photos: list[Path]) -> None:

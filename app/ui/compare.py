@@ -11,6 +11,7 @@ from app.actions.adapters import adapter_cards
 from app.actions.studio import Studio
 from app.jobs import State
 from app.ui import markup
+from app.ui.fold import folded
 from app.ui.generate import negative_field, read_fields, sampling_fields
 from app.ui.live import EVENT, Live, attempt
 from spectral_diffusion.adapters.adapter import METHODS
@@ -41,7 +42,7 @@ def build_compare(studio: Studio, live: Live) -> None:
     with gr.Row():
         negative = negative_field()
         seed = gr.Number(1, label="Seed (-1: any)", precision=0, min_width=120)
-    with live.folded("More settings"):
+    with folded("More settings"):
         sampling = sampling_fields()
     with gr.Row():
         x_name, x_values = _axis("Across", "seed", "1, 2, 3")

@@ -28,6 +28,7 @@ from app.jobs import State
 from app.ui import markup
 from app.ui.activity import wire_jobs
 from app.ui.charts import loss_curve
+from app.ui.fold import folded
 from app.ui.live import EVENT, PIECE, SLOW, Live, attempt, said
 from app.ui.painter import PAINTING, painted, painter
 from spectral_diffusion.errors import InputError, StorageError
@@ -44,7 +45,7 @@ def build_concepts(studio: Studio, live: Live) -> None:
     welcome = live.add(gr.HTML(js_on_load=markup.CLICKS), lambda: _welcome(studio))
     cards = live.add(gr.HTML(elem_id="concept-cards", js_on_load=markup.CLICKS), lambda name: _cards(studio, name), chosen)
     findings, photo_version = gr.HTML(elem_id="findings"), gr.State(0)
-    with live.folded("New concept", elem_id="new-concept"):
+    with folded("New concept", elem_id="new-concept"):
         gr.Markdown(
             "Five or six photos on differing backgrounds are enough. Phone photos, HEIC included, can be dropped as they are, "
             "and with `1.jpg` its mask `1-mask.png` and its caption `1.txt`."
@@ -128,7 +129,7 @@ def _build_training(studio: Studio, live: Live, chosen: gr.State) -> None:
         ),
         lambda: _trainable(studio),
     )
-    with live.folded("More settings", elem_id="more-settings"):
+    with folded("More settings", elem_id="more-settings"):
         apart = live.offer(
             gr.CheckboxGroup(
                 [],
@@ -141,7 +142,7 @@ def _build_training(studio: Studio, live: Live, chosen: gr.State) -> None:
         )
         steps = gr.Number(0, label="Steps", info="0: what the preset says. More steps, more likeness.", minimum=0, precision=0)
         sample_every = gr.Number(label="Sample pictures every … steps", info="0 draws none.", value=50, minimum=0, precision=0)
-    with live.folded("Every setting"):
+    with folded("Every setting"):
         gr.Markdown("What is left empty is as the preset says.")
         with gr.Row():
             further = {name: _further(name, help) for name, help in further_settings().items()}

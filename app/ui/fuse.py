@@ -13,6 +13,7 @@ from app.actions.studio import Studio
 from app.actions.trainings import train_again
 from app.ui import markup
 from app.ui.charts import band_map_chart, cross_talk_table
+from app.ui.fold import folded
 from app.ui.live import EVENT, PIECE, SLOW, Live, attempt, said
 from app.ui.strengths import READS_STRENGTHS, build_strengths
 from spectral_diffusion.errors import SpectralDiffusionError
@@ -30,7 +31,7 @@ def build_fuse(studio: Studio, live: Live) -> None:
         lambda: [(card.label, card.name) for card in library.adapter_cards(studio, ["adapters"])],
     )
     live.add(gr.HTML(), lambda: _hint(studio))
-    _build_import(studio, live)
+    _build_import(studio)
     strengths = build_strengths(live, chosen, lambda names: _labels(studio, names))
     bands = live.add(
         gr.HTML(elem_id="band-map", js_on_load=markup.CLICKS),
@@ -97,9 +98,9 @@ def build_fuse(studio: Studio, live: Live) -> None:
     fused.click(remove, **PIECE)
 
 
-def _build_import(studio: Studio, live: Live) -> None:
+def _build_import(studio: Studio) -> None:
     """Build what makes a concept of a LoRA that another tool trained."""
-    with live.folded("Import a LoRA", elem_id="import"):
+    with folded("Import a LoRA", elem_id="import"):
         gr.Markdown(
             "A LoRA that another tool trained on Stable Diffusion 1, 2 or XL becomes a concept to choose above. If it lay beside "
             "an `adapter_config.json`, as PEFT’s do, give that with it: it says how strong the LoRA is."

@@ -12,6 +12,7 @@ from app.actions import pictures as library
 from app.actions.adapters import adapter_cards, library_class_words, trained_apart
 from app.actions.studio import Studio
 from app.ui import markup
+from app.ui.fold import folded
 from app.ui.live import EVENT, PIECE, Live, attempt, choices, said
 from app.ui.regions import ACTING, build_regions, show_regions
 from spectral_diffusion.errors import SpectralDiffusionError
@@ -48,9 +49,9 @@ def build_generate(studio: Studio, live: Live) -> None:
                 "", label="Prompt", lines=2, placeholder="<poodle> and <black-cat> near a lake", elem_id="prompt", max_length=2000
             )
             chips = live.add(gr.HTML(elem_id="chips", js_on_load=markup.CLICKS), lambda name: _chips(studio, name), adapter)
-            *fields, whole = drawing_fields(live)
+            *fields, whole = drawing_fields()
             regions, confined, shown = build_regions(studio, adapter, prompt)
-            condition = condition_fields(live)
+            condition = condition_fields()
             start = gr.Button("Draw", variant="primary", elem_id="draw")
             dropped = gr.File(
                 label="Drop a picture to load its settings",
@@ -107,9 +108,9 @@ def build_generate(studio: Studio, live: Live) -> None:
     dropped.upload(load_dropped, dropped, [*loaded, dropped], **EVENT)
 
 
-def condition_fields(live: Live) -> list[Any]:
+def condition_fields() -> list[Any]:
     """Build what a drawing follows: a sketch or pose, whether it is to be traced, its T2I-Adapter, and how strictly."""
-    with live.folded("Sketch or pose to follow", elem_id="condition"):
+    with folded("Sketch or pose to follow", elem_id="condition"):
         sketch = gr.File(label="Picture: white lines on black, or a pose", file_types=["image"], height=140)
         photo = gr.Checkbox(False, label="It is a photo or drawing: trace its outlines")
         reader = gr.Textbox(
@@ -143,13 +144,13 @@ def adapter_list(
     return live.add(component, fresh, component, chosen)
 
 
-def drawing_fields(live: Live) -> list[Any]:
+def drawing_fields() -> list[Any]:
     """Build the settings of a drawing beside its prompt, in the order that `read_fields` takes them, and who is attached."""
     negative = negative_field()
     with gr.Row():
         count = gr.Number(4, label="Pictures", minimum=1, maximum=library.MOST_DRAWN, precision=0, min_width=90)
         seed = gr.Number(-1, label="Seed (-1: any)", precision=0, min_width=110)
-    with live.folded("More settings"):
+    with folded("More settings"):
         sampling = sampling_fields()
         whole = gr.Checkbox(
             False,

@@ -68,13 +68,6 @@ class Live:
         self._firsts[component] = value
         return component
 
-    def folded(self, label: str, **named: Any) -> gr.Accordion:
-        """Return an accordion that is closed when the page has opened, with everything in it in place.
-
-        What lies in an accordion that begins closed is put on the page when it opens, and what is typed meanwhile is lost.
-        """
-        return self.begin(gr.Accordion(label, **named), lambda: gr.update(open=False))
-
     def wire(self, page: gr.Blocks, seconds: float = 1.0) -> None:
         """Refresh all parts when the page opens and every `seconds`.
 

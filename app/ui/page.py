@@ -48,7 +48,7 @@ def build_page(studio: Studio) -> gr.Blocks:
         build_activity(studio, live)
         with gr.Tabs():
             for name, build in TABS.items():
-                # with its children in place, as those of `Live.folded` are: else what is typed while they come is lost
+                # with its children in place, as those of `folded` are: else what is typed while they come is lost
                 with gr.Tab(name, id=name.lower(), elem_id=f"tab-{name.lower()}", render_children=True):
                     build(studio, live)
         build_jobs(studio, live)
