@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from playwright.sync_api import Browser, Page, expect
+from playwright.sync_api import Browser, Locator, Page, expect
 
 from spectral_diffusion.concepts.concept import SAMPLES_FOLDER
 
@@ -156,8 +156,12 @@ def choose_both(page: Page) -> None:
         page.locator("#fuse-chosen").get_by_label(token).check()
 
 
+def adapter_of(page: Page, tab: str) -> Locator:
+    return page.locator(f"#tab-{tab}").get_by_label("Adapter", exact=True)
+
+
 def choose_adapter(page: Page, tab: str, name: str) -> None:
-    field = page.locator(f"#tab-{tab}").get_by_label("Adapter")
+    field = adapter_of(page, tab)
     field.click()
     page.get_by_role("option", name=re.compile(rf"{re.escape(name)}$")).click()
     expect(field).to_have_value(name)

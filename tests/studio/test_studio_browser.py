@@ -23,6 +23,7 @@ from studio_pages import (
     LOGIN,
     PATIENCE,
     Served,
+    adapter_of,
     add_concept,
     choose_adapter,
     choose_both,
@@ -110,10 +111,10 @@ def test_from_uploaded_photos_to_a_file_that_diffusers_loads(
     assert report.locator("img").first.evaluate("image => image.complete && image.naturalWidth") == 64
 
     go_to(page, "Generate")
-    expect(page.locator("#tab-generate").get_by_label("Adapter")).to_have_value("pair (<leopard> + <wizard>)")
+    expect(adapter_of(page, "generate")).to_have_value("pair (<leopard> + <wizard>)")
     choose_adapter(page, "generate", "<wizard>")
     page.wait_for_timeout(2500)  # the page looks for adapters once a second
-    expect(page.locator("#tab-generate").get_by_label("Adapter")).to_have_value("<wizard>")
+    expect(adapter_of(page, "generate")).to_have_value("<wizard>")
     choose_adapter(page, "generate", "pair (<leopard> + <wizard>)")
     page.get_by_role("button", name="Add <leopard> to the prompt").click()
     expect(page.locator("#prompt textarea")).to_have_value("<leopard>")
