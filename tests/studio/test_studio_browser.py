@@ -106,7 +106,7 @@ def test_from_uploaded_photos_to_a_file_that_diffusers_loads(
     page.locator("#fuse").click()
     expect(page.locator("#fused")).to_contain_text("<leopard> + <wizard>")
     report = page.locator("#reports iframe").content_frame
-    expect(report.get_by_role("heading", name="<wizard>", exact=True)).to_be_visible(timeout=120_000)
+    expect(report.get_by_role("heading", name="<wizard>", exact=True)).to_be_visible()
     expect(report.locator("img")).to_have_count(24)
     assert report.locator("img").first.evaluate("image => image.complete && image.naturalWidth") == 64
 

@@ -245,7 +245,7 @@ def test_200_jobs_of_8_clients_all_end_and_none_twice(store: JobStore, worker: W
         client.start()
     for client in clients:
         client.join()
-    wait_for(lambda: len(jobs := store.jobs()) == 200 and all(job.state is State.DONE for job in jobs), seconds=60)
+    wait_for(lambda: len(jobs := store.jobs()) == 200 and all(job.state is State.DONE for job in jobs), seconds=240)
     lines = (tmp_path / "f").read_text().split()
     assert len(lines) == 200 and set(lines) == {f"{client}-{number}" for client in range(8) for number in range(25)}
 
