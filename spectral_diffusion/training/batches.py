@@ -68,6 +68,7 @@ class Photos:
             "places": examples.places[chosen],
             "targets": target(base, clean, noise, times),
             "weights": weights / weights.mean().clamp(min=1e-6),  # a crop beside the mask weighs nothing
+            "directions": torch.zeros_like(clean),
         }
 
     def identity(self) -> tuple[torch.Tensor, ...]:
@@ -84,12 +85,14 @@ class Pool:
         times: `(n)`.
         ids: token ids `(n, text encoders, length)`.
         predictions: as `noisy`.
+        directions: as `noisy`, see `Batch`; none: 0.
     """
 
     noisy: torch.Tensor
     times: torch.Tensor
     ids: torch.Tensor
     predictions: torch.Tensor
+    directions: torch.Tensor | None = None
 
     def samples(
         self, base: Base, settings: TrainingSettings, count: int, generator: torch.Generator, *, among: bool
@@ -106,6 +109,7 @@ class Pool:
             "places": everywhere,
             "targets": self.predictions[chosen],
             "weights": everywhere,
+            "directions": torch.zeros_like(noisy) if self.directions is None else self.directions[chosen],
         }
 
     def identity(self) -> tuple[torch.Tensor, ...]:
@@ -146,6 +150,7 @@ class Batch:
         tokens: `(concepts, n, length)`, 1 where a word of a photo's caption is the concept's.
         places: `(concepts, n, 1, h, w)`, 1 where the concept is, everywhere without a mask.
         weights: `(concepts, n, 1, h, w)` of the squared distances, of mean 1 over the photos.
+        directions: as `noisy`; the squared mean of a sample's distances times these counts too.
         shares: `(concepts, n, 2)`, how much each sample counts in the concept's loss and in the inertness loss.
         company: `(concepts, n, concepts)`, 1 where a concept is attached on a sample of a step among the others, as all are that
             its caption names.
@@ -159,6 +164,7 @@ class Batch:
     places: torch.Tensor
     targets: torch.Tensor
     weights: torch.Tensor
+    directions: torch.Tensor
     shares: torch.Tensor
     company: torch.Tensor
     among: bool

@@ -38,7 +38,7 @@ class Several:
     """Samples of pictures in which a concept stands beside others.
 
     Attributes:
-        together: with all of them named, and what their own models predict together, emphasised.
+        together: with all of them named, and what their own models predict together, see `directed`.
         own: with the others named by their class words, and what its own model predicts.
     """
 
@@ -47,13 +47,13 @@ class Several:
 
 
 @torch.no_grad()
-def composed_pools(base: Base, adapter: Adapter, written: Mapping[str, str], seed: int, asked: float) -> list[Several]:
+def composed_pools(base: Base, adapter: Adapter, written: Mapping[str, str], seed: int, strength: float) -> list[Several]:
     """Return for each concept of `adapter` samples of pictures in which it stands beside others.
 
     Args:
         adapter: the base must know its tokens, with nothing attached.
         written: the words that stand for each token.
-        asked: what is asked of all of them together, see `emphasised`.
+        strength: see `directed`.
     """
     generator = torch.Generator().manual_seed(seed)
     together: dict[str, list[Pool]] = {token: [] for token in adapter.tokens}
@@ -62,18 +62,23 @@ def composed_pools(base: Base, adapter: Adapter, written: Mapping[str, str], see
         tokens = [adapter.tokens[place] for place in group]
         prompt = f"{listed(tokens)} {PLACES[number % len(PLACES)]}"
         pool = _drawn(base, adapter.only(tokens), prompt, written, generator)
-        emphatic = emphasised(base, pool, asked)
+        all_of_them = directed(base, pool, strength)
         for token in tokens:
-            together[token].append(emphatic)
+            together[token].append(all_of_them)
             own[token].append(_by_its_own_model(base, adapter.only([token]), prompt, adapter.class_words, written, pool))
     return [Several(together=_joined(together[token]), own=_joined(own[token])) for token in adapter.tokens]
 
 
 @torch.no_grad()
-def emphasised(base: Base, pool: Pool, asked: float) -> Pool:
-    """Return `pool` with predictions `asked` times as far from those of `base`, which must have nothing attached."""
-    bare = _predicted(base, pool.noisy, pool.times, pool.ids).predictions
-    return replace(pool, predictions=torch.lerp(bare, pool.predictions, asked))
+def directed(base: Base, pool: Pool, strength: float) -> Pool:
+    """Return `pool` with directions in which a distance counts `strength` times more: of what its predictions change.
+
+    Args:
+        base: with nothing attached.
+    """
+    changes = pool.predictions - _predicted(base, pool.noisy, pool.times, pool.ids).predictions
+    sizes = changes.square().mean((1, 2, 3), keepdim=True).sqrt().clamp(min=1e-4)
+    return replace(pool, directions=strength**0.5 * changes / sizes)
 
 
 def _groups(concepts: int, generator: torch.Generator) -> list[tuple[int, ...]]:
@@ -125,4 +130,5 @@ def _joined(pools: list[Pool]) -> Pool:
         times=torch.cat([pool.times for pool in pools]),
         ids=torch.cat([pool.ids for pool in pools]),
         predictions=torch.cat([pool.predictions for pool in pools]),
+        directions=None if pools[0].directions is None else torch.cat([pool.directions for pool in pools]),
     )

@@ -241,7 +241,8 @@ class Run:
         inputs = (tensor.flatten(0, 1) for tensor in (batch.noisy, batch.times, batch.ids))
         with self.seen.watched() if self.seen else nullcontext():
             predicted = predict(self.base, *inputs).view(batch.targets.shape)
-            errors = ((predicted - batch.targets) ** 2 * batch.weights).mean((2, 3, 4))
+            distances = predicted - batch.targets
+            errors = (distances**2 * batch.weights).mean((2, 3, 4)) + (distances * batch.directions).mean((2, 3, 4)) ** 2
             if self.seen:
                 outside = self.seen.outside(batch.tokens.flatten(0, 1), batch.places.flatten(0, 1))
                 errors = errors + self.settings.attention * outside.view(errors.shape)

@@ -5,14 +5,14 @@ attached, and a short training asks their sum for the very predictions of those 
 base's own on all other captions. That is what inertness asks of one concept, asked of all of them together (distillation,
 Hinton et al. 2015, with every concept its own teacher).
 
-What least squares cannot fit it fits too weakly, so among the others each concept is asked for more than it changed alone.
+What least squares cannot fit it leaves out: the sum would point the right way and be too weak, in some concepts much more than in
+others. So among the others it counts more how far the sum falls short along what each concept changed alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from math import log2
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from spectral_diffusion.errors import AdapterError
 from spectral_diffusion.parametrisations import SPECTRAL
 from spectral_diffusion.training.activations import PROMPTS
 from spectral_diffusion.training.batches import Pool, Source
-from spectral_diffusion.training.composed import Several, composed_pools, emphasised
+from spectral_diffusion.training.composed import Several, composed_pools, directed
 from spectral_diffusion.training.inertness import PICTURES, build_pool
 from spectral_diffusion.training.loop import Subject, TrainingResult, train_subjects
 from spectral_diffusion.training.run import TrainingProgress
@@ -39,9 +39,9 @@ PRESENCE = 0.75
 """Share of the steps in which the sum is asked; in the others each concept alone, which is to stay as it was."""
 SEVERAL = 0.5
 """Share of the samples in which it stands beside others."""
-EMPHASIS = 0.1
-"""How much more than their own models change of the base's predictions the sum is asked for, for every doubling of the number of
-concepts; so about as much comes out as of each alone (see `benchmarks/findings.md`)."""
+STRENGTH = 4.0
+"""How much more than others those distances count that lie along what the own models change of the base's predictions; so nearly
+as much comes out as of each alone (see `benchmarks/findings.md`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +50,7 @@ class Taught:
 
     Attributes:
         own: samples of its own pictures.
-        own_among: the same, emphasised for the sum.
+        own_among: the same for the sum, see `composed.directed`.
         several: samples of pictures in which it stands beside others.
     """
 
@@ -102,13 +102,12 @@ def settle(
 
     def own_pictures(written: dict[str, str]) -> list[Source]:
         sources = []
-        asked = _asked(len(parts))
-        composed = composed_pools(base, fuse(adapters, method="sum", allow_overlap=True), written, settings.seed, asked)
+        composed = composed_pools(base, fuse(adapters, method="sum", allow_overlap=True), written, settings.seed, STRENGTH)
         for adapter, part, several in zip(adapters, parts, composed, strict=True):
             captions = [PROMPTS[number % PICTURES % len(PROMPTS)].format(written[part.token]) for number in range(SAMPLES)]
             with beside(base, adapter):
                 own = build_pool(base, captions, torch.Generator().manual_seed(settings.seed))
-            sources.append(Taught(own=own, own_among=emphasised(base, own, asked), several=several))
+            sources.append(Taught(own=own, own_among=directed(base, own, STRENGTH), several=several))
         return sources
 
     return train_subjects(
@@ -122,11 +121,6 @@ def settle(
         on_progress=on_progress,
         should_stop=should_stop,
     )
-
-
-def _asked(concepts: int) -> float:
-    """Return how many times what their own models change the sum of so many concepts is asked for."""
-    return 1 + EMPHASIS * log2(concepts)
 
 
 def can_settle(adapters: Sequence[Adapter]) -> bool:

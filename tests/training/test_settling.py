@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -43,10 +43,10 @@ def apart(base: Base, concepts: list[Concept]) -> list[Adapter]:
 
 
 @torch.no_grad()
-def answer(base: Base, adapter: Adapter, token: str) -> torch.Tensor:
+def answer(base: Base, adapter: Adapter | None, token: str) -> torch.Tensor:
     side = base.resolution // base.pipeline.vae_scale_factor
     noisy = torch.randn(8, base.pipeline.unet.config.in_channels, side, side, generator=torch.Generator().manual_seed(1))
-    with attached(base, adapter):
+    with attached(base, adapter) if adapter else nullcontext():
         return predict(base, noisy, torch.arange(8) * 100, tokenize(base, [f"{token} near a lake"] * 8))
 
 
@@ -87,7 +87,7 @@ def test_what_is_taught_of_several_is_what_their_own_models_predict(
     monkeypatch.setattr(composed, "own_models", watched)
     words, pair = {one.tokens[0]: one.tokens[0] for one in apart}, fuse(apart, method="sum")
     with with_tokens(base, pair.embeddings):
-        pools = composed.composed_pools(base, pair, words, seed=0, asked=1.1)
+        pools = composed.composed_pools(base, pair, words, seed=0, strength=4.0)
         each = composed.PICTURES * composed.SAMPLES
         numbers = base.pipeline.tokenizer.convert_tokens_to_ids(list(pair.tokens))
         for number, several in enumerate(pools):
@@ -102,8 +102,10 @@ def test_what_is_taught_of_several_is_what_their_own_models_predict(
         for ids, drawing in ((first.ids[:each], asked[1]), (tokenize(base, [asked[1].prompt] * each), asked[1])):
             with own_models(base, drawing, pair):
                 predicted = predict(base, first.noisy[:each], first.times[:each], ids)
-            bare = predict(base, first.noisy[:each], first.times[:each], ids)
-            torch.testing.assert_close(1.1 * predicted - 0.1 * bare, first.predictions[:each], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(predicted, first.predictions[:each], rtol=1e-4, atol=1e-5)
+            change = predicted - predict(base, first.noisy[:each], first.times[:each], ids)
+            sizes = change.square().mean((1, 2, 3), keepdim=True).sqrt()
+            torch.testing.assert_close(2 * change / sizes, first.directions[:each], rtol=1e-3, atol=1e-3)
 
 
 def test_each_meets_one_or_two_of_the_others_in_any_place(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,7 +121,7 @@ def test_each_meets_one_or_two_of_the_others_in_any_place(monkeypatch: pytest.Mo
 
 
 @torch.no_grad()
-def test_the_sum_is_asked_for_more_than_the_own_models_change(base: Base, apart: list[Adapter]) -> None:
+def test_what_falls_short_along_the_own_change_counts_more(base: Base, apart: list[Adapter]) -> None:
     side, generator = base.resolution // base.pipeline.vae_scale_factor, torch.Generator().manual_seed(2)
     noisy = torch.randn(3, base.pipeline.unet.config.in_channels, side, side, generator=generator)
     times = torch.tensor([10, 400, 900])
@@ -129,10 +131,35 @@ def test_the_sum_is_asked_for_more_than_the_own_models_change(base: Base, apart:
         with beside(base, apart[0]):
             own = predict(base, noisy, times, ids)
         pool = Pool(noisy=noisy, times=times, ids=ids, predictions=own)
-        pair, eight = (composed.emphasised(base, pool, settling._asked(concepts)) for concepts in (2, 8))
-    assert torch.equal(eight.noisy, noisy) and torch.equal(eight.ids, ids) and (own - bare).norm() > 0.1 * bare.norm()
-    for asked, factor in ((pair, 1.1), (eight, 1.3)):
-        torch.testing.assert_close(asked.predictions - bare, factor * (own - bare), rtol=1e-4, atol=1e-5)
+        directed = composed.directed(base, pool, 4.0)
+    assert torch.equal(directed.predictions, own) and (own - bare).norm() > 0.1 * bare.norm()
+    drawn = directed.samples(base, SHORT, 5, torch.Generator().manual_seed(0), among=True)
+    assert not pool.samples(base, SHORT, 5, torch.Generator().manual_seed(0), among=True)["directions"].any()
+    change = drawn["targets"] - torch.stack([bare[(own == target).all((1, 2, 3))][0] for target in drawn["targets"]])
+    across = torch.randn(change.shape, generator=generator)
+    across -= change * ((across * change).sum((1, 2, 3)) / change.square().sum((1, 2, 3))).view(-1, 1, 1, 1)
+    for distance, factor in ((-0.2 * change, 5.0), (0.1 * change, 5.0), (across, 1.0)):
+        square = distance.square().mean((1, 2, 3))
+        counted = square + (distance * drawn["directions"]).mean((1, 2, 3)) ** 2
+        torch.testing.assert_close(counted, factor * square, rtol=1e-4, atol=1e-7)
+
+
+def test_the_sum_is_as_strong_as_each_alone(base: Base, apart: list[Adapter], monkeypatch: pytest.MonkeyPatch) -> None:
+    prepare_less(monkeypatch)
+    monkeypatch.setattr("spectral_diffusion.training.settling.SAMPLES", 64)
+
+    def along(strength: float) -> list[float]:
+        monkeypatch.setattr("spectral_diffusion.training.settling.STRENGTH", strength)
+        fused, shares = fuse([result.adapter for result in settle(base, apart, steps=40)]), []
+        for one in apart:
+            with with_tokens(base, one.embeddings):
+                bare = answer(base, None, one.tokens[0])
+            change, kept = answer(base, one, one.tokens[0]) - bare, answer(base, fused, one.tokens[0]) - bare
+            shares.append(float((change * kept).sum() / change.square().sum()))
+        return shares
+
+    as_it_ships, squares_only = along(settling.STRENGTH), along(0.0)
+    assert min(squares_only) < 0.85 < min(as_it_ships) and sum(as_it_ships) > sum(squares_only) + 0.1
 
 
 def test_pictures_of_several_are_taught_as_all_see_them_among_the_others_and_else_as_its_own_model_does() -> None:
